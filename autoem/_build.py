@@ -1,0 +1,190 @@
+"""All stages in order, once a structure: trace, classify, factors, blocks, plan, kernel.
+
+In: a model, its arguments and the options. Out: `Build`, which turns new data of the same shapes into a `Bundle` without
+reading the model again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from autoem._chunks import plan_chunks, spread_rows
+from autoem._errors import PlanError
+from autoem._lower import Kernel
+from autoem._plan import Plan, make_plan
+from autoem._trace import Discovery, Source, trace
+from autoem.e_step.factors import build_factors, build_layout, prepare
+from autoem.e_step.strategies import AbstractEStep, Exact, Truncated
+from autoem.e_step.tables import Factor, log_density_constant
+from autoem.ir import Program
+from autoem.m_step.choose import choose
+from autoem.m_step.problem import Bundle, Problem
+from autoem.m_step.strategies import AbstractMStep
+from autoem.passes.classify import classify
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Options:
+    """What the user asked of the derivation."""
+
+    e_step: AbstractEStep | Mapping[str, AbstractEStep] | None = None
+    m_step: AbstractMStep | Mapping[str, AbstractMStep] | None = None
+    latent: tuple[str, ...] = ()
+    maximize: tuple[str, ...] = ()
+    missing: str = "error"
+
+    def truncated(self) -> dict[str, tuple[int, int]]:
+        asked = self.e_step.items() if isinstance(self.e_step, Mapping) else ()
+        return {n: (s.low, s.high) for n, s in asked if isinstance(s, Truncated)}
+
+
+@dataclasses.dataclass(eq=False)
+class Build:
+    """A derived model, ready for data of one structure."""
+
+    plan: Plan
+    kernel: Kernel
+    found: Discovery
+    source: Source
+    factors: tuple[Factor, ...]
+    limits: dict[str, np.ndarray]
+    model_start: Callable[[dict, Array], dict[str, Array]]
+
+    def __post_init__(self):
+        self._prepare = jax.jit(lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells))
+
+    @property
+    def program(self) -> Program:
+        return self.plan.program
+
+    def data(self, source: Source) -> dict[int, Array]:
+        return {} if source.concrete else {i: jnp.asarray(x) for i, x in enumerate(source.data)}
+
+    def bundle(self, source: Source, key: Array) -> Bundle:
+        """The data of a call, prepared and placed on the devices."""
+        data = self.data(source)
+        cells = route_cells(self.program, self.factors, data, key) if self.has_routes else {}
+        return spread_rows(self._prepare(data, key, cells), self.plan.chunks)
+
+    @property
+    def has_routes(self) -> bool:
+        return any(f.route for f in self.factors)
+
+    def start(self, source: Source, key: Array) -> dict[str, Array]:
+        """The model's own start values."""
+        return self.model_start(self.data(source), key)
+
+    def fits(self, source: Source) -> bool:
+        """Whether the supports computed from this data are those that the plan was made for."""
+        moved = support_limits(self.found, source)
+        return all(np.array_equal(self.limits[n], v) for n, v in moved.items())
+
+
+def support_limits(found: Discovery, source: Source) -> dict[str, np.ndarray]:
+    """Bounds of the latents' supports that depend on the data."""
+    out = {}
+    for key in found.graph.outputs:
+        if key[0] == "init" or key[1] not in ("low", "high") or not found.graph.needs(key):
+            continue
+        values = {("data", i): jnp.asarray(x) for i, x in enumerate(source.data)}
+        v = np.asarray(found.graph.evaluate([key], values)[0])
+        out[".".join(key)] = np.asarray([v.min(), v.max()])
+    return out
+
+
+def start_values(found: Discovery, data: Mapping[int, Array], key: Array) -> dict[str, Array]:
+    keys = [k for k in found.graph.outputs if k[0] == "init"]
+    values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
+    start = dict(zip((k[1] for k in keys), found.graph.evaluate(keys, values), strict=True))
+    return {n: jnp.asarray(v, float) for n, v in start.items()}
+
+
+def route_cells(program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array) -> dict[str, Array]:
+    values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
+    _, cells = build_factors(program, values)
+    return {n: jnp.asarray(c) for n, c in cells.items()}
+
+
+def make_bundle(program: Program, factors: tuple[Factor, ...], data: Mapping[int, Array], key: Array, cells) -> Bundle:
+    """Everything that the kernel takes besides parameters."""
+    values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
+    rows = {f.name: prepare(f, program, values) for f in factors}
+    layout = build_layout(program, values, cells)
+    constant = jnp.zeros(())
+    for f in factors:
+        part = log_density_constant(f, rows[f.name])
+        if part is None:
+            continue
+        inner = max(f.latents, key=lambda z: len(layout.plates_of[z.name]), default=None)
+        if inner is not None and layout.scales[inner.name] is not None:
+            scale = layout.scales[inner.name]
+            axes = tuple(dict.fromkeys((*part.axes, *scale.axes)))
+            constant = constant + (part.to(axes) * scale.to(axes)).sum()
+        else:
+            constant = constant + part.array.sum()
+    return Bundle(dict(data), key, rows, layout.scales, dict(cells), constant)
+
+
+def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array) -> Build:
+    """Derive EM for `model` called with `args` and `kwargs`.
+
+    Raises:
+        ModelError, PlanError, DataError: see each stage.
+    """
+    truncated = options.truncated()
+    program, found, source = trace(model, args, kwargs, truncated=truncated, drop_nan=options.missing == "marginalize")
+    supports = {n: r.fn.support for n, r in found.records.items() if not r.observed}
+    program = classify(program, supports, options.latent, options.maximize)
+    refuse_unknown_sites(program, options)
+    data = {} if source.concrete else {i: jnp.asarray(x) for i, x in enumerate(source.data)}
+    values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
+    factors, cells = build_factors(program, values)
+    cells = {n: jnp.asarray(c) for n, c in cells.items()}
+    problem = Problem({f.name: f for f in factors}, program.params)
+    shapes = jax.eval_shape(lambda d, k, c: make_bundle(program, factors, d, k, c), data, key, cells)
+    model_start = jax.jit(lambda data, key: start_values(found, data, key))
+    params = model_start(data, key)
+    layout = build_layout(program, values, cells)
+    layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={})
+    blocks = choose(problem, params, shapes, asked(program, options))
+    chunks = plan_chunks(program, problem, layout, params, shapes)
+    plan = make_plan(program, problem, layout, blocks, chunks, params, shapes, notes_of(program, options))
+    kernel = Kernel(program, problem, layout, blocks, chunks)
+    return Build(plan, kernel, found, source, factors, support_limits(found, source), model_start)
+
+
+def asked(program: Program, options: Options) -> dict[str, AbstractMStep | None]:
+    wish = options.m_step
+    return {n: wish.get(n) if isinstance(wish, Mapping) else wish for n in program.params}
+
+
+def refuse_unknown_sites(program: Program, options: Options) -> None:
+    """Raise where a strategy is given for something that the model does not have."""
+    for option, wish, names in (("e_step", options.e_step, program.latents), ("m_step", options.m_step, program.params)):
+        for name in wish if isinstance(wish, Mapping) else ():
+            if name not in names:
+                kind = "latent" if option == "e_step" else "parameter"
+                mend = f"choose among {sorted(names)}"
+                raise PlanError(name, problem=f"{option}= names it, but the model has no such {kind}", mend=mend)
+    steps = options.e_step.values() if isinstance(options.e_step, Mapping) else [options.e_step]
+    for step in steps:
+        if step is not None and not isinstance(step, Exact | Truncated):
+            raise PlanError("e_step", problem=f"{step!r} is no E-step strategy", mend="use autoem.e_step.Exact() or Truncated(...)")
+
+
+def notes_of(program: Program, options: Options) -> tuple[str, ...]:
+    notes = [
+        f"'{p.name}' is {p.reason}; EM(model, latent=[\"{p.name}\"]) asks to integrate it instead"
+        for p in program.params.values()
+        if p.prior and "maximize=" not in p.reason
+    ]
+    for name, (low, high) in options.truncated().items():
+        notes.append(f"'{name}' is summed over {low} ... {high} only; mass outside is left out of the likelihood")
+    return tuple(notes)

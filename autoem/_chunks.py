@@ -1,0 +1,113 @@
+"""Rows in pieces: chunks that fit the cache, spread over the devices that JAX has.
+
+Statistics are sums over rows, so a plate's rows may be taken piece by piece when every latent lives in the plate and every
+cell is the same for all of its rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from autoem._named import Named
+from autoem.e_step.elimination import Layout
+from autoem.e_step.tables import Factor, Rows
+from autoem.ir import Program
+from autoem.m_step.problem import Bundle, Params, Problem
+
+CHUNK = 1024
+SHARD_FROM = 32_768  # rows: below this the exchange between devices costs more than it saves
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """Rows of `plate` are taken `size` at a time, on `devices` devices; `main` of them are spread evenly, the rest is a tail."""
+
+    plate: str
+    rows: int
+    size: int
+    devices: int
+
+    @property
+    def main(self) -> int:
+        return self.rows - self.rows % self.devices
+
+
+def resized(factor: Factor, plate: str, size: int) -> Factor:
+    """The factor of `size` rows of `plate`."""
+    site = factor.site
+    shape = tuple(size if a == plate else s for a, s in zip(site.axes, site.shape, strict=True))
+    return dataclasses.replace(factor, site=dataclasses.replace(site, shape=shape))
+
+
+def slice_named(x: Named | None, plate: str, start, length: int) -> Named | None:
+    if x is None or plate not in x.axes:
+        return x
+    return Named(jax.lax.dynamic_slice_in_dim(x.array, start, length, x.axes.index(plate)), x.axes)
+
+
+def is_named(x: Any) -> bool:
+    return isinstance(x, Named)
+
+
+def slice_rows(rows: Rows, plate: str, start, length: int) -> Rows:
+    """Rows `start : start + length` of everything that has an axis for `plate`."""
+    return jax.tree.map(lambda x: slice_named(x, plate, start, length) if is_named(x) else x, rows, is_leaf=is_named)
+
+
+def row_specs(rows: Mapping[str, Rows], plate: str):
+    """How the rows are spread over devices."""
+
+    def spec(x):
+        if not is_named(x):
+            return P()
+        return Named(P(*("rows" if a == plate else None for a in x.axes)), x.axes)  # type: ignore[arg-type]
+
+    return jax.tree.map(spec, dict(rows), is_leaf=is_named)
+
+
+def device_mesh(devices: int) -> Mesh:
+    return Mesh(np.array(jax.local_devices()[:devices]), ("rows",))
+
+
+def spread_rows(bundle: Bundle, chunks: Chunks | None) -> Bundle:
+    """Place the rows on their devices, keeping aside the few that do not divide evenly."""
+    if chunks is None or (chunks.devices == 1 and chunks.main == chunks.rows):
+        return bundle
+    main = {n: slice_rows(r, chunks.plate, 0, chunks.main) for n, r in bundle.rows.items()}
+    tail = None
+    if chunks.main < chunks.rows:
+        tail = {n: slice_rows(r, chunks.plate, chunks.main, chunks.rows - chunks.main) for n, r in bundle.rows.items()}
+    mesh = device_mesh(chunks.devices)
+    specs = row_specs(main, chunks.plate)
+    main = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), main, specs)
+    everywhere = NamedSharding(mesh, P())
+    rest = dataclasses.replace(bundle, rows={}, tail=tail)
+    rest = jax.tree.map(lambda x: jax.device_put(x, everywhere), rest)
+    return dataclasses.replace(rest, rows=main)
+
+
+def plan_chunks(program: Program, problem: Problem, layout: Layout, params: Params, bundle: Bundle) -> Chunks | None:
+    """Whether rows may be taken in chunks: every latent in the plate, every cell the same for all of its rows."""
+    factors = [f for f in problem.factors.values() if not f.is_prior]
+    plates = [p for p in program.plates.values() if p.size > 2 * CHUNK]
+    if not plates or bundle.cells or any(s is not None for s in bundle.scales.values()):
+        return None
+    plate = max(plates, key=lambda p: p.size)
+    if any(plate.name not in layout.plates_of[n] for n in program.latents):
+        return None
+    if any(plate.name not in f.site.axes for f in factors):
+        return None
+    cells = jax.eval_shape(lambda p, b: problem.cells(p, b), dict(params), bundle)
+    for f in factors:
+        where = len(f.parents if f.family else f.latents) + f.site.axes.index(plate.name)
+        if any(leaf.ndim > where and leaf.shape[where] > 1 for leaf in jax.tree.leaves(cells[f.name])):
+            return None
+    devices = len(jax.local_devices()) if plate.size >= SHARD_FROM else 1
+    return Chunks(plate.name, plate.size, CHUNK, devices)

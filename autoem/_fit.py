@@ -1,0 +1,114 @@
+"""The loop: E-step and M-step until nothing moves, guarded, in one compiled `while_loop`.
+
+In: a kernel, a start and the data. Out: the `State` at the end, the best parameters in it. The compiled loop returns to the host only
+now and then, to show progress and to let an interrupt through; the number of steps between is set by their measured time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from autoem._lower import Kernel
+from autoem._stop import CONVERGED, DIVERGED, FELL, INTERRUPTED, LIMIT, RUNNING, Stop
+from autoem.m_step.problem import Bundle, Params
+
+SECONDS_BETWEEN_LOOKS = 0.25
+
+
+class State(NamedTuple):
+    """Everything that an interrupted fit needs to go on. `params` are the current point, `previous` the one before it."""
+
+    params: dict[str, Array]
+    previous: dict[str, Array]
+    objective: Array
+    log_likelihood: Array
+    history: Array
+    step: Array
+    flat: Array
+    status: Array
+    optimizer: Any
+
+
+def initial_state(kernel: Kernel, params: Params, stop: Stop) -> State:
+    """The state before the first E-step."""
+    dtype = jnp.result_type(float)
+    history = jnp.full(stop.max_steps + 1, jnp.nan, dtype)
+    nothing = jnp.array(-jnp.inf, dtype)
+    zero = jnp.zeros((), int)
+    params = {n: jnp.asarray(v) for n, v in params.items()}
+    return State(params, params, nothing, nothing, history, zero, zero, zero, kernel.init_states(params))
+
+
+def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle) -> State:
+    """Evaluate the current point; unless that ends the fit, move to the next."""
+    likelihood, prior, statistics = kernel.expect(state.params, bundle)
+    value = likelihood + prior
+    eps = jnp.finfo(value.dtype).eps
+    size = jnp.maximum(jnp.abs(value), 1.0)
+    first = state.step == 0
+    fell = ~first & (value < state.objective - stop.fall * eps * size)
+    # a finite stand-in for log 0 is as good as minus infinity here
+    bad = ~jnp.isfinite(value) | (value < -jnp.sqrt(jnp.finfo(value.dtype).max) / 2)
+    tol = jnp.where(stop.tol > 0, jnp.maximum(stop.tol, 4 * eps), 0.0)
+    still = ~first & (jnp.abs(value - state.objective) <= tol * size) & (stop.tol > 0)
+    flat = jnp.where(still, state.flat + 1, 0)
+    status = jnp.where(state.step >= stop.max_steps, LIMIT, RUNNING)
+    status = jnp.where(flat >= stop.patience, CONVERGED, status)
+    status = jnp.where(fell, FELL, status)
+    status = jnp.where(bad, DIVERGED, status)
+    back = (fell | bad) & ~first
+    history = state.history.at[state.step].set(jnp.where(back, jnp.nan, value))
+    if kernel.blocks:
+        moved, optimizer = kernel.maximise(state.params, statistics, bundle, state.optimizer)
+    else:
+        moved, optimizer = state.params, state.optimizer
+    going = status == RUNNING
+    here = {n: jnp.where(back, state.previous[n], v) for n, v in state.params.items()}
+    return State(
+        params={n: jnp.where(going, moved[n], here[n]) for n in here},
+        previous=here,
+        objective=jnp.where(back, state.objective, value),
+        log_likelihood=jnp.where(back, state.log_likelihood, likelihood),
+        history=history,
+        step=state.step + going - back,
+        flat=flat,
+        status=status.astype(state.status.dtype),
+        optimizer=optimizer,
+    )
+
+
+def compile_loop(kernel: Kernel, stop: Stop, vmapped: bool) -> Callable[[State, Bundle, int], State]:
+    """`advance(state, bundle, limit)`: steps until the fit ends or `limit` steps are done."""
+
+    def advance(state: State, bundle: Bundle, limit) -> State:
+        return jax.lax.while_loop(
+            lambda s: (s.status == RUNNING) & (s.step < limit), lambda s: em_step(kernel, stop, s, bundle), state
+        )
+
+    return jax.jit(jax.vmap(advance, in_axes=(0, None, None)) if vmapped else advance)
+
+
+def run_loop(
+    advance: Callable[[State, Bundle, int], State], state: State, bundle: Bundle, stop: Stop, first: int, report: Callable
+) -> State:
+    """Run to the end, reporting progress; an interrupt keeps what has been reached."""
+    limit, span = 0, max(1, first)
+    try:
+        while True:
+            began = time.perf_counter()
+            limit = min(limit + span, stop.max_steps + 1)
+            state = jax.block_until_ready(advance(state, bundle, limit))
+            if not np.any(np.asarray(state.status) == RUNNING):
+                return state
+            spent = time.perf_counter() - began
+            report(state)
+            span = int(np.clip(span * SECONDS_BETWEEN_LOOKS / max(spent, 1e-6), 1, 10 * span))
+    except KeyboardInterrupt:
+        return state._replace(status=jnp.where(state.status == RUNNING, INTERRUPTED, state.status))

@@ -1,0 +1,146 @@
+"""A model's data flow: traced once by JAX, then sliced, evaluated and asked what depends on what.
+
+In: a function of named inputs. Out: a `Graph`, whose equations are in order and free of nested `jit`. Invariant: every
+variable is written once, before it is read. Nothing here knows of models or of EM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+Key = Hashable
+
+
+class Variable:
+    """One value of the graph; compared by identity."""
+
+    __slots__ = ("aval",)
+
+    def __init__(self, aval):
+        self.aval = aval
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.aval.shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A literal or closed-over array."""
+
+    value: Any
+
+
+Atom = Variable | Constant
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Equation:
+    """`outputs = primitive(*inputs, **params)`."""
+
+    primitive: Any
+    inputs: tuple[Atom, ...]
+    outputs: tuple[Variable, ...]
+    params: Mapping[str, Any]
+
+    def apply(self, values: Sequence[Any]) -> list[Any]:
+        """Run the equation on `values`, which may be tracers of any transformation."""
+        bound = self.primitive.get_bind_params(self.params)
+        subfuns, params = bound if isinstance(bound, tuple) else ((), bound)  # JAX before 0.10 splits them
+        out = self.primitive.bind(*subfuns, *values, **params)
+        return list(out) if self.primitive.multiple_results else [out]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """Equations from named inputs to named outputs."""
+
+    inputs: dict[Key, Variable]
+    outputs: dict[Key, Atom]
+    equations: tuple[Equation, ...]
+
+    def slice(self, atoms: Iterable[Atom]) -> list[Equation]:
+        """The equations that `atoms` need, in order."""
+        wanted = {a for a in atoms if isinstance(a, Variable)}
+        kept = []
+        for eqn in reversed(self.equations):
+            if wanted.intersection(eqn.outputs):
+                kept.append(eqn)
+                wanted.update(a for a in eqn.inputs if isinstance(a, Variable))
+        return kept[::-1]
+
+    def needs(self, *keys: Key) -> frozenset[Key]:
+        """Names of the inputs on which the outputs `keys` depend."""
+        return self.needs_of([self.outputs[k] for k in keys])
+
+    def needs_of(self, atoms: Iterable[Atom]) -> frozenset[Key]:
+        atoms = list(atoms)
+        read = {a for a in atoms if isinstance(a, Variable)}
+        for eqn in self.slice(atoms):
+            read.update(a for a in eqn.inputs if isinstance(a, Variable))
+        return frozenset(k for k, v in self.inputs.items() if v in read)
+
+    def shape(self, key: Key) -> tuple[int, ...]:
+        atom = self.outputs[key]
+        return np.shape(atom.value) if isinstance(atom, Constant) else atom.shape
+
+    def evaluate(self, keys: Sequence[Key], values: Mapping[Key, Any]) -> list[Any]:
+        """Outputs `keys` given the inputs they need; traceable, so it may stand under `vmap`, `vjp` or `jit`."""
+        return self.evaluate_atoms([self.outputs[k] for k in keys], values)
+
+    def evaluate_atoms(self, atoms: Sequence[Atom], values: Mapping[Key, Any], env=None) -> list[Any]:
+        env = dict(env or {})
+        for key, var in self.inputs.items():
+            if key in values:
+                env[var] = values[key]
+
+        def read(atom):
+            return atom.value if isinstance(atom, Constant) else env[atom]
+
+        for eqn in self.slice(atoms):
+            if eqn.outputs[0] not in env:
+                env.update(zip(eqn.outputs, eqn.apply([read(a) for a in eqn.inputs]), strict=True))
+        return [read(a) for a in atoms]
+
+
+def trace_graph(function: Callable[[dict], dict], inputs: Mapping[Key, Any]) -> Graph:
+    """Trace `function`, from a dict of arrays to a dict of arrays, at the shapes of `inputs`."""
+    keys = list(inputs)
+    out_keys: list[Key] = []
+
+    def flat(*values):
+        outputs = function(dict(zip(keys, values, strict=True)))
+        out_keys.extend(outputs)
+        return list(outputs.values())
+
+    closed = jax.make_jaxpr(flat)(*inputs.values())
+    equations: list[Equation] = []
+    names = [Variable(v.aval) for v in closed.jaxpr.invars]
+    env: dict[Any, Atom] = dict(zip(closed.jaxpr.invars, names, strict=True))
+    atoms = inline(closed, env, equations)
+    return Graph(dict(zip(keys, names, strict=True)), dict(zip(out_keys, atoms, strict=True)), tuple(equations))
+
+
+def inline(closed, env: dict[Any, Atom], equations: list[Equation]) -> list[Atom]:
+    """Append the equations of `closed`, nested `jit` opened, to `equations`; return its outputs."""
+    env.update(zip(closed.jaxpr.constvars, map(Constant, closed.consts), strict=True))
+
+    def read(v) -> Atom:
+        return Constant(v.val) if isinstance(v, jex.Literal) else env[v]
+
+    for eqn in closed.jaxpr.eqns:
+        if eqn.primitive.name in ("jit", "pjit", "closed_call"):
+            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            inner_env = dict(zip(inner.jaxpr.invars, map(read, eqn.invars), strict=True))
+            outs = inline(inner, inner_env, equations)
+        else:
+            outs = [Variable(v.aval) for v in eqn.outvars]
+            equations.append(Equation(eqn.primitive, tuple(map(read, eqn.invars)), tuple(outs), eqn.params))
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in closed.jaxpr.outvars]

@@ -1,0 +1,146 @@
+"""Lower a plan to a kernel: a few pure functions that one compiled loop runs.
+
+In: factors, the layout of the latents, blocks. Out: `Kernel`, with `expect` (the E-step: log-likelihood and expected statistics),
+`maximise` (the M-step), `log_likelihood` and `per_row`. Everything is a function of parameters and a `Bundle` of data, so
+the compiled code serves new values of the same shapes.
+
+Where every factor's cells are the same for all rows of a plate, the rows are taken in chunks that fit the cache, and over as
+many devices as JAX has: statistics are sums, so chunks and devices add up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from autoem._chunks import Chunks, device_mesh, resized, row_specs, slice_named, slice_rows
+from autoem.e_step.elimination import Layout, Table, eliminate
+from autoem.e_step.tables import Factor, Rows
+from autoem.ir import Program
+from autoem.m_step._base import AbstractBlock
+from autoem.m_step.problem import Bundle, Params, Problem, make_layout
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
+    """A compiled model: pure functions of parameters and data."""
+
+    program: Program
+    problem: Problem
+    layout: Layout
+    blocks: tuple[AbstractBlock, ...]
+    chunks: Chunks | None
+
+    @property
+    def likelihood_factors(self) -> tuple[Factor, ...]:
+        return tuple(f for f in self.problem.factors.values() if not f.is_prior)
+
+    def tables(self, cells: Mapping[str, Any], rows: Mapping[str, Rows], factors: Sequence[Factor]) -> list[Table]:
+        return [f.table(cells[f.name], rows[f.name]) for f in factors]
+
+    def log_prior(self, cells: Mapping[str, Any], bundle: Bundle) -> Array:
+        """Log density of the parameters' priors, in nats."""
+        priors = [f for f in self.problem.factors.values() if f.is_prior]
+        return sum((t.value.array.sum() for t in self.tables(cells, bundle.rows, priors)), start=jnp.zeros(()))
+
+    def log_likelihood(self, params: Params, bundle: Bundle) -> Array:
+        """Observed-data log-likelihood, in nats."""
+        return self.objective(params, bundle)[1][0]
+
+    def objective(self, params: Params, bundle: Bundle) -> tuple[Array, tuple[Array, Array]]:
+        """Log-likelihood plus log prior; and the two."""
+        cells = self.problem.cells(params, bundle)
+        likelihood = self._in_chunks(cells, bundle, gradient=False)[0] if self.chunks else self._whole(cells, bundle)
+        prior = self.log_prior(cells, bundle)
+        likelihood = likelihood + bundle.constant
+        return likelihood + prior, (likelihood, prior)
+
+    def _whole(self, cells, bundle: Bundle) -> Array:
+        tables = self.tables(cells, bundle.rows, self.likelihood_factors)
+        return eliminate(tables, make_layout(self.layout, bundle))
+
+    def expect(self, params: Params, bundle: Bundle) -> tuple[Array, Array, dict[str, Any]]:
+        """The E-step: log-likelihood, log prior, and expected statistics as the gradient with respect to the cells."""
+        cells = self.problem.cells(params, bundle)
+        prior, from_prior = jax.value_and_grad(self.log_prior)(cells, bundle)
+        if self.chunks:
+            likelihood, statistics = self._in_chunks(cells, bundle, gradient=True)
+        else:
+            likelihood, statistics = jax.value_and_grad(self._whole)(cells, bundle)
+        statistics = {n: from_prior[n] if f.is_prior else statistics[n] for n, f in self.problem.factors.items()}
+        return likelihood + bundle.constant, prior, statistics
+
+    def maximise(self, params: Params, statistics, bundle: Bundle, states: Sequence[Any]) -> tuple[dict[str, Array], tuple]:
+        """The M-step: every block in order."""
+        new, after = dict(params), []
+        for block, state in zip(self.blocks, states, strict=True):
+            update, state = block.solve(new, statistics, bundle, state)
+            new.update(update)
+            after.append(state)
+        return new, tuple(after)
+
+    def init_states(self, params: Params) -> tuple:
+        return tuple(b.init(params) for b in self.blocks)
+
+    def _in_chunks(self, cells, bundle: Bundle, gradient: bool) -> tuple[Array, Any]:
+        """Log-likelihood and statistics, summed over chunks, devices and the tail."""
+        chunks = self.chunks
+        assert chunks is not None
+
+        def local(rows: Mapping[str, Rows], cells):
+            return self._loop(cells, rows, bundle, chunks.main // chunks.devices, gradient)
+
+        main = {f.name: bundle.rows[f.name] for f in self.likelihood_factors}
+        if chunks.devices > 1:
+            mesh = device_mesh(chunks.devices)
+            specs = jax.tree.map(lambda r: r, row_specs(main, chunks.plate))
+
+            def spread(rows, cells):
+                return jax.lax.psum(local(rows, cells), "rows")
+
+            total = jax.shard_map(spread, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False)(main, cells)
+        else:
+            total = local(main, cells)
+        if bundle.tail is not None:
+            rest = self._part(cells, bundle.tail, bundle, chunks.rows - chunks.main, gradient)
+            total = jax.tree.map(jnp.add, total, rest)
+        return total
+
+    def _loop(self, cells, rows: Mapping[str, Rows], bundle: Bundle, count: int, gradient: bool):
+        chunks = self.chunks
+        assert chunks is not None
+        size = min(chunks.size, count)
+
+        def part(start, length: int):
+            taken = {n: slice_rows(r, chunks.plate, start, length) for n, r in rows.items()}
+            return self._part(cells, taken, bundle, length, gradient)
+
+        whole, rest = divmod(count, size)
+        total = part(0, size)
+        if whole > 1:
+            body = lambda i, acc: jax.tree.map(jnp.add, acc, part(i * size, size))  # noqa: E731
+            zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: part(0, size)))
+            total = jax.lax.fori_loop(0, whole, body, zero)
+        if rest:
+            total = jax.tree.map(jnp.add, total, part(whole * size, rest))
+        return total
+
+    def _part(self, cells, rows: Mapping[str, Rows], bundle: Bundle, length: int, gradient: bool):
+        chunks = self.chunks
+        assert chunks is not None
+        factors = [resized(f, chunks.plate, length) for f in self.likelihood_factors]
+        sizes = {**self.layout.sizes, chunks.plate: length}
+
+        def value(cells):
+            tables = self.tables(cells, rows, factors)
+            scales = {n: slice_named(s, chunks.plate, 0, length) for n, s in bundle.scales.items()}
+            return eliminate(tables, Layout(self.layout.plates_of, sizes, scales, {}))
+
+        if not gradient:
+            return value(cells), None
+        return jax.value_and_grad(value)(cells)

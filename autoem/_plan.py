@@ -1,0 +1,204 @@
+"""What will be done, and why: a strategy for every latent and every parameter, with its cost and its reason.
+
+In: a classified program with its data. Out: `Plan`, which prints, and which `_lower.lower` turns into a kernel. The plan's rows are read
+off the very objects that run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from autoem._chunks import Chunks
+from autoem._errors import PlanError
+from autoem._render import citations_of, plan_html, plan_latex, plan_text
+from autoem.e_step.elimination import Layout, Step, eliminate
+from autoem.ir import Program
+from autoem.m_step._base import AbstractBlock
+from autoem.m_step.problem import Bundle, Params, Problem, make_layout
+
+MEMORY_LIMIT = 16 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentRow:
+    """The E-step of one latent."""
+
+    name: str
+    strategy: str
+    states: int
+    plates: tuple[str, ...]
+    cells: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterRow:
+    """The M-step of one parameter."""
+
+    name: str
+    strategy: str
+    update: str
+    reason: str
+    shape: tuple[int, ...]
+    prior: str | None
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Size of the E-step: table entries, those of the largest table held at once, and its bytes."""
+
+    entries: int
+    largest: int
+    bytes: int
+    order: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.entries:,} table entries, the largest table {human(self.bytes)}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """What autoem will do with a model and why; printing it is the explanation.
+
+    Attributes:
+        program: the model as it was read.
+        latents: a row for each latent: E-step, states, cells, reason.
+        parameters: a row for each parameter: M-step, update formula, reason.
+        cost: size of the E-step.
+        notes: judgements, and how to turn them.
+    """
+
+    program: Program
+    problem: Problem
+    layout: Layout
+    blocks: tuple[AbstractBlock, ...]
+    chunks: Chunks | None
+    latents: tuple[LatentRow, ...]
+    parameters: tuple[ParameterRow, ...]
+    cost: Cost
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        return plan_html(self)
+
+    def latex(self) -> str:
+        """The derived updates as a LaTeX `align` block."""
+        return plan_latex(self)
+
+    def citations(self) -> str:
+        """Sources of the methods that the plan uses, one a line."""
+        return citations_of(self)
+
+    def m_step(self, name: str) -> str:
+        """How the parameter `name` is maximised: 'closed form', 'Newton', 'gradient' or 'fixed'.
+
+        Raises:
+            KeyError: the model has no such parameter.
+        """
+        return next(r.strategy for r in self.parameters if r.name == known(name, [r.name for r in self.parameters]))
+
+    def e_step(self, name: str) -> str:
+        """How the latent `name` is treated.
+
+        Raises:
+            KeyError: the model has no such latent.
+        """
+        return next(r.strategy for r in self.latents if r.name == known(name, [r.name for r in self.latents]))
+
+
+def known(name: str, names: Sequence[str]) -> str:
+    if name not in names:
+        raise KeyError(f"{name!r} is not among {list(names)}")
+    return name
+
+
+def make_plan(
+    program: Program,
+    problem: Problem,
+    layout: Layout,
+    blocks: tuple[AbstractBlock, ...],
+    chunks: Chunks | None,
+    params: Params,
+    bundle: Bundle,
+    notes: tuple[str, ...] = (),
+) -> Plan:
+    """Write the plan down.
+
+    Raises:
+        PlanError: a table would not fit in memory; crossed plates have no exact elimination.
+    """
+    cost = measure(problem, layout, chunks, params, bundle)
+    if cost.bytes > MEMORY_LIMIT:
+        latent = max(program.latents.values(), key=lambda z: z.num_states).name
+        raise PlanError(
+            latent,
+            problem=f"summing it out exactly needs a table of {human(cost.bytes)} (order {', '.join(cost.order)})",
+            mend="reduce the number of states or of parents of one site, or split the data's rows",
+        )
+    return Plan(
+        program, problem, layout, blocks, chunks, tuple(latent_rows(program, problem, layout)),
+        tuple(parameter_rows(program, problem, blocks)), cost, (*program.notes, *notes),
+    )  # fmt: skip
+
+
+def measure(problem: Problem, layout: Layout, chunks: Chunks | None, params: Params, bundle: Bundle) -> Cost:
+    """Run the elimination on shapes alone."""
+    steps: list[Step] = []
+    sizes: list[int] = []
+
+    def run(p, b):
+        steps.clear()
+        cells = problem.cells(p, b)
+        tables = [f.table(cells[f.name], b.rows[f.name]) for f in problem.factors.values() if not f.is_prior]
+        sizes[:] = [t.value.array.size for t in tables]
+        return eliminate(tables, make_layout(layout, b), steps=steps)
+
+    itemsize = jax.eval_shape(run, dict(params), bundle).dtype.itemsize
+    joint = [int(s.joint.array.size) for s in steps] or sizes or [0]
+    held = joint
+    if chunks is not None:
+        held = [int(j * chunks.size * chunks.devices / chunks.rows) for j in joint]
+    return Cost(sum(joint), max(joint), max(held) * itemsize, tuple(s.latent for s in steps))
+
+
+def latent_rows(program: Program, problem: Problem, layout: Layout):
+    for name, latent in program.latents.items():
+        plates = tuple(a for a in latent.axes if not a.startswith("#"))
+        cells = int(np.prod([layout.sizes[p] for p in plates], dtype=int))
+        readers = [f for f in problem.factors.values() if name in {z.name for z in f.latents}]
+        partners = sorted({z.name for f in readers for z in f.latents} - {name})
+        reason = f"{latent.num_states} states" + (f" x {cells:,} cells" if cells > 1 else "")
+        reason += ", summed out together with " + ", ".join(partners) if partners else ", each cell on its own"
+        if any(f.route and name in f.route.latents for f in readers):
+            reason += "; rows of another plate find their cell by index"
+        if not all(f.compact for f in readers):
+            reason += "; tabulated at full shape, since the model's text does not broadcast over it"
+        yield LatentRow(name, "exact", latent.num_states, plates, cells, reason)
+
+
+def parameter_rows(program: Program, problem: Problem, blocks: Sequence[AbstractBlock]):
+    by_name: Mapping[str, AbstractBlock] = {n: b for b in blocks for n in b.names}
+    for name, param in problem.params.items():
+        block = by_name.get(name)
+        if block is None:
+            yield ParameterRow(name, "fixed", "", "held at its start value", param.shape, param.prior, "")
+            continue
+        prior = program.sites[param.prior].distribution if param.prior else None
+        yield ParameterRow(name, block.strategy, block.update, block.reason, param.shape, prior, block.source)
+
+
+def human(count: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -1,0 +1,280 @@
+"""From a Program to its factors: which latents each site reads, in which plates, and in natural form or not.
+
+In: a classified Program and the data. Out: the factors in order, the layout of the latents, and the prepared rows. Where a
+factor reads a latent of other plates, the route from rows to cells is followed through the model's data flow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from autoem._errors import ModelError
+from autoem._jaxpr import Constant
+from autoem._named import Named, named
+from autoem.e_step.elimination import Layout, Route
+from autoem.e_step.tables import Factor, Rows
+from autoem.families import Family
+from autoem.ir import Latent, Program, Site
+from autoem.passes.cells import NONE, SEVERAL, cells_read
+
+
+def plates_of(latent: Latent) -> frozenset[str]:
+    """Plates that a latent has a cell for each combination of."""
+    return frozenset(a for a in latent.axes if not a.startswith("#"))
+
+
+def build_factors(program: Program, values: Mapping[Any, Any]) -> tuple[tuple[Factor, ...], dict[str, np.ndarray]]:
+    """The factors of `program`, and for each that needs one the cell that every row reads.
+
+    Raises:
+        ModelError: a site reads several cells of one latent at once.
+    """
+    factors, cells = [], {}
+    for site in program.sites.values():
+        latents = read_latents(program, site)
+        routed = [z for z in latents if not plates_of(z) <= set(site.plates)]
+        route = None
+        if routed:
+            route, cells[site.name] = find_route(program, site, routed, values)
+        factors.append(build_factor(program, site, latents, route))
+    return tuple(factors), cells
+
+
+def read_latents(program: Program, site: Site) -> tuple[Latent, ...]:
+    """Latents that the site's density reads, its own first."""
+    own = (site.name,) if site.role == "latent" else ()
+    return tuple(program.latents[n] for n in (*own, *(p for p in site.parents if p in program.latents)))
+
+
+def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], route: Route | None) -> Factor:
+    usable = all(program.compact[z.name] for z in latents)
+    graph = program.graph if usable else program.full
+    routed = route.latents if route else frozenset()
+    plates = frozenset().union(*(plates_of(z) for z in latents if z.name not in routed), route.source if route else ())
+    kept = tuple(a for a in site.axes if a in plates)
+    family, direct = natural_family(program, site)
+    params = tuple(p for p in site.parents if p in program.params)
+    if site.role == "parameter":
+        params = (site.name, *params)
+    sizes = {p.name: p.size for p in program.plates.values()}
+    return Factor(
+        site, latents, site.role == "latent", kept, plates, route, family, params, site.role == "parameter", sizes,
+        graph, usable, direct,
+    )  # fmt: skip
+
+
+def natural_family(program: Program, site: Site) -> tuple[Family | None, str]:
+    """The family entry, where the natural form applies; otherwise None and the reason."""
+    entry = site.family
+    if site.role == "factor":
+        return None, "a factor's density is whatever the model computes"
+    if site.role == "parameter":
+        return None, "the prior of a parameter"
+    if not isinstance(entry, Family):
+        reason = entry.reason if entry else f"{site.distribution} is not in the family table"
+        return None, reason
+    if site.role == "latent" and program.latents[site.name].bounded:
+        return None, "its support differs between cells"
+    if site.role != "latent" and not is_data(program, (site.name, "value")):
+        return None, "its value depends on parameters or latents"
+    if any(not is_data(program, (site.name, f"arg:{a}")) for a in entry.fixed):
+        return None, entry.otherwise or f"{', '.join(entry.fixed)} depends on parameters or latents"
+    return entry, ""
+
+
+def is_data(program: Program, key: tuple[str, str]) -> bool:
+    return all(k[0] in ("data", "key") for k in program.full.needs(key))
+
+
+def find_route(program: Program, site: Site, routed: list[Latent], values: Mapping) -> tuple[Route, np.ndarray]:
+    """How the rows of `site` find the cells of latents that live in other plates."""
+    target = routed[0].axes
+    found: dict[str, np.ndarray] = {}
+    for z in routed:
+        if z.axes != target:
+            raise ModelError(
+                site.name,
+                problem=f"reads latents of different plates by index: {[r.name for r in routed]}",
+                mend="declare those latents in one plate, or give each its own observed site",
+            )
+        found[z.name] = row_cells(program, site, z, values)
+    first = next(iter(found.values()))
+    if any(not np.array_equal(f, first) for f in found.values()):
+        raise ModelError(
+            site.name,
+            problem=f"reads the cells of {sorted(found)} by different indices",
+            mend="no exact elimination of bounded cost exists for this; index them by the same array",
+        )
+    varying = [i for i in range(first.ndim) if first.shape[i] > 1]
+    source = tuple(site.axes[i] for i in varying)
+    shape = tuple(s for a, s in zip(target, routed[0].shape, strict=True) if not a.startswith("#"))
+    names = tuple(a for a in target if not a.startswith("#"))
+    route = Route(frozenset(found), source, names, shape, site.name)
+    return route, first.reshape([first.shape[i] for i in varying])
+
+
+def row_cells(program: Program, site: Site, latent: Latent, values: Mapping) -> np.ndarray:
+    """For each row of the site the flat number of the latent's cell that it reads; axes of size one where all rows agree."""
+    atom = program.full.outputs[site.name, "elem"]
+    ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, values)
+    ids = ids.reshape((1,) * (len(site.axes) - ids.ndim) + ids.shape)
+    ids = np.broadcast_to(ids, site.shape)
+    for i, axis in enumerate(site.axes):
+        first = np.take(ids, [0], i)
+        if axis.startswith("#") or (ids == first).all():
+            ids = first if (ids == first).all() else np.full_like(first, SEVERAL)
+    if (ids == SEVERAL).any():
+        raise ModelError(
+            site.name,
+            problem=f"one row reads several cells of the latent '{latent.name}' at once",
+            mend=f"index it by row ({latent.name}[group]), or declare '{latent.name}' as separate sites outside a plate",
+        )
+    return np.where(ids == NONE, 0, ids)
+
+
+def prepare(factor: Factor, program: Program, values: Mapping, natural: bool = True) -> Rows:
+    """Make what `factor` needs of the data."""
+    site, graph = factor.site, program.full
+    rows = Rows(
+        mask=output(factor, graph, "mask", values),
+        scale=relative_scale(factor, program, values),
+        inside=bounds_mask(factor, values) if factor.own and factor.latents[0].bounded else None,
+    )
+    if rows.mask is not None:
+        rows = dataclasses.replace(rows, mask=Named(rows.mask.array.astype(float), rows.mask.axes))
+    if factor.own and rows.mask is not None:
+        events = [a for a in rows.mask.axes if a.startswith("#")]
+        rows = dataclasses.replace(rows, mask=rows.mask.sum(events))
+    if factor.family is None or not natural:
+        return rows
+    keys = [(site.name, f"arg:{a}") for a in factor.family.fixed]
+    fixed = {k[1][4:]: named(pad(v, len(site.axes)), site.axes) for k, v in zip(keys, graph.evaluate(keys, values), strict=True)}
+    rows = dataclasses.replace(rows, fixed=fixed)
+    return own_rows(factor, rows) if factor.own else observed_rows(factor, graph, values, rows)
+
+
+def pad(array, rank: int):
+    array = jnp.asarray(array)
+    return array.reshape((1,) * (rank - array.ndim) + array.shape)
+
+
+def output(factor: Factor, graph, field: str, values) -> Named | None:
+    key = (factor.name, field)
+    if key not in graph.outputs:
+        return None
+    return named(pad(graph.evaluate([key], values)[0], len(factor.site.axes)), factor.site.axes)
+
+
+def relative_scale(factor: Factor, program: Program, values) -> Named | None:
+    """Multiplicity of the factor relative to its innermost latent; None where they agree."""
+    graph, own = program.full, (factor.name, "scale")
+    inner = max(factor.latents, key=lambda z: len(plates_of(z)), default=None)
+    above = (inner.name, "scale") if inner else None
+    have = [k for k in (own, above) if k in graph.outputs]
+    if not have or (len(have) == 2 and same(graph.outputs[own], graph.outputs[above])):
+        return None
+    mine = output(factor, graph, "scale", values) or Named(jnp.ones(()), ())
+    if above not in graph.outputs:
+        return mine
+    axes = factor.site.axes if inner is None else program.sites[inner.name].axes
+    theirs = named(pad(graph.evaluate([above], values)[0], len(axes)), axes)
+    both = tuple(dict.fromkeys((*mine.axes, *theirs.axes)))
+    lower = theirs.to(both)
+    return Named(jnp.where(lower == 0, 1.0, mine.to(both) / jnp.where(lower == 0, 1, lower)), both)
+
+
+def same(a, b) -> bool:
+    both = isinstance(a, Constant) and isinstance(b, Constant)
+    return a is b or (both and np.array_equal(a.value, b.value))
+
+
+def bounds_mask(factor: Factor, values) -> Named:
+    """Which states of a latent each of its cells may take."""
+    low, high = (factor.graph.evaluate([(factor.name, f)], values)[0] for f in ("low", "high"))
+    rank = len(factor.site.axes)
+    states = jnp.asarray(factor.latents[0].states).reshape((-1,) + (1,) * rank)
+    inside = (states >= pad(low, rank)) & (states <= pad(high, rank))
+    return named(inside.astype(float), (factor.name, *factor.site.axes))
+
+
+def own_rows(factor: Factor, rows: Rows) -> Rows:
+    """The 'data' of a latent's own site: its states."""
+    latent, family = factor.latents[0], factor.family
+    assert family is not None
+    events = tuple(a for a in factor.site.axes if a.startswith("#") and not a.startswith("#unit"))
+    axes = (latent.name, *events)
+    value = Named(jnp.asarray(latent.states), axes)
+    base = Named(family.base(value.array, {k: f.to(axes) for k, f in (rows.fixed or {}).items()}), axes)
+    return dataclasses.replace(rows, value=value, base=base.sum(events))
+
+
+def observed_rows(factor: Factor, graph, values, rows: Rows) -> Rows:
+    """Values with event axes first and the longest kept plate last, standardised; and the constant of the density."""
+    site, family = factor.site, factor.family
+    assert family is not None
+    raw = jnp.asarray(graph.evaluate([(site.name, "value")], values)[0])
+    event = raw.shape[raw.ndim - family.event_dim :]
+    raw = jnp.broadcast_to(raw, site.shape + event)
+    batch = [i for i, s in enumerate(site.shape) if s > 1]
+    batch.sort(key=lambda i: (site.axes[i] in factor.kept, site.shape[i]))
+    rank = len(site.shape)
+    array = jnp.transpose(raw, (*range(rank, raw.ndim), *(i for i, s in enumerate(site.shape) if s == 1), *batch))
+    axes = tuple(site.axes[i] for i in batch)
+    array = array.reshape(event + tuple(site.shape[i] for i in batch))
+    value = Named(array, (*(f"event{i}" for i in range(family.event_dim)), *axes))
+    if rows.mask is not None:
+        value = without_hidden(value, rows.mask, family.event_dim)
+    log_spread = 0.0
+    if family.standardise is not None and any(not a.startswith("#") for a in axes):
+        value, rows = standardise(factor, value, rows)
+        spread = jnp.log(rows.spread)
+        log_spread = spread.sum() if family.event_dim else named(spread, site.axes).to(axes)
+    fixed = {k: f.to(axes) for k, f in (rows.fixed or {}).items()}
+    base = family.base(value.array, fixed) - log_spread
+    return dataclasses.replace(rows, value=value, base=Named(jnp.broadcast_to(base, array.shape[family.event_dim :]), axes))
+
+
+def without_hidden(value: Named, mask: Named, events: int) -> Named:
+    """Put a value that is seen where a mask hides one: what is hidden may be NaN or outside the support."""
+    batch = value.axes[events:]
+    seen = jnp.broadcast_to(mask.to(batch) > 0, value.array.shape[events:])
+    first = jnp.argmax(seen.ravel())
+    flat = value.array.reshape(*value.array.shape[:events], -1)
+    return Named(jnp.where(seen, value.array, jnp.take(flat, first, -1).reshape(flat.shape[:-1] + (1,) * len(batch))), value.axes)
+
+
+def standardise(factor: Factor, value: Named, rows: Rows) -> tuple[Named, Rows]:
+    """Centre and scale the rows once, so that the natural form does not cancel."""
+    site, events = factor.site, factor.family.event_dim  # type: ignore[union-attr]
+    x = value.array.astype(float)
+    axes = value.axes[events:]
+    over = tuple(i + events for i, a in enumerate(axes) if not a.startswith("#"))
+    weight = jnp.ones_like(x) if rows.mask is None else jnp.broadcast_to(rows.mask.to(axes), x.shape)
+    count = jnp.maximum(weight.sum(over, keepdims=True), 1)
+    centre = jnp.where(weight > 0, x, 0).sum(over, keepdims=True) / count
+    variance = (weight * (jnp.where(weight > 0, x, centre) - centre) ** 2).sum(over, keepdims=True) / count
+    spread = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 1.0)
+    new = Named(jnp.where(weight > 0, (x - centre) / spread, 0.0), value.axes)
+    if events:
+        return new, dataclasses.replace(rows, centre=centre.ravel(), spread=spread.ravel())
+    names = tuple(a for a in axes if a.startswith("#"))
+    place = [named(Named(v.reshape([v.shape[axes.index(a)] for a in names]), names).to(site.axes), site.axes) for v in (centre, spread)]
+    return new, dataclasses.replace(rows, centre=place[0].to(site.axes), spread=place[1].to(site.axes))
+
+
+def build_layout(program: Program, values: Mapping, cells: Mapping) -> Layout:
+    """Where every latent lives and how often its rows count."""
+    scales: dict[str, Named | None] = {}
+    for name in program.latents:
+        key = (name, "scale")
+        axes = program.sites[name].axes
+        scales[name] = (
+            named(pad(program.full.evaluate([key], values)[0], len(axes)), axes) if key in program.full.outputs else None
+        )
+    sizes = {p.name: p.size for p in program.plates.values()}
+    return Layout({n: plates_of(z) for n, z in program.latents.items()}, sizes, scales, cells)

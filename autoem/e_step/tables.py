@@ -1,0 +1,221 @@
+"""Tabulate each factor of a program over the latents that it reads.
+
+In: a Program. Out: one `Factor` a site, which turns parameters into *cells* (what the site's density needs of the parameters:
+natural parameters where its family is in the table, the log densities themselves elsewhere) and cells into a log-density
+table with named axes. The table is linear in the cells, so the gradient of `log Z` with respect to the cells is the expected
+sufficient statistics: with `Q = <statistics, cells(parameters)>` the M-step needs nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from autoem._jaxpr import Graph
+from autoem._named import Named, add, contract, multiply, named, union
+from autoem.e_step.elimination import Route, Table
+from autoem.families import Family
+from autoem.ir import Latent, Site
+
+FEATURE = "·"  # axis of the sufficient statistics
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """What a factor needs of the data, made once: values with the event axes first and the rows last, mask, constants."""
+
+    value: Named | None = None
+    mask: Named | None = None
+    fixed: dict[str, Named] | None = None
+    scale: Named | None = None
+    inside: Named | None = None
+    base: Named | None = None
+    centre: Array | None = None
+    spread: Array | None = None
+
+
+jax.tree_util.register_dataclass(Rows, [f.name for f in dataclasses.fields(Rows)], [])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factor:
+    """One site as a function of latents and parameters.
+
+    Attributes:
+        site: the site.
+        latents: the latents that it reads, in the order of the table's axes; its own comes first where it is one.
+        own: whether the site is itself a latent.
+        kept: plates whose axis the table keeps; the others are summed at once, since no latent of the factor varies along them.
+        plates: plates of the factor's latents: the context that the table stands in.
+        route: how rows find cells, where a latent lives in other plates.
+        family: set where the natural form is used.
+        params: names of the parameters that the factor reads.
+        is_prior: whether it is the prior of a parameter, no part of the data's likelihood.
+        direct: why the natural form is not used, for the plan.
+    """
+
+    site: Site
+    latents: tuple[Latent, ...]
+    own: bool
+    kept: tuple[str, ...]
+    plates: frozenset[str]
+    route: Route | None
+    family: Family | None
+    params: tuple[str, ...]
+    is_prior: bool
+    sizes: Mapping[str, int]
+    graph: Graph
+    compact: bool
+    direct: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @property
+    def parents(self) -> tuple[Latent, ...]:
+        """Latents that the arguments of the distribution read."""
+        return tuple(z for z in self.latents if z.name != self.name)
+
+    @property
+    def cell_axes(self) -> tuple[str, ...]:
+        """Names of the axes of the cells, before the feature axis."""
+        latents = self.parents if self.family else self.latents
+        return tuple(z.name for z in latents) + self.site.axes
+
+    def argument(self, key: str, values: Mapping[Any, Any], event_dim: int = 0) -> Array:
+        """An output of the site, `(*states, *batch, *event)`, of size one along every axis that it does not vary on."""
+        output = (self.name, key)
+
+        def at(states: Mapping) -> tuple[Array]:
+            return (jnp.asarray(self.graph.evaluate([output], {**values, **states})[0]),)
+
+        return self.over_states(output, at, event_dim)[0]
+
+    def over_states(self, output: tuple, function: Callable[[Mapping], tuple], event_dim: int) -> tuple[Array, ...]:
+        """Apply `function` of the latents' values under `vmap` over all states of those that `output` reads, and only those."""
+        read = self.graph.needs(output)
+        latents = self.parents if self.family else self.latents
+        varying = [z for z in latents if ("latent", z.name) in read]
+
+        def at(*states) -> tuple:
+            shapes = [self.graph.inputs["latent", z.name].shape for z in varying]
+            return function({("latent", z.name): jnp.broadcast_to(s, n) for z, s, n in zip(varying, states, shapes, strict=True)})
+
+        for i in reversed(range(len(varying))):
+            at = jax.vmap(at, in_axes=[0 if j == i else None for j in range(len(varying))])
+        out = at(*(jnp.asarray(z.states) for z in varying))
+        return tuple(self._padded(o, [z in varying for z in latents], event_dim) for o in out)
+
+    def _padded(self, array: Array, varying: list[bool], event_dim: int) -> Array:
+        """Give `array` an axis for every latent and every batch axis."""
+        sizes = iter(array.shape[: sum(varying)])
+        states = [next(sizes) if v else 1 for v in varying]
+        batch = array.shape[sum(varying) : array.ndim - event_dim]
+        padding = (1,) * (len(self.site.axes) - len(batch))
+        return array.reshape(*states, *padding, *batch, *array.shape[array.ndim - event_dim :])
+
+    def arguments(self, values: Mapping[Any, Any], rows: Rows) -> dict[str, Array]:
+        """Arguments of the family at every state, standardised as the rows are."""
+        family = self._family
+        args = {a: self.argument(f"arg:{a}", values, d) for a, d in zip(family.args, family.arg_dims, strict=True)}
+        if rows.centre is not None and family.standardise is not None:
+            args = family.standardise(args, rows.centre, rows.spread)
+        return args
+
+    @property
+    def _family(self) -> Family:
+        assert self.family is not None
+        return self.family
+
+    def cells(self, values: Mapping[Any, Any], rows: Rows) -> Any:
+        """What the parameters are to this factor: `(eta, A)`, or the table itself."""
+        if self.family is None:
+            return self.argument("elem", values)
+        eta, log_normalizer = self.family.natural(self.arguments(values, rows))
+        return eta, log_normalizer
+
+    def table(self, cells: Any, rows: Rows) -> Table:
+        """Log density over the factor's latents and kept plates; linear in `cells`."""
+        value = self._natural_table(cells, rows) if self.family else self._direct_table(cells, rows)
+        if rows.scale is not None:
+            value = multiply(value, rows.scale)
+        gone = [a for a in value.axes if a not in self.kept and a not in {z.name for z in self.latents}]
+        return Table(value.sum(gone), frozenset(z.name for z in self.latents), self.plates, self.route)
+
+    def _natural_table(self, cells: tuple[Array, Array], rows: Rows) -> Named:
+        eta = named(cells[0][..., None, :], (*self.cell_axes, "", FEATURE))
+        if FEATURE not in eta.axes:
+            eta = Named(eta.array[..., None], (*eta.axes, FEATURE))
+        normalizer = named(cells[1], self.cell_axes)
+        keep = self._keep(rows)
+        value = contract(keep, eta, self.features(rows))
+        count = None if self.own else rows.mask
+        present = {*normalizer.axes, *keep, *(count.axes if count is not None else ())}
+        normalizer = contract(keep, normalizer, *([] if count is None else [count]))
+        normalizer = repeated(normalizer, self._repeats(present))
+        out = add(value, Named(-normalizer.array, normalizer.axes))
+        if self.own:
+            out = self._bounded(out if rows.base is None else add(out, rows.base), rows)
+        return out
+
+    def _keep(self, rows: Rows) -> tuple[str, ...]:
+        scaled = rows.scale.axes if rows.scale is not None else ()
+        return union((z.name for z in self.latents), self.kept, scaled)
+
+    def _repeats(self, present: set[str]) -> float:
+        """Number of equal terms along the axes that are summed but that nothing varies on."""
+        axes = zip(self.site.axes, self.site.shape, strict=True)
+        return float(np.prod([s for a, s in axes if a not in present], dtype=float))
+
+    def features(self, rows: Rows) -> Named:
+        """Sufficient statistics of the rows, masked."""
+        assert rows.value is not None
+        batch = rows.value.axes[self._family.event_dim :]
+        fixed: dict[str, Any] = {k: f.to(batch) for k, f in (rows.fixed or {}).items()}
+        if self._family.sized_by:
+            fixed["size"] = self.graph.shape((self.name, f"arg:{self._family.sized_by}"))[-1]
+        out = Named(self._family.features(rows.value.array, fixed), (FEATURE, *batch))
+        if rows.mask is None or self.own:
+            return out
+        return Named(out.array * rows.mask.to(out.axes), out.axes)
+
+    def _direct_table(self, cells: Array, rows: Rows) -> Named:
+        value = named(cells, self.cell_axes)
+        if self.own:
+            value = self._bounded(value, rows)
+        elif rows.mask is not None:
+            value = choose(rows.mask, value, 0.0)
+        return repeated(value, self._repeats({*value.axes, *self._keep(rows)}))
+
+    def _bounded(self, value: Named, rows: Rows) -> Named:
+        """A latent's own table: impossible states have no density, and a cell that a mask takes out counts once."""
+        if rows.inside is not None:
+            value = choose(rows.inside, value, -jnp.inf)
+        if rows.mask is not None:
+            value = choose(rows.mask, value, -float(np.log(self.latents[0].num_states)))
+        return value
+
+
+def choose(where: Named, value: Named, otherwise: float) -> Named:
+    axes = union(value.axes, where.axes)
+    return Named(jnp.where(where.to(axes) > 0, value.to(axes), otherwise), axes)
+
+
+def repeated(value: Named, times: float) -> Named:
+    return value if times == 1 else Named(value.array * times, value.axes)
+
+
+def log_density_constant(factor: Factor, rows: Rows) -> Named | None:
+    """`log h(x)` of an observed natural site, masked and scaled, with an axis for each plate that it varies on."""
+    if factor.own or rows.base is None:
+        return None
+    value = rows.base if rows.mask is None else multiply(rows.base, rows.mask)
+    value = value if rows.scale is None else multiply(value, rows.scale)
+    return value

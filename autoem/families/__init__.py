@@ -1,0 +1,32 @@
+"""The family table: one record a distribution serves the E-step and the M-step (a group of families a file)."""
+
+from autoem.families import continuous, discrete, normal, opaque  # noqa: F401  (registration)
+from autoem.families._family import (
+    Args,
+    Counting,
+    Covariance,
+    Family,
+    Location,
+    NoClosedForm,
+    Opaque,
+    Power,
+    Rule,
+    family_of,
+    register_family,
+    registered_families,
+)
+
+__all__ = [
+    "Args",
+    "Counting",
+    "Covariance",
+    "Family",
+    "Location",
+    "NoClosedForm",
+    "Opaque",
+    "Power",
+    "Rule",
+    "family_of",
+    "register_family",
+    "registered_families",
+]

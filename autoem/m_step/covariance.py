@@ -1,0 +1,111 @@
+r"""Covariance matrices: the pooled expected scatter about the new locations.
+
+.. math:: \hat\Sigma_j = \sum_{c \to j} S_c \Big/ \sum_{c \to j} n_c
+
+for every matrix that is copied into the argument of a multivariate normal, in the form that the model declares (covariance,
+precision, Cholesky factor). A Wishart prior on a precision adds its scale and degrees of freedom.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from autoem.families import Covariance
+from autoem.m_step._base import AbstractBlock
+from autoem.m_step.counting import fit, latex_name
+from autoem.m_step.link import Declined, Linear
+from autoem.m_step.priors import arguments_of, prior_of
+from autoem.m_step.problem import Bundle, Params, Statistics, Use, graph_values
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scatter(AbstractBlock):
+    """Pooled scatter matrix, mapped to the parameter's form."""
+
+    uses: tuple[Use, ...] = ()
+    form: str = "covariance"
+
+    order = 2
+    source = "Anderson 2003, section 3.2"
+
+    @property
+    def update(self) -> str:
+        inner = "E[scatter] / E[count]"
+        return {"covariance": inner, "precision": f"({inner})^-1", "tril": f"cholesky({inner})"}[self.form]
+
+    @property
+    def latex(self) -> str:
+        name = latex_name(self.names[0])
+        inner = r"\frac{\sum_n E[w_{nj} \mid x] (x_n - \mu_j)(x_n - \mu_j)^\top}{\sum_n E[w_{nj} \mid x]}"
+        wrap = {"covariance": "{}", "precision": r"\left({}\right)^{{-1}}", "tril": r"\mathrm{{chol}}\left({}\right)"}
+        return rf"\hat{{{name}}}_j = " + wrap[self.form].format(inner)
+
+    def solve(self, params: Params, statistics: Statistics, bundle: Bundle, state):
+        (name,) = self.names
+        old = params[name]
+        scatter, count = jnp.zeros_like(old), jnp.zeros_like(old)
+        for use in self.uses:
+            s, n = self.pooled(use, params, statistics, bundle)
+            scatter, count = scatter + s, count + n
+        scatter, count = self.with_prior(scatter, count, params, bundle)
+        mean = scatter / jnp.where(count > 0, count, 1)
+        mean = 0.5 * (mean + jnp.swapaxes(mean, -1, -2))
+        if self.form == "precision":
+            new = jnp.linalg.inv(mean)
+        else:
+            new = jnp.linalg.cholesky(mean) if self.form == "tril" else mean
+        return {name: jnp.where(count > 0, new, old).astype(old.dtype)}, state
+
+    def pooled(self, use: Use, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, Array]:
+        """Scatter and counts of the cells that each matrix reaches, in the data's own units."""
+        (name,) = self.names
+        factor, rows = use.factor, bundle.rows[use.factor.name]
+        rule = factor._family.rules[use.argument or ""]
+        assert isinstance(rule, Covariance)
+        args = self.problem.arguments(use, params, bundle)
+        t, n = self.problem.statistics(use, statistics)
+        scatter = rule.scatter(t, n, args)
+        if rows.spread is not None:
+            scatter = scatter * rows.spread[:, None] * rows.spread[None, :]
+        values = graph_values(bundle, params)
+
+        def link(value: Array) -> Array:
+            return factor.argument(use.key[1], {**values, ("param", name): value}, 2)
+
+        raw, pull = jax.vjp(link, params[name])
+        count = jnp.broadcast_to(n[..., None, None], scatter.shape)
+        return pull(fit(scatter, raw.shape))[0], pull(fit(count, raw.shape))[0]
+
+    def with_prior(self, scatter: Array, count: Array, params: Params, bundle: Bundle) -> tuple[Array, Array]:
+        prior = prior_of(self.names[0], self.problem.factors)
+        if prior is None:
+            return scatter, count
+        names = ("concentration", "rate_matrix")
+        a = arguments_of(prior, names, graph_values(bundle, params))
+        d = scatter.shape[-1]
+        return scatter + a["rate_matrix"], count + (a["concentration"] - d - 1)[..., None, None]
+
+
+def accept(problem, use: Use, name: str, params: Params, bundle: Bundle) -> str:
+    """The matrix form of the place.
+
+    Raises:
+        Declined: it is not a matrix that is only copied.
+    """
+    if use.argument is None:
+        raise Declined(f"it enters the density of {use} as a whole")
+    rule = use.factor._family.rules[use.argument]
+    if not isinstance(rule, Covariance):
+        raise Declined(f"it enters {use}, which is no covariance")
+
+    def start():
+        return {("param", name): Linear(jnp.asarray(params[name], float))}
+
+    form = problem.link(use, start, params, bundle).form
+    if not (isinstance(form, Linear) and form.pure):
+        raise Declined(f"the matrix in {use} is computed from it, not copied")
+    return rule.form

@@ -1,0 +1,202 @@
+r"""Locations: `Q` is quadratic in them, so one Newton step from anywhere is the exact maximum.
+
+`Mean` is the case in which every argument reads one entry of the parameter (a selection, possibly scaled or shifted by data): the
+step separates, and is the weighted mean
+
+.. math:: \mu_j \leftarrow \mu_j + \sum_c J_{cj} g_c \Big/ \sum_c J_{cj}^2 h_c
+
+with `g` and `h` the slope and curvature of each cell. Statistics enter as residuals about the old value, so nothing cancels.
+`LeastSquares` is the general affine case (regression): the normal equations of all jointly affine parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from autoem.families import Location
+from autoem.m_step._base import AbstractBlock
+from autoem.m_step.counting import fit, latex_name
+from autoem.m_step.link import Declined, Linear
+from autoem.m_step.priors import prior_of
+from autoem.m_step.problem import Bundle, Params, Statistics, Use, graph_values
+
+MAX_DENSE = 2048
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mean(AbstractBlock):
+    """Weighted mean of every entry of one location parameter."""
+
+    uses: tuple[Use, ...] = ()
+
+    order = 1
+
+    @property
+    def update(self) -> str:
+        return "E[sum of observations] / E[count]"
+
+    @property
+    def latex(self) -> str:
+        name = latex_name(self.names[0])
+        return rf"\hat{{{name}}}_j = \frac{{\sum_n E[w_{{nj}} \mid x]\, x_n}}{{\sum_n E[w_{{nj}} \mid x]}}"
+
+    def solve(self, params: Params, statistics: Statistics, bundle: Bundle, state):
+        (name,) = self.names
+        old = params[name]
+        slope, curvature = jnp.zeros_like(old), jnp.zeros_like(old)
+        for use in self.uses:
+            g, h = self.terms(use, params, statistics, bundle)
+            slope, curvature = slope + g, curvature + h
+        prior = prior_of(name, self.problem.factors)
+        if prior is not None:
+            g, h = prior_terms(prior, old, params, bundle)
+            slope, curvature = slope + g, curvature + h
+        step = slope / jnp.where(curvature > 0, curvature, 1)
+        return {name: jnp.where(curvature > 0, old + step, old).astype(old.dtype)}, state
+
+    def terms(self, use: Use, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, Array]:
+        """Slope and curvature of `Q` along every entry of the parameter."""
+        (name,) = self.names
+        args = self.problem.arguments(use, params, bundle)
+        arg = use.argument or ""
+
+        def link(value: Array) -> Array:
+            return self.problem.arguments(use, {**params, name: value}, bundle)[arg]
+
+        _, pull = jax.vjp(link, params[name])
+        jacobian = jax.jvp(link, (params[name],), (jnp.ones_like(params[name]),))[1]
+        t, n = self.problem.statistics(use, statistics)
+        slope, curvature = (vector_terms if use.event_dim else scalar_terms)(use, args, t, n)
+        shape = args[arg].shape
+        return pull(fit(slope, shape))[0], pull(fit(curvature, shape) * jacobian)[0]
+
+
+def scalar_terms(use: Use, args, t: Array, n: Array) -> tuple[Array, Array]:
+    """Slope and curvature of the cells' objective in a scalar location."""
+    family, arg = use.factor._family, use.argument or ""
+    shape = jnp.broadcast_shapes(args[arg].shape, n.shape)
+
+    def slope(value: Array) -> Array:
+        def objective(v: Array) -> Array:
+            eta, log_normalizer = family.natural({**args, arg: v})
+            return (eta * t).sum() - (log_normalizer * n).sum()
+
+        return jax.grad(objective)(value)
+
+    at = jnp.broadcast_to(args[arg], shape)
+    g, h = jax.jvp(slope, (at,), (jnp.ones_like(at),))
+    return g, -h
+
+
+def vector_terms(use: Use, args, t: Array, n: Array) -> tuple[Array, Array]:
+    """Residual sums and counts: a common covariance, or one that each cell has to itself, cancels from the mean."""
+    loc = args[use.argument or ""]
+    d = loc.shape[-1]
+    count = jnp.broadcast_to(n[..., None], (*n.shape, d))
+    return t[..., :d] - count * loc, count
+
+
+def prior_terms(prior, value: Array, params: Params, bundle: Bundle) -> tuple[Array, Array]:
+    """Slope and curvature of a Normal prior."""
+
+    def slope(v: Array) -> Array:
+        def density(w: Array) -> Array:
+            values = graph_values(bundle, {**params, prior.name: w})
+            return prior.table(prior.cells(values, bundle.rows[prior.name]), bundle.rows[prior.name]).value.array.sum()
+
+        return jax.grad(density)(v)
+
+    g, h = jax.jvp(slope, (value,), (jnp.ones_like(value),))
+    return g, -h
+
+
+def accept_linear(problem, use: Use, names: tuple[str, ...], params: Params, bundle: Bundle) -> Linear:
+    """The place as an affine function of all of `names` together.
+
+    Raises:
+        Declined: it is not a location, or not affine.
+    """
+    if use.argument is None:
+        raise Declined(f"it enters the density of {use} as a whole")
+    if not isinstance(use.factor._family.rules[use.argument], Location):
+        raise Declined(f"it enters {use}, in which the objective is not quadratic")
+
+    def start():
+        return {("param", n): Linear(jnp.asarray(params[n], float)) for n in names}
+
+    form = problem.link(use, start, params, bundle).form
+    if not isinstance(form, Linear):
+        raise Declined(f"it does not enter {use} affinely")
+    return form
+
+
+def vector_mean_applies(problem, use: Use, name: str, form: Linear, params: Params, bundle: Bundle) -> bool:
+    """Whether a vector location is a plain mean: its matrix is shared by all cells, or every entry is read exactly once."""
+    shapes = jax.eval_shape(lambda p, b: problem.arguments(use, p, b), dict(params), bundle)
+    loc = shapes[use.argument or ""]
+    rank = loc.ndim - 1
+    others = [a for k, a in shapes.items() if k != use.argument]
+    if not form.pure or any(s > 1 for s in loc.shape[len(use.factor.parents) : rank]):
+        return False
+    if all(s == 1 for o in others for s in o.shape[:rank]):
+        return True
+    needs = use.factor.graph.needs((use.factor.name, use.key[1]))
+    if loc.size != np.size(params[name]) or any(k[0] in ("data", "key") for k in needs):
+        return False
+    tags = jnp.arange(1.0, loc.size + 1).reshape(np.shape(params[name]))
+    given = {("param", n): v for n, v in params.items()} | {("param", name): tags}
+    seen = jax.jit(lambda g: use.factor.argument(use.key[1], g, 1))(given)
+    return bool((jnp.sort(seen.ravel()) == jnp.sort(tags.ravel())).all())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LeastSquares(AbstractBlock):
+    """Normal equations of all parameters that enter locations jointly affinely."""
+
+    order = 1
+    source = "Aitken 1935 (generalised least squares)"
+
+    @property
+    def update(self) -> str:
+        return "weighted least squares" + (f" of {', '.join(self.names)} together" if len(self.names) > 1 else "")
+
+    @property
+    def latex(self) -> str:
+        name = ",".join(latex_name(n) for n in self.names)
+        return rf"\hat{{{name}}} = (X^\top W X)^{{-1}} X^\top W y,\quad W = E[w \mid x]"
+
+    def solve(self, params: Params, statistics: Statistics, bundle: Bundle, state):
+        touched = self.problem.touched(self.names)
+        old = {n: params[n] for n in self.names}
+        flat, unravel = ravel_pytree(old)
+
+        def objective(v: Array) -> Array:
+            return self.problem.q({**params, **unravel(v)}, statistics, bundle, touched)
+
+        slope = jax.grad(objective)
+        g = slope(flat)
+        if flat.size <= MAX_DENSE:
+            step = newton_direction(jax.hessian(objective)(flat), g)
+        else:
+            step, _ = jax.scipy.sparse.linalg.cg(lambda v: -jax.jvp(slope, (flat,), (v,))[1], g, tol=1e-12, maxiter=flat.size)
+        return unravel(jnp.where(jnp.isfinite(step).all(), flat + step, flat)), state
+
+
+def newton_direction(hessian: Array, slope: Array, damping: Array | float = 0.0) -> Array:
+    """`(-H + damping I)^-1 g`, scaled to unit diagonal first; directions without curvature stay where they are."""
+    curvature = -hessian
+    diagonal = jnp.diagonal(curvature)
+    top = jnp.maximum(jnp.abs(diagonal).max(), jnp.finfo(slope.dtype).tiny)
+    unit = jnp.sqrt(jnp.maximum(diagonal, 1e-12 * top))
+    scaled = curvature / unit[:, None] / unit[None, :]
+    # a direction along which nothing is observed has a zero row: give it curvature one, so its step is zero
+    ridge = jnp.finfo(slope.dtype).eps * 10 + damping
+    dead = jnp.abs(diagonal) <= 1e-14 * top
+    scaled = scaled + jnp.diag(jnp.where(dead, 1.0, ridge))
+    return jax.scipy.linalg.solve(scaled, slope / unit, assume_a="sym") / unit

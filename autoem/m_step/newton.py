@@ -1,0 +1,101 @@
+r"""Newton's method for what has no closed form but is small: generalised linear models, Gamma shapes, odd links.
+
+In unconstrained coordinates, with Levenberg damping and a step that is only taken if `Q` rises, so a step never costs the
+guarantee of EM. Where `Q` is concave in the coordinates (a GLM with its canonical link) this is iteratively reweighted least
+squares.
+
+References:
+    Nelder and Wedderburn 1972; Lange 1995, "A gradient algorithm locally equivalent to the EM algorithm"; More 1978 (damping).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from autoem.m_step._base import NEWTON, AbstractBlock
+from autoem.m_step.counting import latex_name
+from autoem.m_step.location import newton_direction
+from autoem.m_step.problem import Bundle, Params, Statistics
+from autoem.m_step.unconstrained import to_constrained, to_unconstrained
+
+
+class NewtonState(NamedTuple):
+    at: Array
+    value: Array
+    damping: Array
+    step: Array
+    moved: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NewtonBlock(AbstractBlock):
+    """Damped Newton steps on the block's parameters together."""
+
+    max_steps: int = 25
+    tolerance: float = 1e-10
+
+    order = 3
+    strategy = NEWTON
+    source = "Lange 1995; Nelder and Wedderburn 1972"
+
+    @property
+    def update(self) -> str:
+        return "damped Newton steps" + (f" on {', '.join(self.names)} together" if len(self.names) > 1 else "")
+
+    @property
+    def latex(self) -> str:
+        name = ",".join(latex_name(n) for n in self.names)
+        return rf"{name} \leftarrow {name} - (\nabla^2 Q)^{{-1}} \nabla Q \quad\text{{(damped)}}"
+
+    def solve(self, params: Params, statistics: Statistics, bundle: Bundle, state):
+        touched = self.problem.touched(self.names)
+        free = {n: to_unconstrained(self.problem.params[n], params[n]) for n in self.names}
+        flat, unravel = ravel_pytree(free)
+
+        def constrained(v: Array) -> dict[str, Array]:
+            return {n: to_constrained(self.problem.params[n], u) for n, u in unravel(v).items()}
+
+        def objective(v: Array) -> Array:
+            return self.problem.q({**params, **constrained(v)}, statistics, bundle, touched)
+
+        best = maximise(objective, flat, self.max_steps, self.tolerance)
+        new = constrained(best)
+        # a parameter on its boundary has no finite coordinate: it stays there
+        finite = jnp.isfinite(flat).all() & jnp.isfinite(best).all()
+        return {n: jnp.where(finite, new[n], params[n]) for n in self.names}, state
+
+
+def maximise(objective, start: Array, max_steps: int, tolerance: float) -> Array:
+    """A local maximum of `objective` from `start`; never lower than where it began."""
+    tolerance = max(tolerance, 10 * float(jnp.finfo(start.dtype).eps))
+
+    def going(s: NewtonState) -> Array:
+        return (s.step < max_steps) & s.moved
+
+    def step(s: NewtonState) -> NewtonState:
+        slope = jax.grad(objective)(s.at)
+        direction = newton_direction(jax.hessian(objective)(s.at), slope, s.damping)
+        # where the quadratic model is not concave its step may point down: follow the slope instead
+        rises = jnp.vdot(direction, slope) > 0
+        direction = jnp.where(rises, direction, slope / (1 + jnp.linalg.norm(slope)))
+        new = s.at + direction
+        value = objective(new)
+        better = value >= s.value
+        gain = jnp.vdot(direction, slope)
+        done = gain <= tolerance * (1 + jnp.abs(s.value)) * 1e-2
+        damping = jnp.where(better, s.damping * 0.1, jnp.maximum(s.damping * 10, 1e-3))
+        damping = jnp.where(damping < 1e-8, 0.0, damping)
+        keep = better & jnp.isfinite(value)
+        return NewtonState(
+            jnp.where(keep, new, s.at), jnp.where(keep, value, s.value), damping, s.step + 1,
+            ~(done & keep) & (damping < 1e12) & jnp.isfinite(gain),
+        )  # fmt: skip
+
+    first = NewtonState(start, objective(start), jnp.zeros((), start.dtype), jnp.zeros((), int), jnp.array(True))
+    return jax.lax.while_loop(going, step, first).at

@@ -1,0 +1,1 @@
+"""Program to Program, one decision a file."""

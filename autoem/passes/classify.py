@@ -1,0 +1,103 @@
+"""Decide what each unobserved continuous site is: a parameter with a prior, or a latent; and who depends on whom.
+
+In: a Program whose continuous sites are undecided. Out: the same with every such site a parameter, its reason recorded, or a
+refusal. The rule: a site is a parameter when its prior depends on no other parameter and it stands in no plate with
+observed data below it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from autoem._errors import ModelError, PlanError
+from autoem.families import Family
+from autoem.ir import Param, Program, Site
+
+
+def classify(program: Program, constraints: dict, latent: tuple[str, ...], maximize: tuple[str, ...]) -> Program:
+    """Give every continuous unobserved site its role.
+
+    Args:
+        constraints: support of each such site.
+        latent: names that the user wants integrated; refused, since only discrete latents are.
+        maximize: names that the user wants maximised whatever the rule says.
+
+    Raises:
+        PlanError: `latent` or `maximize` names no such site. ModelError: a site is a continuous latent.
+    """
+    refuse_unknown(program, latent, maximize)
+    dtype = np.dtype(jax.dtypes.canonicalize_dtype(float))
+    params = {n: dataclasses.replace(p, dtype=dtype, reason="declared with numpyro.param") for n, p in program.params.items()}
+    sites = {n: dataclasses.replace(s, parents=parents_of(program, s)) for n, s in program.sites.items()}
+    program = dataclasses.replace(program, sites=sites)
+    for site in list(sites.values()):
+        if site.role != "parameter":
+            continue
+        reason = decide(program, site, site.name in latent, site.name in maximize)
+        sites[site.name] = dataclasses.replace(site, reason=reason)
+        shape = program.full.inputs["param", site.name].shape
+        params[site.name] = Param(site.name, shape, dtype, constraints[site.name], site.name, reason)
+    return dataclasses.replace(program, sites=sites, params=params)
+
+
+def refuse_unknown(program: Program, latent: tuple[str, ...], maximize: tuple[str, ...]) -> None:
+    for option, names in (("latent", latent), ("maximize", maximize)):
+        for name in names:
+            if name in program.latents and option == "latent":
+                continue
+            site = program.sites.get(name)
+            if site is None or site.role not in ("parameter",):
+                known = [s.name for s in program.sites.values() if s.role in ("parameter", "latent")]
+                what = "is no unobserved site" if site is None else f"is {site.role}, not an unobserved continuous site"
+                raise PlanError(
+                    name, problem=f"{option}= names it, but it {what} of the model", mend=f"choose among {known}"
+                )
+
+
+def parents_of(program: Program, site: Site) -> tuple[str, ...]:
+    """Names of the parameters and latents that the site's density reads, itself excepted."""
+    fields = [k for k in program.full.outputs if k[0] == site.name]
+    needs = program.full.needs(*fields)
+    names = [k[1] for k in needs if k[0] in ("param", "latent") and k[1] != site.name]
+    order = [k[1] for k in program.full.inputs if k[0] in ("param", "latent")]
+    return tuple(sorted(names, key=order.index))
+
+
+def decide(program: Program, site: Site, forced_latent: bool, forced_parameter: bool) -> str:
+    """The reason why `site` is a parameter; raises where it is a latent."""
+    if forced_parameter:
+        return "maximised because maximize= names it"
+    why = "latent= names it" if forced_latent else why_latent(program, site)
+    if why:
+        raise ModelError(
+            site.name,
+            problem=f"a continuous latent ({why}); only discrete latents are integrated so far",
+            mend=f'EM(model, maximize=["{site.name}"]) to maximise over it, or integrate it out by hand in the model',
+        )
+    return "a parameter with a prior: its prior reads no other parameter, and no data stand in its plates"
+
+
+def why_latent(program: Program, site: Site) -> str:
+    """Why the site is a latent, or an empty string where it is a parameter."""
+    others = [p for p in site.parents if p in program.sites or p in program.params]
+    if others:
+        return f"its prior depends on {', '.join(others)}"
+    below = [s for s in program.sites.values() if site.name in s.parents and s.role != "parameter"]
+    for child in below:
+        if shared := set(site.plates) & set(child.plates):
+            return f"it stands in plate '{min(shared)}' with '{child.name}', which depends on it"
+    if site.plates and standard_normal(program, site) and not any(p in program.latents for s in below for p in s.parents):
+        return "a standard normal effect for each group of rows (non-centred)"
+    return ""
+
+
+def standard_normal(program: Program, site: Site) -> bool:
+    """Whether the site is Normal(0, 1) by literal constants."""
+    keys = [(site.name, "arg:loc"), (site.name, "arg:scale")]
+    if site.distribution != "Normal" or not isinstance(site.family, Family) or program.full.needs(*keys):
+        return False
+    loc, scale = program.full.evaluate(keys, {})
+    return bool(np.all(np.asarray(loc) == 0) and np.all(np.asarray(scale) == 1))
