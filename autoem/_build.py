@@ -56,6 +56,7 @@ class Build:
     factors: tuple[Factor, ...]
     limits: dict[str, np.ndarray]
     model_start: Callable[[dict, Array], dict[str, Array]]
+    seeding: Callable | None = None
 
     def __post_init__(self):
         self._prepare = jax.jit(lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells))
@@ -67,11 +68,15 @@ class Build:
     def data(self, source: Source) -> dict[int, Array]:
         return {} if source.concrete else {i: jnp.asarray(x) for i, x in enumerate(source.data)}
 
-    def bundle(self, source: Source, key: Array) -> Bundle:
-        """The data of a call, prepared and placed on the devices."""
+    def plain_bundle(self, source: Source, key: Array) -> Bundle:
+        """The data of a call, prepared, in one piece."""
         data = self.data(source)
         cells = route_cells(self.program, self.factors, data, key) if self.has_routes else {}
-        return spread_rows(self._prepare(data, key, cells), self.plan.chunks)
+        return self._prepare(data, key, cells)
+
+    def bundle(self, source: Source, key: Array) -> Bundle:
+        """The data of a call, prepared and placed on the devices."""
+        return spread_rows(self.plain_bundle(source, key), self.plan.chunks)
 
     @property
     def has_routes(self) -> bool:

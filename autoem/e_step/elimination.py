@@ -61,6 +61,7 @@ class Step:
     joint: Named
     latents: frozenset[str]
     plates: frozenset[str]
+    route: Route | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,7 +192,7 @@ def remove(tables: Sequence[Table], latent: str, reduce, steps: list[Step] | Non
     rest = tuple(a for a in joint.axes if a != latent)
     joint = Named(joint.to((latent, *rest)), (latent, *rest))
     if steps is not None:
-        steps.append(Step(latent, joint, latents, tables[0].plates))
+        steps.append(Step(latent, joint, latents, tables[0].plates, shared_route(tables, latents)))
     return Table(Named(reduce(joint.array), rest), latents, tables[0].plates, shared_route(tables, latents))
 
 

@@ -1,0 +1,180 @@
+"""`EM`: the front door. Options at construction; a key and the model's own arguments at `run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from autoem._build import Build, Options, build
+from autoem._check import Report, run_checks
+from autoem._errors import DataError
+from autoem._fit import State, compile_loop, initial_state, run_loop
+from autoem._init import starts
+from autoem._plan import Plan
+from autoem._progress import Progress
+from autoem._result import EMResult, Restarts, make_result
+from autoem._stop import Stop
+from autoem._trace import Source
+from autoem._validate import validate
+from autoem._verify import verify
+from autoem.e_step.strategies import AbstractEStep
+from autoem.m_step.problem import Bundle
+from autoem.m_step.strategies import AbstractMStep
+
+VMAP_UP_TO = 4_000_000  # entries of the rows times restarts: beyond, restarts run one after the other
+
+
+class EM:
+    """Expectation maximisation, derived from a NumPyro model.
+
+    Maximises :math:`\\log p(x \\mid \\theta) + \\log p(\\theta)` over the parameters :math:`\\theta`, the discrete latents summed out
+    exactly.
+
+    Args:
+        model: a NumPyro model, called as `model(*args, **kwargs)`.
+        e_step: None (choose and say why), a strategy from `autoem.e_step`, or a dict of them by latent.
+        m_step: None (choose and say why), a strategy from `autoem.m_step`, or a dict of them by parameter.
+        latent: names of continuous sites to integrate rather than maximise.
+        maximize: names of continuous sites to maximise whatever their place in the model.
+        restarts: number of starts, at least 1; the best end point is the result, and every one is kept in it.
+        init: where to start. "auto": the model's own values, unless they treat the states of a latent alike (a saddle point of
+            EM), then responsibilities seeded from the data. "model": the model's own values. "random": seeded from the data. A dict:
+            values by parameter name (the others as in "auto"), or, by latent name, responsibilities of shape
+            `(*plates, states)`, from which the first M-step starts.
+        max_steps: M-steps at most.
+        tol: relative change of the objective below which a step counts as flat.
+        patience: flat steps in a row that end the fit.
+        missing: "error", or "marginalize" to drop NaN entries of observed sites exactly.
+        progress: show a bar for fits that take longer than about two seconds.
+
+    Raises:
+        ValueError: an option is out of its range.
+
+    References:
+        Dempster, Laird and Rubin 1977, "Maximum likelihood from incomplete data via the EM algorithm".
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        *,
+        e_step: AbstractEStep | Mapping[str, AbstractEStep] | None = None,
+        m_step: AbstractMStep | Mapping[str, AbstractMStep] | None = None,
+        latent: Sequence[str] = (),
+        maximize: Sequence[str] = (),
+        restarts: int = 1,
+        init: str | Mapping[str, Any] = "auto",
+        max_steps: int = 1000,
+        tol: float = 1e-9,
+        patience: int = 2,
+        missing: str = "error",
+        progress: bool = True,
+    ):
+        if not callable(model):
+            raise TypeError(f"EM(model={model!r}): model must be a NumPyro model, a function")
+        if missing not in ("error", "marginalize"):
+            raise ValueError(f"EM(missing={missing!r}): missing must be 'error' or 'marginalize'")
+        if isinstance(init, str) and init not in ("auto", "model", "random"):
+            raise ValueError(f"EM(init={init!r}): init must be 'auto', 'model', 'random' or a dict")
+        if restarts < 1:
+            raise ValueError(f"EM(restarts={restarts}): restarts must be at least 1")
+        names = [latent] if isinstance(latent, str) else latent, [maximize] if isinstance(maximize, str) else maximize
+        self.model, self.init, self.restarts, self.progress = model, init, restarts, progress
+        self.options = Options(e_step, m_step, tuple(names[0]), tuple(names[1]), missing)
+        self.stop = Stop(tol, patience, max_steps)
+        self._builds: dict[tuple, Build] = {}
+        self._loops: dict[tuple, Callable] = {}
+
+    def __repr__(self) -> str:
+        return f"EM({getattr(self.model, '__name__', self.model)})"
+
+    def plan(self, *args, **kwargs) -> Plan:
+        """What will be done with the model on these arguments, and why; nothing is fitted.
+
+        Raises:
+            ModelError: the model cannot be read or derived. PlanError: what is asked cannot be done. DataError: bad data.
+        """
+        return self._derive(args, kwargs)[0].plan
+
+    def run(self, rng_key: Array, *args, **kwargs) -> EMResult:
+        """Fit the model to data.
+
+        Args:
+            rng_key: `jax.random.key(seed)`; decides random starts.
+            args, kwargs: the model's own arguments.
+
+        Returns:
+            The best of all starts, with a status that says how it ended.
+
+        Raises:
+            ModelError, PlanError, DataError: as `plan`. Numerical failure is no error: see `EMResult.status`.
+        """
+        rng_key = as_key(rng_key)
+        built, source = self._derive(args, kwargs)
+        bundle = built.bundle(source, rng_key)
+        begin, notes = starts(built, source, bundle, self.init, self.restarts, rng_key)
+        state = self._fit(built, bundle, begin)
+        return make_result(self, built, source, bundle, state, notes, args, kwargs)
+
+    def check(self, rng_key: Array, *args, **kwargs) -> Report:
+        """Test the derivation on this model and data: tables, marginals, gradients, and a refit of simulated data.
+
+        Raises:
+            ModelError, PlanError, DataError: as `plan`.
+        """
+        rng_key = as_key(rng_key)
+        built, source = self._derive(args, kwargs)
+        return run_checks(self, built, source, rng_key, args, kwargs)
+
+    def _derive(self, args: tuple, kwargs: dict) -> tuple[Build, Source]:
+        """The derivation for arguments of this structure, made once."""
+        drop_nan = self.options.missing == "marginalize"
+        source = Source(self.model, args, kwargs, self.options.truncated(), drop_nan)
+        for concrete in (False, *({True} & {b.source.concrete for b in self._builds.values()})):
+            source.concrete = concrete
+            built = self._builds.get(source.signature())
+            if built is not None and built.fits(source):
+                validate(built, source, self.options.missing)
+                return built, source
+        built = build(self.model, args, kwargs, self.options, jax.random.key(0))
+        validate(built, built.source, self.options.missing)
+        verify(built, built.source)
+        self._builds[built.source.signature()] = built
+        return built, built.source
+
+    def _fit(self, built: Build, bundle: Bundle, begin: list[dict[str, Array]]) -> tuple[State, Restarts]:
+        """Run every start to its end; the best state, and all end points."""
+        entries = sum(x.size for x in jax.tree.leaves(bundle.rows))
+        together = len(begin) > 1 and entries * len(begin) <= VMAP_UP_TO
+        loop = (id(built), together)
+        if loop not in self._loops:
+            self._loops[loop] = compile_loop(built.kernel, self.stop, together)
+        advance = self._loops[loop]
+        first = int(np.clip(2e7 / max(entries, 1), 1, 200))
+        states = [initial_state(built.kernel, p, self.stop) for p in begin]
+        with Progress(self.progress, self.stop.max_steps, len(begin)) as bar:
+            if together:
+                stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+                ended = run_loop(advance, stacked, bundle, self.stop, first, bar.report)
+                states = [jax.tree.map(lambda x, i=i: x[i], ended) for i in range(len(begin))]
+            else:
+                states = [run_loop(advance, s, bundle, self.stop, first, bar.report) for s in states]
+        objectives = np.array([float(s.objective) for s in states])
+        best = int(np.argmax(np.where(np.isnan(objectives), -np.inf, objectives)))
+        return states[best], Restarts.of(states, best)
+
+
+def as_key(key: Any) -> Array:
+    """A JAX random key, or a clear refusal."""
+    if isinstance(key, jax.Array) and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape == (2,)):
+        return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    raise DataError(
+        "rng_key", problem=f"the first argument must be a JAX random key, not {type(key).__name__}",
+        mend="em.run(jax.random.key(0), *args)",
+    )  # fmt: skip
+

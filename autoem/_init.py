@@ -1,0 +1,236 @@
+"""Where a fit starts: the model's own values, the user's, or responsibilities seeded from the data.
+
+In: a build and its data. Out: a list of parameter dicts, one a start, and notes on how they came about. A seeded start is an M-step
+from responsibilities, so it works for any model: k-means++ on the observed values where a latent's rows have some, random
+responsibilities elsewhere.
+
+References:
+    Arthur and Vassilvitskii 2007, "k-means++: the advantages of careful seeding".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from autoem._build import Build
+from autoem._errors import DataError, PlanError
+from autoem._named import Named, multiply, named
+from autoem._trace import Source
+from autoem.e_step.tables import Factor
+from autoem.ir import Latent
+from autoem.m_step.problem import Bundle, Params, make_layout
+from autoem.m_step.unconstrained import to_constrained, to_unconstrained
+
+SOFT = 0.9  # weight of the seeded state; the rest is shared, so that no state starts empty
+
+
+def starts(
+    built: Build, source: Source, bundle: Bundle, init: str | Mapping[str, Any], restarts: int, key: Array
+) -> tuple[list[dict[str, Array]], tuple[str, ...]]:
+    """`restarts` start points.
+
+    Raises:
+        PlanError: a dict names something that the model does not have. DataError: a value has the wrong shape or domain.
+    """
+    base = built.start(source, key)
+    given = dict(init) if isinstance(init, Mapping) else {}
+    weights = {n: responsibilities(built, n, v) for n, v in given.items() if n in built.program.latents}
+    base.update({n: start_value(built, n, v) for n, v in given.items() if n not in built.program.latents})
+    notes: tuple[str, ...] = ()
+    plain = whole(built, source, key, bundle)
+    if weights:
+        first = seeded(built, base, plain, key, weights)
+    elif init == "random":
+        first = seeded(built, base, plain, key)
+    elif init == "auto" and (alike := symmetric_latents(built, base, plain)):
+        first = seeded(built, base, plain, key)
+        notes = (f"the model's own start treats the states of {', '.join(alike)} alike: started from seeded responsibilities",)
+    else:
+        first = base
+    out = [first]
+    for i in range(1, restarts):
+        out.append(seeded(built, base, plain, jax.random.fold_in(key, i)))
+    return out, notes
+
+
+def whole(built: Build, source: Source, key: Array, bundle: Bundle) -> Bundle:
+    """The bundle as one piece on one device."""
+    return built.plain_bundle(source, key) if built.plan.chunks else bundle
+
+
+def start_value(built: Build, name: str, value: Any) -> Array:
+    """A user's start value, checked."""
+    if name not in built.program.params:
+        names = sorted([*built.program.params, *built.program.latents])
+        raise PlanError(name, problem="init= names it, but the model has no such parameter or latent", mend=f"choose among {names}")
+    param = built.program.params[name]
+    array = np.asarray(value, dtype=param.dtype)
+    if array.shape != param.shape:
+        try:
+            array = np.broadcast_to(array, param.shape)
+        except ValueError:
+            raise DataError(
+                name, problem=f"its start value has shape {array.shape}", mend=f"give an array of shape {param.shape}"
+            ) from None
+    if not np.isfinite(array).all():
+        raise DataError(name, problem="its start value is not finite", mend="give finite numbers")
+    # a file holds seven digits: a simplex that misses one by that much is meant as one
+    if "Simplex" in str(param.constraint) and np.allclose(array.sum(-1), 1, atol=1e-4):
+        array = array / array.sum(-1, keepdims=True)
+    if not bool(np.all(np.asarray(param.constraint(jnp.asarray(array))))):
+        raise DataError(name, problem=f"its start value lies outside {param.constraint}", mend="give a value inside its constraint")
+    return jnp.asarray(array)
+
+
+def responsibilities(built: Build, name: str, value: Any) -> Named:
+    """A user's responsibilities of one latent, checked."""
+    latent = built.program.latents[name]
+    shape = (*latent.shape, latent.num_states)
+    array = jnp.asarray(value, float)
+    if array.shape != shape:
+        raise DataError(name, problem=f"its responsibilities have shape {array.shape}", mend=f"give an array of shape {shape}")
+    if not bool((array >= 0).all()) or not bool(jnp.allclose(array.sum(-1), 1, atol=1e-4)):
+        raise DataError(name, problem="its responsibilities do not sum to one over the last axis", mend="normalise them")
+    return named(array / array.sum(-1, keepdims=True), (*latent.axes, name))
+
+
+def symmetric_latents(built: Build, params: Params, bundle: Bundle) -> list[str]:
+    """Latents whose states no factor tells apart at `params`, priors on the latent itself excepted: EM cannot leave such a point."""
+
+    def spreads(p, b):
+        cells = built.kernel.problem.cells(p, b)
+        out: dict[str, list[Array]] = {}
+        for f in built.kernel.likelihood_factors:
+            table = f.table(cells[f.name], b.rows[f.name]).value
+            for z in f.latents:
+                if z.name == f.name or z.num_states < 2:
+                    continue
+                rows = table.to((z.name, *(a for a in table.axes if a != z.name)))
+                spread = jnp.max(jnp.abs(rows - rows[:1]) / (1 + jnp.abs(rows[:1])))
+                out.setdefault(z.name, []).append(spread)
+        return {n: jnp.max(jnp.stack(s)) for n, s in out.items()}
+
+    limit = 100 * float(jnp.finfo(jnp.result_type(float)).eps)
+    values = jax.jit(spreads)(dict(params), bundle)
+    return [n for n, v in values.items() if float(v) <= limit]
+
+
+def seeded(
+    built: Build, params: Params, bundle: Bundle, key: Array, given: Mapping[str, Named] | None = None
+) -> dict[str, Array]:
+    """Parameters after an M-step from seeded responsibilities; jittered instead where the model has no latents."""
+    if not built.program.latents:
+        return jittered(built, params, key)
+    if built.seeding is None:
+
+        def run(params, bundle, key, given):
+            weights = {**random_weights(built, bundle, key), **given}
+            statistics = expected_under(built, params, bundle, weights)
+            states = built.kernel.init_states(params)
+            first, states = built.kernel.maximise(params, statistics, bundle, states)
+            return built.kernel.maximise(first, statistics, bundle, states)[0]
+
+        built.seeding = jax.jit(run)
+    new = built.seeding(dict(params), bundle, key, dict(given or {}))
+    return {n: jnp.where(jnp.isfinite(v).all(), v, params[n]) for n, v in new.items()}
+
+
+def jittered(built: Build, params: Params, key: Array) -> dict[str, Array]:
+    out = {}
+    for i, (name, value) in enumerate(params.items()):
+        free = to_unconstrained(built.program.params[name], value)
+        noise = jax.random.normal(jax.random.fold_in(key, i), free.shape)
+        out[name] = to_constrained(built.program.params[name], free + noise)
+    return out
+
+
+def random_weights(built: Build, bundle: Bundle, key: Array) -> dict[str, Named]:
+    """Responsibilities of every latent: k-means++ where rows have values, random where they have none."""
+    out = {}
+    for i, latent in enumerate(built.program.latents.values()):
+        own = jax.random.fold_in(key, i)
+        features = row_features(built, bundle, latent)
+        if features is not None and features.shape[0] > latent.num_states:
+            labels = plus_plus(own, features, latent.num_states)
+            weight = SOFT * jax.nn.one_hot(labels, latent.num_states) + (1 - SOFT) / latent.num_states
+            weight = weight.reshape(*latent.shape, latent.num_states)
+        else:
+            weight = jax.random.dirichlet(own, jnp.ones(latent.num_states), latent.shape)
+        out[latent.name] = named(weight, (*latent.axes, latent.name))
+    return out
+
+
+def row_features(built: Build, bundle: Bundle, latent: Latent) -> Array | None:
+    """Standardised observed values beside each cell of a latent that lives in one plate, `(cells, features)`."""
+    plates = [a for a, s in zip(latent.axes, latent.shape, strict=True) if s > 1]
+    if len(plates) != 1 or latent.num_states < 2:
+        return None
+    columns = [column for f in built.kernel.likelihood_factors for column in factor_columns(f, bundle, latent.name, plates[0])]
+    if not columns:
+        return None
+    matrix = jnp.concatenate(columns, 1)
+    spread = matrix.std(0)
+    return (matrix - matrix.mean(0)) / jnp.where(spread > 0, spread, 1)
+
+
+def factor_columns(factor: Factor, bundle: Bundle, latent: str, plate: str) -> list[Array]:
+    rows = bundle.rows[factor.name]
+    reads = latent in {z.name for z in factor.latents}
+    if not reads or factor.own or factor.route or factor.family is None or rows.value is None:
+        return []
+    value = rows.value if factor.family.standardise else factor.features(rows)
+    if plate not in value.axes or value.array.size > 64 * value.size(plate):
+        return []
+    rest = [a for a in value.axes if a != plate]
+    array = jnp.transpose(value.array, [value.axes.index(a) for a in (plate, *rest)])
+    return [array.reshape(array.shape[0], -1).astype(float)]
+
+
+def plus_plus(key: Array, points: Array, count: int) -> Array:
+    """Labels of the nearest of `count` points drawn with probability proportional to their squared distance."""
+    first = points[jax.random.randint(jax.random.fold_in(key, 0), (), 0, len(points))]
+    distance = ((points - first) ** 2).sum(1)
+
+    def draw(i, carry):
+        nearest, labels = carry
+        chosen = jax.random.categorical(jax.random.fold_in(key, i), jnp.log(nearest + 1e-30))
+        away = ((points - points[chosen]) ** 2).sum(1)
+        return jnp.minimum(nearest, away), jnp.where(away < nearest, i, labels)
+
+    return jax.lax.fori_loop(1, count, draw, (distance, jnp.zeros(len(points), int)))[1]
+
+
+def expected_under(built: Build, params: Params, bundle: Bundle, weights: Mapping[str, Named]) -> dict[str, Any]:
+    """Expected statistics if the latents were independent with probabilities `weights`."""
+    problem, layout = built.kernel.problem, make_layout(built.kernel.layout, bundle)
+    cells = problem.cells(params, bundle)
+    out = {}
+    for name, factor in problem.factors.items():
+
+        def table(c, factor=factor, name=name) -> Array:
+            return factor.table(c, bundle.rows[name]).value.array
+
+        value = factor.table(cells[name], bundle.rows[name]).value
+        weight = Named(jnp.ones(()), ())
+        for z in factor.latents:
+            own = weights[z.name]
+            if factor.route and z.name in factor.route.latents:
+                target = own.to((*factor.route.target, z.name))
+                flat = jnp.broadcast_to(target, (*factor.route.shape, z.num_states)).reshape(-1, z.num_states)
+                own = Named(flat[layout.cells[name]], (*factor.route.source, z.name))
+            weight = multiply(weight, own)
+        inner = max(factor.latents, key=lambda z: len(layout.plates_of[z.name]), default=None)
+        if inner is not None and layout.scales[inner.name] is not None:
+            weight = multiply(weight, layout.scales[inner.name])  # type: ignore[arg-type]
+        absent = [p for p in factor.kept if p not in weight.axes and p not in value.axes]
+        repeats = float(np.prod([layout.sizes[p] for p in absent], dtype=float))
+        cotangent = weight.sum(a for a in weight.axes if a not in value.axes).to(value.axes) * repeats
+        _, pull = jax.vjp(table, cells[name])
+        out[name] = pull(jnp.broadcast_to(cotangent, value.array.shape).astype(value.array.dtype))[0]
+    return out

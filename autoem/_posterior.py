@@ -1,0 +1,236 @@
+"""Answers about the latents of a fitted model: marginals, joint tables, the mode, samples, and the likelihood of each datum.
+
+In: a build, parameters and data. Out: `Posterior`. Marginals are derivatives of `log Z`; the mode and the samples read the recorded
+elimination backwards.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from autoem._build import Build
+from autoem._errors import PlanError
+from autoem._named import Named, named
+from autoem.e_step.elimination import Layout, Step, Table, eliminate, log_sum_exp, maximum
+from autoem.e_step.tables import log_density_constant
+from autoem.ir import Latent
+from autoem.m_step.problem import Bundle, make_layout
+
+
+class Marginals(dict):
+    """Posterior probabilities by latent; a misspelt name is answered with the names that exist."""
+
+    def __missing__(self, name: str):
+        raise KeyError(f"no latent {name!r}; the model has {sorted(self)}")
+
+
+class Posterior:
+    r"""Exact posterior of the discrete latents given data and parameters, :math:`p(z \mid x, \theta)`.
+
+    Attributes:
+        marginals: by latent, probabilities of shape `(*plates, states)`; a site that `obs_mask` observes in part is found under
+            its own name, with its observed cells at probability one.
+        log_likelihood: log density of each datum, in nats, with the shape of the data's plate.
+        total: their sum, the observed-data log-likelihood.
+    """
+
+    def __init__(self, built: Build, params: Mapping[str, Array], bundle: Bundle):
+        self._built, self._params, self._bundle = built, dict(params), bundle
+
+    def __repr__(self) -> str:
+        return f"Posterior of {', '.join(self._built.program.latents) or 'no latents'}"
+
+    @functools.cached_property
+    def marginals(self) -> Marginals:
+        latents = list(self._built.program.latents)
+        if not latents:
+            return Marginals()
+        unary = {z: zeros(self._built, (z,)) for z in latents}
+        slopes = jax.jit(lambda u, p, b: jax.grad(lambda v: self._log_z(v, p, b))(u))(unary, self._params, self._bundle)
+        out = {z: self._shaped(slopes[z], self._built.program.latents[z]) for z in latents}
+        return Marginals({**out, **self._merged(out)})
+
+    def joint(self, *names: str) -> Array:
+        """Posterior probability of every combination of several latents, `(*plates, states of the first, states of the second, ...)`.
+
+        The latents must be distinct and of nested plates; those of the innermost appear.
+
+        Raises:
+            PlanError: a name is no latent, or plates are not nested.
+        """
+        program = self._built.program
+        for name in names:
+            if name not in program.latents:
+                raise PlanError(name, problem="is no latent of the model", mend=f"choose among {sorted(program.latents)}")
+        plates = [self._built.kernel.layout.plates_of[n] for n in names]
+        inner = max(plates, key=len)
+        if len(set(names)) < len(names) or any(not p <= inner for p in plates):
+            raise PlanError(names[0], problem=f"{names} are not distinct latents of nested plates", mend="ask for them apart")
+        table = zeros(self._built, names)
+        slope = jax.jit(lambda u, p, b: jax.grad(lambda v: self._log_z({"": v}, p, b))(u))(table, self._params, self._bundle)
+        deepest = program.latents[names[plates.index(inner)]]
+        axes = tuple(a for a in deepest.axes if a in inner)
+        probabilities = slope.to((*axes, *names))
+        sizes = [program.plates[a].size for a in axes] + [program.latents[n].num_states for n in names]
+        probabilities = jnp.broadcast_to(probabilities, sizes)
+        return probabilities / probabilities.sum(tuple(range(len(axes), probabilities.ndim)), keepdims=True)
+
+    def mode(self) -> dict[str, Array]:
+        """The most probable joint completion: a value for every cell of every latent (Viterbi's, on any structure)."""
+
+        def run(params, bundle):
+            return self._backward(params, bundle, maximum, lambda _, scores: jnp.argmax(scores, axis=0))
+
+        return self._values(jax.jit(run)(self._params, self._bundle))
+
+    def sample(self, rng_key: Array, num_samples: int = 1) -> dict[str, Array]:
+        """Exact joint draws of all latents, with a leading axis of `num_samples`."""
+
+        def run(key, params, bundle):
+            return self._backward(
+                params, bundle, log_sum_exp, lambda i, scores: jax.random.categorical(jax.random.fold_in(key, i), scores, axis=0)
+            )
+
+        keys = jax.random.split(rng_key, num_samples)
+        return self._values(jax.jit(jax.vmap(run, in_axes=(0, None, None)))(keys, self._params, self._bundle))
+
+    @functools.cached_property
+    def log_likelihood(self) -> Array:
+        return jax.jit(self._per_datum)(self._params, self._bundle)
+
+    @functools.cached_property
+    def total(self) -> float:
+        """Observed-data log-likelihood, in nats."""
+        return float(jax.jit(lambda p, b: self._log_z({}, p, b) + b.constant)(self._params, self._bundle))
+
+    def _tables(self, params, bundle: Bundle) -> list[Table]:
+        kernel = self._built.kernel
+        return kernel.tables(kernel.problem.cells(params, bundle), bundle.rows, kernel.likelihood_factors)
+
+    def _layout(self, bundle: Bundle) -> Layout:
+        return make_layout(self._built.kernel.layout, bundle)
+
+    def _log_z(self, extra: Mapping[str, Named], params, bundle: Bundle) -> Array:
+        tables = self._tables(params, bundle)
+        plates_of = self._built.kernel.layout.plates_of
+        for value in extra.values():
+            latents = frozenset(a for a in value.axes if a in plates_of)
+            tables.append(Table(value, latents, frozenset().union(*(plates_of[z] for z in latents))))
+        return eliminate(tables, self._layout(bundle))
+
+    def _shaped(self, slope: Named, latent: Latent) -> Array:
+        out = jnp.broadcast_to(slope.to((*latent.axes, latent.name)), (*latent.shape, latent.num_states))
+        return out / out.sum(-1, keepdims=True)
+
+    def _merged(self, marginals: Mapping[str, Array]) -> dict[str, Array]:
+        """Marginals of sites that `obs_mask` split into an observed and an unobserved part."""
+        out = {}
+        program, suffix = self._built.program, "_unobserved"
+        for name, value in marginals.items():
+            whole, seen = name.removesuffix(suffix), name.removesuffix(suffix) + "_observed"
+            if not name.endswith(suffix) or seen not in program.sites:
+                continue
+            values = {("data", i): x for i, x in self._bundle.data.items()}
+            keys = [(seen, "value"), (name, "mask")]
+            observed, hidden = program.full.evaluate(keys, values)
+            given = (observed[..., None] == jnp.asarray(program.latents[name].states)).astype(value.dtype)
+            out[whole] = jnp.where(jnp.broadcast_to(hidden, value.shape[:-1])[..., None], value, given)
+        return out
+
+    def _backward(self, params, bundle: Bundle, reduce: Callable, choose: Callable) -> dict[str, Array]:
+        steps: list[Step] = []
+        layout = self._layout(bundle)
+        eliminate(self._tables(params, bundle), layout, reduce, steps)
+        chosen: dict[str, Named] = {}
+        for i, step in enumerate(reversed(steps)):
+            scores = step.joint
+            for other in sorted(step.latents):
+                scores = pick(scores, other, at_rows(chosen[other], other, step, layout))
+            latent = self._built.program.latents[step.latent]
+            full = jnp.broadcast_to(scores.to((step.latent, *latent.axes)), (latent.num_states, *latent.shape))
+            chosen[step.latent] = named(choose(i, full), latent.axes)
+        return {
+            z: jnp.broadcast_to(v.to(self._built.program.latents[z].axes), self._built.program.latents[z].shape)
+            for z, v in chosen.items()
+        }
+
+    def _values(self, indices: Mapping[str, Array]) -> dict[str, Array]:
+        return {z: jnp.asarray(self._built.program.latents[z].states)[i] for z, i in indices.items()}
+
+    def _per_datum(self, params, bundle: Bundle) -> Array:
+        parts: list[Table] = []
+        layout = self._layout(bundle)
+        eliminate(self._tables(params, bundle), layout, parts=parts)
+        plate = datum_plate(self._built)
+        total = jnp.zeros(layout.sizes[plate] if plate else ())
+        for part in parts:
+            kept = part.value.sum(a for a in part.value.axes if a != plate)
+            absent = [layout.sizes[p] for p in part.plates if p not in part.value.axes and p != plate]
+            total = total + spread(kept, plate) * float(np.prod(absent, dtype=float))
+        for factor in self._built.kernel.likelihood_factors:
+            constant = log_density_constant(factor, bundle.rows[factor.name])
+            if constant is not None:
+                scale = next((bundle.scales[z.name] for z in factor.latents if bundle.scales[z.name] is not None), None)
+                constant = constant if scale is None else Named(
+                    constant.to(constant.axes) * scale.to(constant.axes), constant.axes
+                )
+                total = total + spread(constant.sum(a for a in constant.axes if a != plate), plate)
+        return total
+
+
+def spread(value: Named, plate: str | None) -> Array:
+    return value.to((plate,)) if plate else value.array
+
+
+def zeros(built: Build, names: tuple[str, ...]) -> Named:
+    """A table of zeros over latents, with an axis for each of the innermost one's plates."""
+    program, plates_of = built.program, built.kernel.layout.plates_of
+    latents = [program.latents[n] for n in names]
+    deepest = max(latents, key=lambda z: len(plates_of[z.name]))
+    axes = (*names, *(a for a in deepest.axes if a in plates_of[deepest.name]))
+    sizes = [z.num_states for z in latents] + [program.plates[a].size for a in axes[len(names) :]]
+    return Named(jnp.zeros(sizes), axes)
+
+
+def at_rows(chosen: Named, latent: str, step: Step, layout: Layout) -> Named:
+    """The chosen states of `latent` as the rows of `step` see them."""
+    if step.route is None or latent not in step.route.latents:
+        return chosen
+    route = step.route
+    cells = jnp.broadcast_to(chosen.to(route.target), route.shape).ravel()
+    return Named(cells[layout.cells[route.site]], route.source)
+
+
+def pick(scores: Named, latent: str, chosen: Named) -> Named:
+    """Fix the axis `latent` of `scores` at the chosen states."""
+    if latent not in scores.axes:
+        return scores
+    rest = tuple(dict.fromkeys((*(a for a in scores.axes if a != latent), *chosen.axes)))
+    table, index = scores.to((latent, *rest)), chosen.to(rest)[None]
+    shape = jnp.broadcast_shapes(table.shape[1:], index.shape[1:])
+    table = jnp.broadcast_to(table, (table.shape[0], *shape))
+    return Named(jnp.take_along_axis(table, jnp.broadcast_to(index, (1, *shape)).astype(int), axis=0)[0], rest)
+
+
+def datum_plate(built: Build) -> str | None:
+    """The plate whose rows are the data: the largest that every likelihood factor stands in; None where there is none."""
+    factors = [f for f in built.kernel.likelihood_factors if f.site.role != "latent"] or list(built.kernel.likelihood_factors)
+    shared = set.intersection(*(set(f.site.plates) | set(f.route.target if f.route else ()) for f in factors)) if factors else set()
+    routed = {p for f in factors if f.route for p in f.route.source}
+    shared = {p for p in shared if all(_survives(f, p, built) for f in factors)} - (routed - shared)
+    return max(shared, key=lambda p: (built.program.plates[p].size, p)) if shared else None
+
+
+def _survives(factor, plate: str, built: Build) -> bool:
+    """Whether the factor's contribution still has an axis for `plate` once every latent that it reads is summed out."""
+    plates_of = built.kernel.layout.plates_of
+    home = [frozenset(factor.route.target)] if factor.route else []
+    home += [plates_of[z.name] for z in factor.latents if not (factor.route and z.name in factor.route.latents)]
+    return all(plate in h for h in home) and (bool(home) or plate in factor.site.plates)
+

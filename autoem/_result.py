@@ -1,0 +1,261 @@
+"""What a fit returns: the parameters, how it ended, and everything that may be asked of the fitted model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax import Array
+from numpyro.infer import Predictive
+
+from autoem._build import Build
+from autoem._fit import State
+from autoem._plan import Plan
+from autoem._posterior import Posterior, datum_plate
+from autoem._stderr import StandardErrors, standard_errors
+from autoem._stop import CONVERGED, SENTENCES
+from autoem._trace import Source
+from autoem.m_step.choose import kind_of
+from autoem.m_step.problem import Bundle
+
+if TYPE_CHECKING:
+    from autoem._em import EM
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Restarts:
+    """End point of every start.
+
+    Attributes:
+        objective: `(restarts,)`, in nats.
+        num_steps: `(restarts,)`.
+        status: a sentence each.
+        params: parameters of each.
+        best: number of the one that the result holds.
+    """
+
+    objective: np.ndarray
+    num_steps: np.ndarray
+    status: tuple[str, ...]
+    params: tuple[dict[str, Array], ...]
+    best: int
+
+    @staticmethod
+    def of(states: Sequence[State], best: int) -> Restarts:
+        return Restarts(
+            np.array([float(s.objective) for s in states]),
+            np.array([int(s.step) for s in states]),
+            tuple(SENTENCES[int(s.status)] for s in states),
+            tuple(s.params for s in states),
+            best,
+        )
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=[
+    "log_likelihood", "objective", "history", "num_steps", "converged", "status", "restarts", "warnings", "plan", "_context",
+])  # fmt: skip
+@dataclasses.dataclass(frozen=True, eq=False)
+class EMResult:
+    """A fitted model.
+
+    Attributes:
+        params: value of every parameter, by site name, on its constrained scale; maximised sample sites included.
+        log_likelihood: log density of the observed data at `params`, latents summed out, in nats.
+        objective: `log_likelihood` plus the log density of the parameters' priors; what EM maximised.
+        history: objective at the start and after every step, `(num_steps + 1,)`.
+        num_steps: M-steps that led to `params`.
+        converged: whether the objective stopped moving; hitting `max_steps` is not converging.
+        status: one sentence on how the fit ended, and what is odd about its end point.
+        restarts: the end point of every start.
+        warnings: oddities of the end point, each naming site and component.
+        plan: the plan that was carried out.
+    """
+
+    params: dict[str, Array]
+    log_likelihood: float
+    objective: float
+    history: np.ndarray
+    num_steps: int
+    converged: bool
+    status: str
+    restarts: Restarts
+    warnings: tuple[str, ...]
+    plan: Plan
+    _context: Context
+
+    def __str__(self) -> str:
+        steps = f"{self.num_steps} step" + ("" if self.num_steps == 1 else "s")
+        lines = [f"EM: {self.status}", f"log-likelihood {self.log_likelihood:.6f} after {steps}"]
+        with np.printoptions(precision=5, suppress=True, threshold=24):
+            for name, value in self.params.items():
+                text = str(np.asarray(value)).replace("\n", "\n" + " " * (len(name) + 3))
+                lines.append(f"  {name} {text}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"EMResult(log_likelihood={self.log_likelihood:.6f}, num_steps={self.num_steps}, status={self.status!r})"
+
+    def posterior(self, *args, **kwargs) -> Posterior:
+        """Posterior of the latents on the data given, or on the data of the fit where none are given.
+
+        Raises:
+            ModelError, PlanError, DataError: as `EM.plan`.
+        """
+        context = self._context
+        if not args and not kwargs:
+            args, kwargs = context.args, context.kwargs
+        built, source = context.em._derive(args, kwargs)
+        return Posterior(built, self.params, built.plain_bundle(source, jax.random.key(0)))
+
+    def score(self, *args, **kwargs) -> Array:
+        """Log density of each datum under the fitted model, in nats; of new data, or of the data of the fit."""
+        return self.posterior(*args, **kwargs).log_likelihood
+
+    def predictive(self, rng_key: Array, *args, num_samples: int = 1, **kwargs) -> dict[str, Array]:
+        """Draws from the model at the fitted parameters, by `numpyro.infer.Predictive`.
+
+        Give the model arguments with `None` for the data where it accepts that; otherwise observed sites keep their data.
+        """
+        return Predictive(self._context.em.model, params=self.params, num_samples=num_samples)(rng_key, *args, **kwargs)
+
+    def standard_errors(self) -> StandardErrors:
+        """Standard error of every parameter, from the observed information; NaN on the boundary."""
+        context = self._context
+        kernel = dataclasses.replace(context.built.kernel, chunks=one_device(context.built.kernel.chunks))
+        bundle = context.built.plain_bundle(context.source, jax.random.key(0))
+        errors = standard_errors(kernel, self.params, bundle)
+        if errors.singular:
+            message = "the observed information is singular: some parameters are not identified; all standard errors are NaN"
+            warnings.warn(message, stacklevel=2)
+        return errors
+
+    @property
+    def num_params(self) -> int:
+        """Free parameters: a point of a simplex of k entries counts k - 1, a symmetric matrix its lower triangle."""
+        return count_params(self._context.built)
+
+    @property
+    def num_data(self) -> int:
+        """Rows of the data's plate."""
+        built = self._context.built
+        plate = datum_plate(built)
+        if plate is not None:
+            return built.program.plates[plate].size
+        sizes = [int(np.prod(s.shape, dtype=int)) for s in built.program.sites.values() if s.role in ("observed", "factor")]
+        return max(sizes, default=1)
+
+    @property
+    def aic(self) -> float:
+        """Akaike's criterion, `2 p - 2 log L`; smaller is better (Akaike 1974)."""
+        return 2 * self.num_params - 2 * self.log_likelihood
+
+    @property
+    def bic(self) -> float:
+        """Schwarz's criterion, `p log n - 2 log L`; smaller is better (Schwarz 1978)."""
+        return self.num_params * float(np.log(self.num_data)) - 2 * self.log_likelihood
+
+    @property
+    def icl(self) -> float:
+        """Integrated completed likelihood: BIC plus twice the entropy of the latents (Biernacki, Celeux and Govaert 2000)."""
+        entropy = 0.0
+        posterior = self.posterior()
+        for name in self._context.built.program.latents:
+            p = np.asarray(posterior.marginals[name])
+            entropy -= float(np.sum(p * np.log(np.where(p > 0, p, 1))))
+        return self.bic + 2 * entropy
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+    """What a result needs to answer questions later."""
+
+    em: EM
+    built: Build
+    source: Source
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+def one_device(chunks):
+    return None if chunks is None else dataclasses.replace(chunks, devices=1)
+
+
+def count_params(built: Build) -> int:
+    total = 0
+    for name in (n for b in built.kernel.blocks for n in b.names):
+        param = built.program.params[name]
+        size = int(np.prod(param.shape, dtype=int))
+        kind = kind_of(param.constraint)
+        if kind == "simplex":
+            size -= size // param.shape[-1]
+        elif kind == "matrix":
+            d = param.shape[-1]
+            size = size // (d * d) * (d * (d + 1) // 2)
+        total += size
+    return total
+
+
+def make_result(em: EM, built: Build, source: Source, bundle: Bundle, ended, notes: tuple[str, ...], args, kwargs) -> EMResult:
+    """The result of the best start."""
+    state, restarts = ended
+    odd = oddities(built, state.params) if np.isfinite(float(state.objective)) else ()
+    sentence = SENTENCES[int(state.status)]
+    status = "; ".join([sentence, *odd])
+    history = np.asarray(state.history)[: int(state.step) + 1]
+    return EMResult(
+        {n: v for n, v in state.params.items()},
+        float(state.log_likelihood),
+        float(state.objective),
+        history,
+        int(state.step),
+        int(state.status) == CONVERGED,
+        status,
+        restarts,
+        (*notes, *odd),
+        built.plan,
+        Context(em, built, source, args, kwargs),
+    )
+
+
+def oddities(built: Build, params: dict[str, Array]) -> tuple[str, ...]:
+    """Empty components and collapsed scales of the end point, by site and component."""
+    out = []
+    for name, value in params.items():
+        param, v = built.program.params[name], np.asarray(value)
+        kind = kind_of(param.constraint)
+        if kind == "matrix" and np.isfinite(v).all():
+            low = np.linalg.svd(v, compute_uv=False)
+            ratio = low[..., -1] / np.maximum(low[..., 0], np.finfo(v.dtype).tiny)
+            flat = np.atleast_1d(ratio < 50 * np.finfo(v.dtype).eps)
+            if flat.any():
+                out.append(f"'{name}' collapsed to a singular matrix in component {where(flat)}: use fewer components or a prior")
+        if kind == "positive" and v.size and (v < 1e-12).any() and is_scale(built, name):
+            out.append(f"'{name}' collapsed to zero in entry {where(np.atleast_1d(v < 1e-12))}: use a prior or share it")
+        if kind == "simplex" and name in mixing_weights(built):
+            empty = np.atleast_1d(v < 1e-10)
+            if v.ndim == 1 and empty.any():
+                out.append(f"component {where(empty)} of '{name}' is empty: use fewer states or other starts")
+    return tuple(out)
+
+
+def where(mask: np.ndarray) -> str:
+    return ", ".join(str([int(j) for j in i]) if mask.ndim > 1 else str(int(i[0])) for i in np.argwhere(mask)[:5])
+
+
+def is_scale(built: Build, name: str) -> bool:
+    block = next((b for b in built.kernel.blocks if name in b.names), None)
+    return getattr(block, "degree", 0) < 0
+
+
+def mixing_weights(built: Build) -> set[str]:
+    """Parameters that are the prior of a latent without parents."""
+    factors = built.kernel.likelihood_factors
+    return {f.params[0] for f in factors if f.own and len(f.params) == 1 and len(f.latents) == 1}

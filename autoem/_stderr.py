@@ -1,0 +1,117 @@
+r"""Standard errors from the observed information: minus the Hessian of the exact log-likelihood (and log prior).
+
+Each parameter is moved in free coordinates around its estimate, and the covariance is carried back by the delta method.
+Entries on the boundary (a probability of zero or one, a scale of zero) are held there and get NaN: their sampling
+distribution is not normal.
+
+References:
+    Louis 1982; Efron and Hinkley 1978, "Assessing the accuracy of the maximum likelihood estimator: observed versus expected
+    Fisher information".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from autoem._lower import Kernel
+from autoem.ir import Param
+from autoem.m_step.choose import kind_of
+from autoem.m_step.problem import Bundle
+from autoem.m_step.unconstrained import to_constrained, to_unconstrained
+
+BOUNDARY = 1e-7
+
+
+class StandardErrors(dict):
+    """Standard errors by parameter; `boundary` names the parameters with entries that have none, and `singular` tells
+    whether the information had no inverse, in which case all are NaN."""
+
+    boundary: tuple[str, ...] = ()
+    singular: bool = False
+
+
+def free_entries(param: Param, value: np.ndarray) -> np.ndarray:
+    """Which free coordinates of the parameter move; the largest entry of a simplex is left to the others."""
+    kind = kind_of(param.constraint)
+    if kind == "unit":
+        return (value > BOUNDARY) & (value < 1 - BOUNDARY)
+    if kind == "simplex":
+        largest = np.arange(value.shape[-1]) == value.argmax(-1)[..., None]
+        return (value > BOUNDARY) & ~largest
+    if kind == "positive":
+        return value > 1e-12
+    if kind == "real":
+        return np.ones(value.shape, bool)
+    free = np.asarray(to_unconstrained(param, jnp.asarray(value)))
+    return np.isfinite(free)
+
+
+def on_boundary(param: Param, value: np.ndarray) -> np.ndarray:
+    """Entries of the parameter itself that have no standard error."""
+    kind = kind_of(param.constraint)
+    if kind == "unit":
+        return (value <= BOUNDARY) | (value >= 1 - BOUNDARY)
+    if kind == "simplex":
+        return value <= BOUNDARY
+    if kind == "positive":
+        return value <= 1e-12
+    return np.zeros(value.shape, bool)
+
+
+def move(param: Param, value: Array, shift: Array) -> Array:
+    """The parameter moved by `shift` in its free coordinates."""
+    kind = kind_of(param.constraint)
+    if kind == "real":
+        return value + shift
+    if kind == "positive":
+        return value * jnp.exp(shift)
+    if kind == "unit":
+        odds = value * jnp.exp(shift)
+        return odds / (odds + 1 - value)
+    if kind == "simplex":
+        weight = value * jnp.exp(shift)
+        return weight / weight.sum(-1, keepdims=True)
+    return to_constrained(param, to_unconstrained(param, value) + shift)
+
+
+def standard_errors(kernel: Kernel, params: Mapping[str, Array], bundle: Bundle) -> StandardErrors:
+    """Standard error of every entry of every maximised parameter."""
+    names = [n for b in kernel.blocks for n in b.names]
+    values = {n: np.asarray(params[n]) for n in names}
+    free = {n: free_entries(kernel.program.params[n], values[n]) for n in names}
+    sizes = [int(f.sum()) for f in free.values()]
+
+    def moved(flat: Array) -> dict[str, Array]:
+        out, start = dict(params), 0
+        for n, size in zip(names, sizes, strict=True):
+            shift = jnp.zeros(free[n].shape).at[np.nonzero(free[n])].set(flat[start : start + size])
+            out[n] = move(kernel.program.params[n], jnp.asarray(params[n]), shift)
+            start += size
+        return out
+
+    return carried_back(kernel, values, names, moved, sum(sizes), bundle)
+
+
+def carried_back(kernel: Kernel, values, names: list[str], moved: Callable, size: int, bundle: Bundle) -> StandardErrors:
+    zero = jnp.zeros(size)
+    information = -jax.jit(jax.hessian(lambda v, b: kernel.objective(moved(v), b)[0]))(zero, bundle)
+    jacobians = jax.jit(jax.jacfwd(lambda v: {n: moved(v)[n] for n in names}))(zero)
+    information = np.asarray(information, float)
+    eigen = np.linalg.eigvalsh(information) if size and np.isfinite(information).all() else np.array([-1.0])
+    out = StandardErrors()
+    out.singular = bool(size) and eigen[0] <= 1e-10 * max(abs(eigen[-1]), 1e-300)
+    covariance = np.full((size, size), np.nan) if out.singular else np.linalg.inv(information)
+    boundary = []
+    for n in names:
+        j = np.asarray(jacobians[n], float)
+        variance = np.einsum("...i,ij,...j->...", j, covariance, j)
+        edge = on_boundary(kernel.program.params[n], values[n])
+        boundary += [n] if edge.any() else []
+        out[n] = np.where(edge, np.nan, np.sqrt(np.where(variance > 0, variance, np.where(edge, 0, variance))))
+    out.boundary = tuple(boundary)
+    return out

@@ -1,0 +1,152 @@
+"""Refuse bad data before anything is fitted: NaN, infinite, outside the support.
+
+In: a build and the data of a call. Raises `DataError`, which names the site, how many entries are wrong and where the first is.
+Checks run in NumPy on the host, so they compile nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.distributions import constraints
+
+from autoem._build import Build
+from autoem._errors import DataError
+from autoem._jaxpr import Graph, Variable
+from autoem._trace import Record, Source
+
+INTEGRAL = ("b", "i", "u")
+
+
+def validate(built: Build, source: Source, missing: str) -> None:
+    """Check every observed value.
+
+    Raises:
+        DataError: a value is NaN or infinite where that has no meaning, or outside its distribution's support.
+    """
+    program = built.program
+    observed = [s for s in program.sites.values() if s.role == "observed"]
+    keys = [(s.name, f) for s in observed for f in ("value", "mask") if (s.name, f) in program.full.outputs]
+    keys = [k for k in keys if all(n[0] == "data" for n in program.full.needs(k))]
+    values = host_values(program.full, keys, source)
+    for site in observed:
+        if (site.name, "value") not in values:
+            continue
+        record = built.found.records[site.name]
+        check_site(site.name, record, values[site.name, "value"], values.get((site.name, "mask")), source, missing, site.shape)
+
+
+def host_values(graph: Graph, keys: list, source: Source) -> dict[Any, np.ndarray]:
+    """Outputs as NumPy arrays; those that are the data themselves are not computed."""
+    by_var = {v: k[1] for k, v in graph.inputs.items() if k[0] == "data"}
+    out: dict[Any, np.ndarray] = {}
+    rest = []
+    for key in keys:
+        atom = graph.outputs[key]
+        if isinstance(atom, Variable) and atom in by_var:
+            out[key] = np.asarray(source.data[by_var[atom]])
+        else:
+            rest.append(key)
+    if rest:
+        data = {("data", i): jnp.asarray(x) for i, x in enumerate(source.data)} if not source.concrete else {}
+        out.update(zip(rest, map(np.asarray, jax.jit(lambda d: graph.evaluate(rest, d))(data)), strict=True))
+    return out
+
+
+def check_site(name: str, record: Record, value, mask, source: Source, missing: str, shape: tuple[int, ...]) -> None:
+    events = record.base.event_dim
+    hidden = np.zeros(np.broadcast_shapes(np.shape(value)[: np.ndim(value) - events], shape), bool)
+    if mask is not None:
+        hidden = hidden | ~np.broadcast_to(np.asarray(mask, bool), hidden.shape)
+    if missing == "marginalize":
+        refuse_partly_missing(name, events, source_value(name, value, source))
+    check_finite(name, value, hidden, events)
+    check_support(name, record, value, hidden, events)
+
+
+def source_value(name: str, value, source: Source) -> list[np.ndarray]:
+    """The call's float arrays of the value's shape: where NaN came from before it was dropped."""
+    return [np.asarray(x) for x in source.data if np.shape(x) == np.shape(value) and np.asarray(x).dtype.kind == "f"]
+
+
+def refuse_partly_missing(name: str, events: int, arrays: list[np.ndarray]) -> None:
+    for x in arrays:
+        gone = np.isnan(x)
+        if events and (gone.any(-1) & ~gone.all(-1)).any():
+            rows = int((gone.any(-1) & ~gone.all(-1)).sum())
+            raise DataError(
+                name,
+                problem=f"{rows} of its vectors are partly NaN, and entries of a joint distribution cannot be dropped one by one yet",
+                mend="use independent elements (Normal(...).to_event(1)), or set the whole vector to NaN",
+            )
+
+
+def check_finite(name: str, value: np.ndarray, hidden: np.ndarray, events: int) -> None:
+    if value.dtype.kind != "f":
+        return
+    bad = ~np.isfinite(value)
+    per_row = bad.any(tuple(range(bad.ndim - events, bad.ndim))) if events else bad
+    wrong = np.broadcast_to(per_row, hidden.shape) & ~hidden
+    if not wrong.any():
+        return
+    first = tuple(int(i) for i in np.argwhere(wrong)[0])
+    nan = int(np.isnan(value).sum())
+    what = f"{nan} entries are NaN" if nan else f"{int(wrong.sum())} entries are infinite"
+    mend = 'EM(model, missing="marginalize") to leave them out exactly, or drop those rows' if nan else "drop or correct them"
+    raise DataError(name, problem=f"{what} (first at {list(first)})", mend=mend)
+
+
+def check_support(name: str, record: Record, value: np.ndarray, hidden: np.ndarray, events: int) -> None:
+    support = record.base.support
+    try:
+        inside = np.asarray(host_constraint(support, record)(value))
+    except (TypeError, ValueError, AttributeError, jax.errors.JAXTypeError):
+        return
+    wrong = np.broadcast_to(~inside, hidden.shape) & ~hidden
+    if not wrong.any():
+        return
+    first = tuple(int(i) for i in np.argwhere(wrong)[0])
+    example = np.broadcast_to(value, hidden.shape + value.shape[value.ndim - events :])[first]
+    raise DataError(
+        name,
+        problem=f"{int(wrong.sum())} values lie outside the support of {type(record.base).__name__} ({describe(support)}); "
+        f"first at {list(first)}: {example}",
+        mend="correct the data, or choose a distribution that can produce them",
+    )
+
+
+def host_constraint(support: Any, record: Record):
+    """The constraint on NumPy arrays; bounds that are traced (a total count) are left to the density itself."""
+    bounds = [getattr(support, b, None) for b in ("lower_bound", "upper_bound")]
+    if any(isinstance(b, jax.core.Tracer) for b in bounds):
+        low = bounds[0]
+        if isinstance(low, jax.core.Tracer):
+            return lambda x: np.ones(np.shape(x), bool)
+        return lambda x: (x >= low) & (x % 1 == 0)
+    if support is constraints.real:
+        return lambda x: ~np.isnan(x)
+    if support is constraints.real_vector:
+        return lambda x: ~np.isnan(x).any(-1)
+    if support is constraints.boolean:
+        return lambda x: (x == 0) | (x == 1)
+    if low_high_integer(support):
+        return lambda x: (x >= support.lower_bound) & (x <= support.upper_bound) & (x % 1 == 0)
+    return support
+
+
+def low_high_integer(support: Any) -> bool:
+    return bool(getattr(support, "is_discrete", False)) and hasattr(support, "lower_bound") and hasattr(support, "upper_bound")
+
+
+def describe(support: Any) -> str:
+    bounds: Mapping = {b: getattr(support, b) for b in ("lower_bound", "upper_bound") if hasattr(support, b)}
+    if len(bounds) == 2 and not any(isinstance(b, jax.core.Tracer) for b in bounds.values()):
+        return f"{bounds['lower_bound']} to {bounds['upper_bound']}"
+    return str(support)
+
+
+__all__ = ["INTEGRAL", "validate"]

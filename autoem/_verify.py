@@ -1,0 +1,139 @@
+"""Check the derivation against the model's own density, before anything is fitted.
+
+At random parameters and a random completion of the latents every factor's table must equal what the model itself says. What
+does not agree is refused with the site's name, so that a silent wrong answer cannot come of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from autoem._build import Build
+from autoem._errors import ModelError
+from autoem._named import Named, multiply, named
+from autoem._posterior import pick
+from autoem._trace import Source
+from autoem.e_step.factors import pad
+from autoem.e_step.tables import Factor, log_density_constant
+from autoem.m_step.choose import kind_of
+from autoem.m_step.problem import Bundle, graph_values
+from autoem.m_step.unconstrained import to_constrained, to_unconstrained
+
+
+def verify(built: Build, source: Source) -> None:
+    """Compare every table with the model's own log density at a random completion.
+
+    Raises:
+        ModelError: a site's table differs; names the site and a rewrite.
+    """
+    key = jax.random.key(20)
+    bundle = built.plain_bundle(source, key)
+    params = random_params(built, built.start(source, key), key)
+    ours, theirs, size = jax.jit(lambda p, b, k: densities(built, p, b, k))(params, bundle, key)
+    eps = float(jnp.finfo(jnp.result_type(float)).eps)
+    for name in ours:
+        a, b, s = float(ours[name]), float(theirs[name]), float(size[name])
+        agree = abs(a - b) <= 1e5 * eps * (1 + s) or (not np.isfinite(b) and (a < -1e15 or not np.isfinite(a)))
+        if not agree and b > -1e15:
+            raise ModelError(
+                name,
+                problem=f"its table does not reproduce the model's own density ({a:.6g} against {b:.6g})",
+                mend="let the site read each latent only at its own row (z, or z[group]), without z.shape or mixing rows",
+            )
+
+
+def random_params(built: Build, start: Mapping[str, Array], key: Array) -> dict[str, Array]:
+    """Parameters away from the start, so that no symmetry of it hides an error."""
+    out = {}
+    for i, (name, value) in enumerate(start.items()):
+        param = built.program.params[name]
+        noise = jax.random.normal(jax.random.fold_in(key, i), value.shape, value.dtype)
+        kind = kind_of(param.constraint)
+        if kind == "real":
+            out[name] = value + 0.3 * noise
+        elif kind == "positive":
+            out[name] = jnp.where(value > 0, value, 1) * jnp.exp(0.3 * noise)
+        elif kind == "unit":
+            out[name] = jax.nn.sigmoid(noise)
+        elif kind == "simplex":
+            out[name] = jax.nn.softmax(noise, axis=-1)
+        else:
+            free = to_unconstrained(param, value)
+            shift = 0.1 * jax.random.normal(jax.random.fold_in(key, i), free.shape, free.dtype)
+            moved = to_constrained(param, free + shift)
+            out[name] = jnp.where(jnp.isfinite(moved).all(), moved, value)
+    return out
+
+
+def densities(built: Build, params, bundle: Bundle, key: Array) -> tuple[dict, dict, dict]:
+    """Log density of every site by its table and by the model, and the sum of absolute values that sets the rounding."""
+    program, values = built.program, graph_values(bundle, params)
+    chosen = {n: random_states(built, n, values, jax.random.fold_in(key, i)) for i, n in enumerate(program.latents)}
+    for n, index in chosen.items():
+        latent = program.latents[n]
+        values["latent", n] = jnp.asarray(latent.states)[index]
+    ours, theirs, size = {}, {}, {}
+    for name, factor in built.kernel.problem.factors.items():
+        theirs[name], size[name] = by_model(built, factor, values)
+        ours[name] = by_table(built, factor, params, bundle, chosen)
+    return ours, theirs, size
+
+
+def random_states(built: Build, name: str, values: Mapping, key: Array) -> Array:
+    """A state for every cell of a latent, inside its own bounds."""
+    latent = built.program.latents[name]
+    index = jax.random.randint(key, latent.shape, 0, latent.num_states)
+    if not latent.bounded:
+        return index
+    low, high = built.program.full.evaluate([(name, "low"), (name, "high")], values)
+    first = latent.states.ravel()[0]
+    return jnp.clip(index, low - first, high - first)
+
+
+def by_model(built: Build, factor: Factor, values: Mapping[Any, Any]) -> tuple[Array, Array]:
+    """Masked and scaled log density of the site, from the model at full shape."""
+    program, name = built.program, factor.name
+    rank = len(factor.site.axes)
+    fields = [f for f in ("elem", "mask", "scale") if (name, f) in program.full.outputs]
+    got = dict(zip(fields, program.full.evaluate([(name, f) for f in fields], values), strict=True))
+    elem = jnp.broadcast_to(pad(got["elem"], rank), factor.site.shape)
+    if "mask" in got:
+        otherwise = -jnp.log(float(factor.latents[0].num_states)) if factor.own else 0.0
+        mask = pad(got["mask"], rank)
+        if factor.own:
+            events = tuple(i for i, a in enumerate(factor.site.axes) if a.startswith("#") and not a.startswith("#unit"))
+            elem, mask = elem.sum(events, keepdims=True), mask.any(events, keepdims=True) if events else mask
+        elem = jnp.where(mask, elem, otherwise)
+    if "scale" in got:
+        elem = elem * pad(got["scale"], rank)
+    return elem.sum(), jnp.abs(elem).sum()
+
+
+def by_table(built: Build, factor: Factor, params, bundle: Bundle, chosen: Mapping[str, Array]) -> Array:
+    """The same from the factor's table, read at the chosen states."""
+    layout, rows = built.kernel.layout, bundle.rows[factor.name]
+    cells = factor.cells(graph_values(bundle, params), rows)
+    value = factor.table(cells, rows).value
+    for z in factor.latents:
+        index = named(chosen[z.name], z.axes)
+        if factor.route and z.name in factor.route.latents:
+            flat = jnp.broadcast_to(index.to(factor.route.target), factor.route.shape).ravel()
+            index = Named(flat[bundle.cells[factor.name]], factor.route.source)
+        value = pick(value, z.name, index)
+    inner = max(factor.latents, key=lambda z: len(layout.plates_of[z.name]), default=None)
+    scale = bundle.scales[inner.name] if inner is not None else None
+    if scale is not None:
+        value = multiply(value, scale)
+    absent = [layout.sizes[a] for a in factor.kept if a not in value.axes]
+    total = value.array.sum() * float(np.prod(absent, dtype=float))
+    constant = log_density_constant(factor, rows)
+    if constant is not None:
+        constant = constant if scale is None else multiply(constant, scale)
+        total = total + constant.array.sum()
+    return total
