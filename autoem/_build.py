@@ -17,6 +17,7 @@ from jax import Array
 
 from autoem._chunks import plan_chunks, spread_rows
 from autoem._errors import PlanError
+from autoem._jaxpr import jit_once
 from autoem._lower import Kernel
 from autoem._plan import Plan, make_plan
 from autoem._trace import Discovery, Source, trace
@@ -57,9 +58,10 @@ class Build:
     limits: dict[str, np.ndarray]
     model_start: Callable[[dict, Array], dict[str, Array]]
     seeding: Callable | None = None
+    alike: tuple[str, ...] = ()
 
     def __post_init__(self):
-        self._prepare = jax.jit(lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells))
+        self._prepare = jit_once(lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells))
 
     @property
     def program(self) -> Program:
@@ -154,7 +156,7 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
     cells = {n: jnp.asarray(c) for n, c in cells.items()}
     problem = Problem({f.name: f for f in factors}, program.params)
     shapes = jax.eval_shape(lambda d, k, c: make_bundle(program, factors, d, k, c), data, key, cells)
-    model_start = jax.jit(lambda data, key: start_values(found, data, key))
+    model_start = jit_once(lambda data, key: start_values(found, data, key))
     params = model_start(data, key)
     layout = build_layout(program, values, cells)
     layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={})

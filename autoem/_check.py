@@ -19,7 +19,7 @@ from autoem._errors import ModelError
 from autoem._posterior import Posterior
 from autoem._stderr import free_entries, move
 from autoem._trace import Source
-from autoem._verify import random_params, verify
+from autoem._verify import by_model, noise_for, random_params, verify
 from autoem.m_step._base import CLOSED_FORM
 from autoem.m_step.problem import Bundle, graph_values
 
@@ -55,7 +55,8 @@ class Report:
 def run_checks(em: EM, built: Build, source: Source, key: Array, args: tuple, kwargs: dict) -> Report:
     """Run every test."""
     bundle = built.plain_bundle(source, key)
-    params = random_params(built, built.start(source, key), key)
+    start = built.start(source, key)
+    params = random_params(built, start, noise_for(built, start))
     checks = [check_tables(built, source), check_brute_force(built, params, bundle), *check_m_step(built, params, bundle)]
     checks.append(check_stationary(em, built, key, args, kwargs))
     return Report(tuple(checks))
@@ -96,8 +97,6 @@ def check_brute_force(built: Build, params, bundle: Bundle) -> Check:
 
 
 def site_density(built: Build, factor, values) -> Array:
-    from autoem._verify import by_model
-
     return by_model(built, factor, values)[0]
 
 

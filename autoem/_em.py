@@ -143,7 +143,7 @@ class EM:
                 return built, source
         built = build(self.model, args, kwargs, self.options, jax.random.key(0))
         validate(built, built.source, self.options.missing)
-        verify(built, built.source)
+        built.alike = verify(built, built.source)
         self._builds[built.source.signature()] = built
         return built, built.source
 

@@ -43,14 +43,16 @@ def starts(
     weights = {n: responsibilities(built, n, v) for n, v in given.items() if n in built.program.latents}
     base.update({n: start_value(built, n, v) for n, v in given.items() if n not in built.program.latents})
     notes: tuple[str, ...] = ()
-    plain = whole(built, source, key, bundle)
+    plain = bundle
+    if weights or restarts > 1 or init == "random" or built.alike:
+        plain = whole(built, source, key, bundle)
     if weights:
         first = seeded(built, base, plain, key, weights)
     elif init == "random":
         first = seeded(built, base, plain, key)
-    elif init == "auto" and (alike := symmetric_latents(built, base, plain)):
+    elif init == "auto" and built.alike:
         first = seeded(built, base, plain, key)
-        notes = (f"the model's own start treats the states of {', '.join(alike)} alike: started from seeded responsibilities",)
+        notes = (f"the model's own start treats the states of {', '.join(built.alike)} alike: started from seeded responsibilities",)
     else:
         first = base
     out = [first]
@@ -98,27 +100,6 @@ def responsibilities(built: Build, name: str, value: Any) -> Named:
     if not bool((array >= 0).all()) or not bool(jnp.allclose(array.sum(-1), 1, atol=1e-4)):
         raise DataError(name, problem="its responsibilities do not sum to one over the last axis", mend="normalise them")
     return named(array / array.sum(-1, keepdims=True), (*latent.axes, name))
-
-
-def symmetric_latents(built: Build, params: Params, bundle: Bundle) -> list[str]:
-    """Latents whose states no factor tells apart at `params`, priors on the latent itself excepted: EM cannot leave such a point."""
-
-    def spreads(p, b):
-        cells = built.kernel.problem.cells(p, b)
-        out: dict[str, list[Array]] = {}
-        for f in built.kernel.likelihood_factors:
-            table = f.table(cells[f.name], b.rows[f.name]).value
-            for z in f.latents:
-                if z.name == f.name or z.num_states < 2:
-                    continue
-                rows = table.to((z.name, *(a for a in table.axes if a != z.name)))
-                spread = jnp.max(jnp.abs(rows - rows[:1]) / (1 + jnp.abs(rows[:1])))
-                out.setdefault(z.name, []).append(spread)
-        return {n: jnp.max(jnp.stack(s)) for n, s in out.items()}
-
-    limit = 100 * float(jnp.finfo(jnp.result_type(float)).eps)
-    values = jax.jit(spreads)(dict(params), bundle)
-    return [n for n, v in values.items() if float(v) <= limit]
 
 
 def seeded(

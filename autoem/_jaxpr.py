@@ -144,3 +144,12 @@ def inline(closed, env: dict[Any, Atom], equations: list[Equation]) -> list[Atom
             equations.append(Equation(eqn.primitive, tuple(map(read, eqn.invars)), tuple(outs), eqn.params))
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in closed.jaxpr.outvars]
+
+
+# one-shot programs: what compiling saves by optimising them is less than what it costs
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def jit_once(function: Callable) -> Callable:
+    """`jax.jit` for a program that runs about once: compiled fast rather than well."""
+    return jax.jit(function, compiler_options=QUICK if jax.default_backend() == "cpu" else None)

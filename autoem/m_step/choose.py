@@ -16,6 +16,7 @@ import numpy as np
 from numpyro.distributions import constraints
 
 from autoem._errors import PlanError
+from autoem.e_step.tables import Factor
 from autoem.families import NoClosedForm, Opaque
 from autoem.m_step import counting, covariance, location, power
 from autoem.m_step._base import AbstractBlock
@@ -227,8 +228,22 @@ def choose(
                 raise PlanError(name, problem=f"has no closed form: {reason}", mend=mend) from None
             declined[name] = str(reason)
     blocks = join_least_squares(blocks, problem, params, bundle)
-    blocks += numerical(problem, declined, asked_for)
+    blocks += [with_profile(b, blocks, factors) for b in numerical(problem, declined, asked_for)]
     return tuple(sorted(blocks, key=lambda b: b.order))
+
+
+def with_profile(block: AbstractBlock, closed: Sequence[AbstractBlock], factors: Sequence[Factor]) -> AbstractBlock:
+    """Tie to a Newton block the scales whose closed form moves with its parameters: a Gamma's rate with its shape."""
+    if not isinstance(block, NewtonBlock):
+        return block
+    shapes = {
+        u.factor.name
+        for n in block.names
+        for u in uses_of(n, factors)
+        if u.argument and isinstance(u.factor._family.rules[u.argument], NoClosedForm)
+    }
+    tied = [b for b in closed if isinstance(b, Scale) and shapes & {u.factor.name for u in b.uses}]
+    return dataclasses.replace(block, profile=tuple(tied))
 
 
 def join_least_squares(blocks: Sequence[AbstractBlock], problem: Problem, params: Params, bundle: Bundle) -> list[AbstractBlock]:

@@ -112,7 +112,7 @@ def look_up(atom: Atom, env: Mapping[Variable, Value]) -> Value:
     return Known(value, uniform)
 
 
-UNIFORM = {"broadcast_in_dim", "reshape", "convert_element_type", "squeeze", "transpose", "copy", "copy_p", "expand_dims"}
+UNIFORM = {"stack", "concatenate", "tile", "broadcast_in_dim", "reshape", "convert_element_type", "squeeze", "transpose", "copy", "copy_p", "expand_dims"}
 
 
 def run(equations: list[Equation], env: dict[Variable, Value]) -> None:
@@ -121,7 +121,8 @@ def run(equations: list[Equation], env: dict[Variable, Value]) -> None:
         inputs = [look_up(a, env) for a in eqn.inputs]
         if all(isinstance(i, Known) for i in inputs):
             out = eqn.apply([i.value for i in inputs])
-            uniform = inputs[0].uniform if eqn.primitive.name in UNIFORM else None
+            entries = {i.uniform for i in inputs}
+            uniform = inputs[0].uniform if eqn.primitive.name in UNIFORM and len(entries) == 1 else None
             env.update({v: Known(o, uniform) for v, o in zip(eqn.outputs, out, strict=True)})
             continue
         apply = RULES.get(eqn.primitive.name)
@@ -197,6 +198,23 @@ def _agree(powers: list) -> float | None:
 @rule("concatenate")
 def _concatenate(eqn, inputs):
     return _together(inputs, lambda parts: jnp.concatenate(parts, eqn.params["dimension"]))
+
+
+@rule("stack")
+def _stack(eqn, inputs):
+    return _together(inputs, lambda parts: eqn.apply(parts)[0])
+
+
+@rule("split", "unstack")
+def _split(eqn, inputs):
+    (x,) = inputs
+    count = len(eqn.outputs)
+    return [each(x, lambda v, i=i: eqn.apply([v])[i]) for i in range(count)]
+
+
+@rule("tile")
+def _tile(eqn, inputs):
+    return each(inputs[0], lambda v: eqn.apply([v])[0])
 
 
 @rule("select_n")
@@ -400,10 +418,23 @@ def _logistic(eqn, inputs):
 
 @rule("dot_general")
 def _dot(eqn, inputs):
+    if (copied := _product_with_one(eqn, inputs)) is not None:
+        return copied
     values = [i.value if isinstance(i, Known | Linear) else None for i in inputs]
     if any(v is None for v in values) or all(isinstance(i, Linear) for i in inputs):
         raise Declined("it enters a matrix product" if any(v is None for v in values) else "it is multiplied by itself")
     return Linear(eqn.apply(values)[0], None, False, False, None)
+
+
+def _product_with_one(eqn, inputs) -> Value | None:
+    """A product with a column of ones (an intercept alone) copies; None where it is no such thing."""
+    (contract, _), _ = eqn.params["dimension_numbers"]
+    length = int(np.prod([eqn.inputs[0].shape[d] if isinstance(eqn.inputs[0], Variable) else np.shape(eqn.inputs[0].value)[d] for d in contract]))
+    for i, one in enumerate(inputs):
+        x = inputs[1 - i]
+        if isinstance(one, Known) and one.uniform == 1.0 and length == 1 and isinstance(x, Linear | Monomial):
+            return each(x, lambda v, i=i, one=one: eqn.apply([one.value, v] if i == 0 else [v, one.value])[0])
+    return None
 
 
 @rule("reduce_sum", "cumsum", "scatter-add", "scatter_add", "conv_general_dilated")

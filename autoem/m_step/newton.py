@@ -35,8 +35,13 @@ class NewtonState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NewtonBlock(AbstractBlock):
-    """Damped Newton steps on the block's parameters together."""
+    """Damped Newton steps on the block's parameters together.
 
+    `profile` holds closed-form blocks that are strongly tied to them (a Gamma's rate to its shape): `Q` is maximised with
+    those at their closed form for every trial value, which is a joint maximum at the price of a conditional one.
+    """
+
+    profile: tuple[AbstractBlock, ...] = ()
     max_steps: int = 25
     tolerance: float = 1e-10
 
@@ -46,7 +51,9 @@ class NewtonBlock(AbstractBlock):
 
     @property
     def update(self) -> str:
-        return "damped Newton steps" + (f" on {', '.join(self.names)} together" if len(self.names) > 1 else "")
+        together = f" on {', '.join(self.names)} together" if len(self.names) > 1 else ""
+        tied = [n for b in self.profile for n in b.names]
+        return "damped Newton steps" + together + (f", with {', '.join(tied)} at the closed form" if tied else "")
 
     @property
     def latex(self) -> str:
@@ -54,21 +61,28 @@ class NewtonBlock(AbstractBlock):
         return rf"{name} \leftarrow {name} - (\nabla^2 Q)^{{-1}} \nabla Q \quad\text{{(damped)}}"
 
     def solve(self, params: Params, statistics: Statistics, bundle: Bundle, state):
-        touched = self.problem.touched(self.names)
+        touched = self.problem.touched((*self.names, *(n for b in self.profile for n in b.names)))
         free = {n: to_unconstrained(self.problem.params[n], params[n]) for n in self.names}
         flat, unravel = ravel_pytree(free)
 
         def constrained(v: Array) -> dict[str, Array]:
             return {n: to_constrained(self.problem.params[n], u) for n, u in unravel(v).items()}
 
+        def completed(v: Array) -> dict[str, Array]:
+            new = {**params, **constrained(v)}
+            for block in self.profile:
+                new.update(block.solve(new, statistics, bundle, None)[0])
+            return new
+
         def objective(v: Array) -> Array:
-            return self.problem.q({**params, **constrained(v)}, statistics, bundle, touched)
+            return self.problem.q(completed(v), statistics, bundle, touched)
 
         best = maximise(objective, flat, self.max_steps, self.tolerance)
-        new = constrained(best)
+        new = completed(best)
         # a parameter on its boundary has no finite coordinate: it stays there
         finite = jnp.isfinite(flat).all() & jnp.isfinite(best).all()
-        return {n: jnp.where(finite, new[n], params[n]) for n in self.names}, state
+        names = (*self.names, *(n for b in self.profile for n in b.names))
+        return {n: jnp.where(finite, new[n], params[n]) for n in names}, state
 
 
 def maximise(objective, start: Array, max_steps: int, tolerance: float) -> Array:

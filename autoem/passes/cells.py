@@ -62,9 +62,11 @@ def follow(graph: Graph, eqn: Equation, inputs: list, values: Mapping) -> list[n
     name = eqn.primitive.name
     if name in STRUCTURAL:
         return [np.asarray(eqn.apply([jnp.asarray(inputs[0])])[0])]
-    if name == "concatenate":
-        parts = [_or_none(i, a) for i, a in zip(inputs, eqn.inputs, strict=True)]
-        return [np.concatenate(parts, eqn.params["dimension"])]
+    if name in ("concatenate", "stack"):
+        parts = [jnp.asarray(_or_none(i, a)) for i, a in zip(inputs, eqn.inputs, strict=True)]
+        return [np.asarray(eqn.apply(parts)[0])]
+    if name in ("split", "unstack", "tile"):
+        return [np.asarray(o) for o in eqn.apply([jnp.asarray(inputs[0])])]
     if name in ("gather", "dynamic_slice"):
         return [_gather(graph, eqn, inputs, values)]
     if name.startswith(REDUCING) and "axes" in eqn.params:

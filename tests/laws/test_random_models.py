@@ -1,0 +1,106 @@
+"""Law: whatever the model, autoem's answers are those of adding up every completion, and its steps never go down.
+
+The models come from a generator (`tests/random_models.py`), the truth from `tests/brute_force.py`, which shares no code
+with autoem. Forty models run with the tests, a thousand more under `-m slow`.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+import autoem
+from tests.brute_force import Exact, Oracle
+from tests.random_models import Instance, RandomModel, random_model
+
+TOLERANCE = {"rtol": 1e-8, "atol": 1e-8}
+MOST_REFUSED = 0.05  # the share of models that may be refused, each for the reason that its generator states
+tally = {"run": 0, "refused": 0}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_agrees_with_adding_up_every_completion(seed: int) -> None:
+    _check(random_model(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40, 1040))
+def test_a_thousand_more(seed: int) -> None:
+    _check(random_model(seed))
+    if seed % 40 == 0:
+        jax.clear_caches()  # a thousand models' programs would fill the memory
+
+
+def test_few_are_refused() -> None:
+    """Runs after the models above, and counts those of this process."""
+    assert tally["refused"] <= MOST_REFUSED * max(tally["run"], 40)
+
+
+def _check(model: RandomModel) -> None:
+    print(model.description)  # shown when the test fails
+    tally["run"] += 1
+    oracle = Oracle(model.small.repeated[0], model.params, *model.small.repeated[1])
+    try:
+        at_start = _run(model.small, model.params, max_steps=0)
+    except (autoem.ModelError, autoem.PlanError) as refusal:
+        if model.refusal is None:
+            raise
+        print(refusal)
+        tally["refused"] += 1
+        return
+    exact = oracle.exact(model.params)
+    _check_likelihood(at_start, exact)
+    _check_posterior(at_start, model, oracle, exact)
+    _check_one_step(model, oracle)
+    _check_rise(_run(model.large, model.params, max_steps=5))
+
+
+def _run(instance: Instance, params: dict, max_steps: int) -> autoem.EMResult:
+    em = autoem.EM(instance.model, init=params, max_steps=max_steps, progress=False)
+    return em.run(jax.random.key(0), *instance.args)
+
+
+def _check_likelihood(result: autoem.EMResult, exact: Exact) -> None:
+    np.testing.assert_allclose(result.log_likelihood, exact.log_likelihood, **TOLERANCE)
+    np.testing.assert_allclose(result.objective, exact.log_likelihood + exact.log_prior, **TOLERANCE)
+
+
+def _check_posterior(result: autoem.EMResult, model: RandomModel, oracle: Oracle, exact: Exact) -> None:
+    posterior = result.posterior(*model.small.args)
+    for name in model.latents:
+        truth = _one_of_each(exact.marginals[name], posterior.marginals[name], model.small.row_of)
+        np.testing.assert_allclose(posterior.marginals[name], truth, **TOLERANCE, err_msg=name)
+    mode = {site.name: _repeat(posterior.mode(), site, model.small.row_of) for site in oracle.latents}
+    np.testing.assert_allclose(oracle.log_joint(model.params, mode), exact.mode_log_density, **TOLERANCE)
+
+
+def _one_of_each(truth: np.ndarray, like: np.ndarray, row_of: np.ndarray | None) -> np.ndarray:
+    """The oracle's answer on repeated rows, one of each row, in the shape of autoem's answer."""
+    if row_of is not None and len(truth) == len(row_of):
+        truth = truth[np.unique(row_of, return_index=True)[1]]
+    assert np.squeeze(truth).shape == np.squeeze(like).shape
+    return truth.reshape(np.shape(like))
+
+
+def _repeat(mode: dict, site, row_of: np.ndarray | None) -> np.ndarray:
+    value = np.asarray(mode[site.name.removesuffix("_unobserved")])
+    if row_of is not None and site.shape == row_of.shape:
+        value = value[row_of]
+    return value.reshape(site.shape)
+
+
+def _check_one_step(model: RandomModel, oracle: Oracle) -> None:
+    """One step raises the expected log density, and the likelihood that it reports is that of where it went."""
+    after = _run(model.small, model.params, max_steps=1)
+    exact = oracle.exact(after.params)
+    np.testing.assert_allclose(after.history[-1], exact.log_likelihood + exact.log_prior, rtol=1e-6, atol=1e-6)
+    before = oracle.exact(model.params)
+    rise = oracle.expected_log_density(after.params, model.params) - oracle.expected_log_density(
+        model.params, model.params
+    )
+    assert rise + exact.log_prior - before.log_prior >= -1e-8 * max(1.0, abs(before.log_likelihood))
+
+
+def _check_rise(result: autoem.EMResult) -> None:
+    history = np.asarray(result.history)
+    assert np.isfinite(history).all()
+    assert (np.diff(history) >= -1e-9 * np.abs(history[:-1])).all(), history

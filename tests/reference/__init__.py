@@ -1,0 +1,1 @@
+"""Real data with published or independently computed answers."""

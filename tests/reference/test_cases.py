@@ -1,0 +1,112 @@
+"""Published and independently computed answers on real data, each reached from the model's plain NumPyro text.
+
+Every case names its source and what its answer was checked by (other programs, hand-written EM, direct maximisation) in
+`tests/data/reference/<name>.json`; tolerances are the digits that those sources give.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import autoem
+
+from .cases import BY_NAME, CASES, Case, columns
+
+KEY = jax.random.key(0)
+EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def fit(case: Case, **options) -> tuple[autoem.EMResult, dict]:
+    data = case.data()
+    settings = {"init": case.init(data), "tol": 1e-13, "progress": False} | dict(case.options) | options
+    return autoem.EM(case.model, **settings).run(KEY, data), data
+
+
+def relabelled(params: dict, axis_of: dict[str, int]):
+    """Every naming of the labels: the parameters with their label axes permuted alike."""
+    size = max((params[name].shape[axis] for name, axis in axis_of.items()), default=1)
+    for order in itertools.permutations(range(size)):
+        yield {
+            name: jnp.take(value, jnp.array(order), axis=axis_of[name]) if name in axis_of else value
+            for name, value in params.items()
+        }
+
+
+def excess(params: dict, reference: dict) -> float:
+    """The largest distance from the reference in units of its tolerance: at most one when all agree."""
+    tolerance = reference["tolerance"]
+
+    def of(name: str) -> float:
+        expected = np.asarray(reference["params"][name])
+        allowed = np.maximum(tolerance["param_abs"], tolerance["param_rel"] * np.abs(expected))
+        return float(np.max(np.abs(np.asarray(params[name]) - expected) / allowed))
+
+    return max(of(name) for name in reference["params"])
+
+
+@EVERY_CASE
+def test_plan_is_closed_form_wherever_the_algebra_allows(case):
+    data = case.data()
+    plan = autoem.EM(case.model, progress=False).plan(data)
+    for name, words in case.m_step.items():
+        assert plan.m_step(name) in ((words,) if isinstance(words, str) else words), f"{name}\n{plan}"
+
+
+@EVERY_CASE
+def test_reaches_the_reference(case):
+    result, _ = fit(case)
+    reference = case.reference
+    np.testing.assert_allclose(
+        result.log_likelihood, reference["log_likelihood"], rtol=0, atol=reference["tolerance"]["log_likelihood"]
+    )
+    assert set(result.params) == set(reference["params"])
+    assert min(excess(p, reference) for p in relabelled(result.params, reference.get("label_axis", {}))) <= 1
+    assert result.converged, result.status
+    # float64 carries a sum of n terms to about n ulps
+    history = np.asarray(result.history)
+    assert len(history) == result.num_steps + 1
+    assert np.all(np.diff(history) >= -1e-12 * np.abs(history[:-1]).clip(1)), "the log-likelihood fell"
+
+
+@pytest.mark.parametrize("name", ["two_coins", "linkage", "abo", "das_haus"])
+def test_every_iterate_of_the_path(name):
+    """From the stated start each step lands where the textbook's does: both steps are tested, not the end alone."""
+    path = BY_NAME[name].reference["path"]
+    for parameter, iterates in path.items():
+        for steps, expected in list(enumerate(iterates))[1:]:
+            result, _ = fit(BY_NAME[name], max_steps=steps, tol=0.0)
+            # ten digits are kept
+            np.testing.assert_allclose(result.params[parameter], expected, rtol=0, atol=1e-9)
+
+
+def test_log_likelihood_along_the_path_of_word_alignment():
+    """Koehn 2010, section 4.2: the values before each of the first three steps."""
+    result, _ = fit(BY_NAME["das_haus"], max_steps=3, tol=0.0)
+    expected = BY_NAME["das_haus"].reference["path_log_likelihood"]
+    np.testing.assert_allclose(result.history[:3], expected, rtol=0, atol=1e-8)
+
+
+def test_posterior_finds_the_parties_of_unlabelled_members():
+    result, data = fit(BY_NAME["house_votes"])
+    unlabelled = data["label"] < 0
+    guess = result.posterior(data).marginals["z"].argmax(-1)
+    accuracy = (guess == data["party"])[unlabelled].mean()
+    np.testing.assert_allclose(accuracy, BY_NAME["house_votes"].reference["accuracy_on_unlabelled"], atol=1e-9)
+
+
+def test_posterior_finds_the_duplicate_records():
+    result, data = fit(BY_NAME["record_linkage"])
+    same, truth = result.posterior(data).marginals["same"][:, 1] > 0.5, data["true_match"] == 1
+    found = {"true_pos": same & truth, "false_pos": same & ~truth, "false_neg": ~same & truth}
+    assert {k: int(v.sum()) for k, v in found.items()} == BY_NAME["record_linkage"].reference["confusion_at_half"]
+
+
+def test_posterior_separates_the_leukaemias():
+    result, data = fit(BY_NAME["golub"])
+    cluster = np.asarray(result.posterior(data).marginals["z"].argmax(-1))
+    known = np.asarray(columns("golub.csv")["all0_aml1"])  # kept from the model
+    table = [[int(((known == row) & (cluster == column)).sum()) for column in range(3)] for row in range(2)]
+    assert table == BY_NAME["golub"].reference["clusters_by_class"]
