@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,20 +121,12 @@ def route_cells(program: Program, factors: tuple[Factor, ...], data: Mapping, ke
 def make_bundle(program: Program, factors: tuple[Factor, ...], data: Mapping[int, Array], key: Array, cells) -> Bundle:
     """Everything that the kernel takes besides parameters."""
     values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
-    rows = {f.name: prepare(f, program, values) for f in factors}
+    rows = {f.name: prepare(f, program, values, cells) for f in factors}
     layout = build_layout(program, values, cells)
     constant = jnp.zeros(())
     for f in factors:
         part = log_density_constant(f, rows[f.name])
-        if part is None:
-            continue
-        inner = max(f.latents, key=lambda z: len(layout.plates_of[z.name]), default=None)
-        if inner is not None and layout.scales[inner.name] is not None:
-            scale = layout.scales[inner.name]
-            axes = tuple(dict.fromkeys((*part.axes, *scale.axes)))
-            constant = constant + (part.to(axes) * scale.to(axes)).sum()
-        else:
-            constant = constant + part.array.sum()
+        constant = constant if part is None else constant + part.array.sum()
     return Bundle(dict(data), key, rows, layout.scales, dict(cells), constant)
 
 

@@ -22,6 +22,7 @@ from autoem._build import Build
 from autoem._errors import DataError, PlanError
 from autoem._named import Named, multiply, named
 from autoem._trace import Source
+from autoem.e_step.elimination import route_to_rows
 from autoem.e_step.tables import Factor
 from autoem.ir import Latent
 from autoem.m_step.problem import Bundle, Params, make_layout
@@ -200,15 +201,11 @@ def expected_under(built: Build, params: Params, bundle: Bundle, weights: Mappin
         value = factor.table(cells[name], bundle.rows[name]).value
         weight = Named(jnp.ones(()), ())
         for z in factor.latents:
-            own = weights[z.name]
-            if factor.route and z.name in factor.route.latents:
-                target = own.to((*factor.route.target, z.name))
-                flat = jnp.broadcast_to(target, (*factor.route.shape, z.num_states)).reshape(-1, z.num_states)
-                own = Named(flat[layout.cells[name]], (*factor.route.source, z.name))
-            weight = multiply(weight, own)
+            route = factor.route if factor.route and z.name in factor.route.latents else None
+            weight = multiply(weight, route_to_rows(weights[z.name], route, layout.cells))
         inner = max(factor.latents, key=lambda z: len(layout.plates_of[z.name]), default=None)
-        if inner is not None and layout.scales[inner.name] is not None:
-            weight = multiply(weight, layout.scales[inner.name])  # type: ignore[arg-type]
+        if inner is not None and (scale := layout.scales[inner.name]) is not None:
+            weight = multiply(weight, route_to_rows(scale, factor.route, layout.cells))
         absent = [p for p in factor.kept if p not in weight.axes and p not in value.axes]
         repeats = float(np.prod([layout.sizes[p] for p in absent], dtype=float))
         cotangent = weight.sum(a for a in weight.axes if a not in value.axes).to(value.axes) * repeats

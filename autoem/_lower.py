@@ -26,6 +26,7 @@ from autoem.ir import Program
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.problem import Bundle, Params, Problem, make_layout
 
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kernel:
     """A compiled model: pure functions of parameters and data."""

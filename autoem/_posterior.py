@@ -17,7 +17,7 @@ from jax import Array
 from autoem._build import Build
 from autoem._errors import PlanError
 from autoem._named import Named, named
-from autoem.e_step.elimination import Layout, Step, Table, eliminate, log_sum_exp, maximum
+from autoem.e_step.elimination import Layout, Step, Table, eliminate, log_sum_exp, maximum, route_to_rows
 from autoem.e_step.tables import log_density_constant
 from autoem.ir import Latent
 from autoem.m_step.problem import Bundle, make_layout
@@ -128,19 +128,23 @@ class Posterior:
         out = jnp.broadcast_to(slope.to((*latent.axes, latent.name)), (*latent.shape, latent.num_states))
         return out / out.sum(-1, keepdims=True)
 
-    def _merged(self, marginals: Mapping[str, Array]) -> dict[str, Array]:
-        """Marginals of sites that `obs_mask` split into an observed and an unobserved part."""
+    def _partly_observed(self) -> dict[str, tuple[str, Array, Array]]:
+        """Sites that `obs_mask` split: name of the latent part -> (name of the whole, observed values, where hidden)."""
         out = {}
-        program, suffix = self._built.program, "_unobserved"
-        for name, value in marginals.items():
-            whole, seen = name.removesuffix(suffix), name.removesuffix(suffix) + "_observed"
-            if not name.endswith(suffix) or seen not in program.sites:
-                continue
-            values = {("data", i): x for i, x in self._bundle.data.items()}
-            keys = [(seen, "value"), (name, "mask")]
-            observed, hidden = program.full.evaluate(keys, values)
-            given = (observed[..., None] == jnp.asarray(program.latents[name].states)).astype(value.dtype)
-            out[whole] = jnp.where(jnp.broadcast_to(hidden, value.shape[:-1])[..., None], value, given)
+        program, values = self._built.program, {("data", i): x for i, x in self._bundle.data.items()}
+        for name, latent in program.latents.items():
+            whole = name.removesuffix("_unobserved")
+            if name.endswith("_unobserved") and f"{whole}_observed" in program.sites and (name, "mask") in program.full.outputs:
+                observed, hidden = program.full.evaluate([(f"{whole}_observed", "value"), (name, "mask")], values)
+                out[name] = whole, observed, jnp.broadcast_to(hidden, latent.shape)
+        return out
+
+    def _merged(self, marginals: Mapping[str, Array]) -> dict[str, Array]:
+        out = {}
+        for name, (whole, observed, hidden) in self._partly_observed().items():
+            states = jnp.asarray(self._built.program.latents[name].states)
+            given = (observed[..., None] == states).astype(marginals[name].dtype)
+            out[whole] = jnp.where(hidden[..., None], marginals[name], given)
         return out
 
     def _backward(self, params, bundle: Bundle, reduce: Callable, choose: Callable) -> dict[str, Array]:
@@ -151,7 +155,8 @@ class Posterior:
         for i, step in enumerate(reversed(steps)):
             scores = step.joint
             for other in sorted(step.latents):
-                scores = pick(scores, other, at_rows(chosen[other], other, step, layout))
+                route = step.route if step.route and other in step.route.latents else None
+                scores = pick(scores, other, route_to_rows(chosen[other], route, layout.cells))
             latent = self._built.program.latents[step.latent]
             full = jnp.broadcast_to(scores.to((step.latent, *latent.axes)), (latent.num_states, *latent.shape))
             chosen[step.latent] = named(choose(i, full), latent.axes)
@@ -161,7 +166,10 @@ class Posterior:
         }
 
     def _values(self, indices: Mapping[str, Array]) -> dict[str, Array]:
-        return {z: jnp.asarray(self._built.program.latents[z].states)[i] for z, i in indices.items()}
+        out = {z: jnp.asarray(self._built.program.latents[z].states)[i] for z, i in indices.items()}
+        for name, (whole, observed, hidden) in self._partly_observed().items():
+            out[whole] = jnp.where(hidden, out[name], observed)
+        return out
 
     def _per_datum(self, params, bundle: Bundle) -> Array:
         parts: list[Table] = []
@@ -176,10 +184,6 @@ class Posterior:
         for factor in self._built.kernel.likelihood_factors:
             constant = log_density_constant(factor, bundle.rows[factor.name])
             if constant is not None:
-                scale = next((bundle.scales[z.name] for z in factor.latents if bundle.scales[z.name] is not None), None)
-                constant = constant if scale is None else Named(
-                    constant.to(constant.axes) * scale.to(constant.axes), constant.axes
-                )
                 total = total + spread(constant.sum(a for a in constant.axes if a != plate), plate)
         return total
 
@@ -196,15 +200,6 @@ def zeros(built: Build, names: tuple[str, ...]) -> Named:
     axes = (*names, *(a for a in deepest.axes if a in plates_of[deepest.name]))
     sizes = [z.num_states for z in latents] + [program.plates[a].size for a in axes[len(names) :]]
     return Named(jnp.zeros(sizes), axes)
-
-
-def at_rows(chosen: Named, latent: str, step: Step, layout: Layout) -> Named:
-    """The chosen states of `latent` as the rows of `step` see them."""
-    if step.route is None or latent not in step.route.latents:
-        return chosen
-    route = step.route
-    cells = jnp.broadcast_to(chosen.to(route.target), route.shape).ravel()
-    return Named(cells[layout.cells[route.site]], route.source)
 
 
 def pick(scores: Named, latent: str, chosen: Named) -> Named:

@@ -17,10 +17,11 @@ from jax import Array
 from autoem._build import Build
 from autoem._errors import ModelError
 from autoem._jaxpr import jit_once
-from autoem._named import Named, multiply, named
+from autoem._named import multiply, named
 from autoem._posterior import pick
 from autoem._trace import Source
-from autoem.e_step.factors import pad
+from autoem.e_step.elimination import route_to_rows
+from autoem.e_step.factors import pad, scale_of
 from autoem.e_step.tables import Factor, log_density_constant
 from autoem.m_step.choose import kind_of
 from autoem.m_step.problem import Bundle, graph_values
@@ -144,7 +145,7 @@ def by_model(built: Build, factor: Factor, values: Mapping[Any, Any]) -> tuple[A
             elem, mask = elem.sum(events, keepdims=True), mask.any(events, keepdims=True) if events else mask
         elem = jnp.where(mask, elem, otherwise)
     if "scale" in got:
-        elem = elem * pad(got["scale"], rank)
+        elem = elem * scale_of(got["scale"], factor.site).to(factor.site.axes)
     return elem.sum(), jnp.abs(elem).sum()
 
 
@@ -154,19 +155,13 @@ def by_table(built: Build, factor: Factor, params, bundle: Bundle, chosen: Mappi
     cells = factor.cells(graph_values(bundle, params), rows)
     value = factor.table(cells, rows).value
     for z in factor.latents:
-        index = named(chosen[z.name], z.axes)
-        if factor.route and z.name in factor.route.latents:
-            flat = jnp.broadcast_to(index.to(factor.route.target), factor.route.shape).ravel()
-            index = Named(flat[bundle.cells[factor.name]], factor.route.source)
-        value = pick(value, z.name, index)
+        route = factor.route if factor.route and z.name in factor.route.latents else None
+        value = pick(value, z.name, route_to_rows(named(chosen[z.name], z.axes), route, bundle.cells))
     inner = max(factor.latents, key=lambda z: len(layout.plates_of[z.name]), default=None)
     scale = bundle.scales[inner.name] if inner is not None else None
     if scale is not None:
-        value = multiply(value, scale)
+        value = multiply(value, route_to_rows(scale, factor.route, bundle.cells))
     absent = [layout.sizes[a] for a in factor.kept if a not in value.axes]
     total = value.array.sum() * float(np.prod(absent, dtype=float))
     constant = log_density_constant(factor, rows)
-    if constant is not None:
-        constant = constant if scale is None else multiply(constant, scale)
-        total = total + constant.array.sum()
-    return total
+    return total if constant is None else total + constant.array.sum()

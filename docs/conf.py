@@ -20,17 +20,19 @@ extensions = [
     "sphinx-mathjax-offline",
 ]
 exclude_patterns = ["_build", "conf.py"]
+default_role = "code"  # docstrings mark code as Markdown does
 
 html_theme = "furo"
 html_title = f"autoem {release}"
-html_static_path = []
+html_static_path = ["_static"]
+html_css_files = ["width.css"]
 
 myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 nb_execution_mode = "force"  # a stored result would not notice that autoem has changed
 nb_execution_timeout = 300
-nb_execution_raise_on_error = True
+nb_execution_show_tb = True  # a failing cell is a warning, which -W turns into an error
 nb_merge_streams = True
 
 autodoc_member_order = "bysource"

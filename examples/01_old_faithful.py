@@ -30,7 +30,7 @@ def mixture(x, k=2):
 
 
 data = columns("old_faithful.csv")
-x = jnp.stack([data["eruptions"], data["waiting"]], -1)
+x = np.stack([data["eruptions"], data["waiting"]], -1)
 
 # %% [markdown]
 # The plan says what will be done with every latent and every parameter, and why.
@@ -41,8 +41,8 @@ print(em.plan(x))
 
 # %%
 result = em.run(jax.random.key(0), x)
-short, long = jnp.argsort(result.params["loc"][:, 0])  # components come in any order
-weights, loc, cov = (result.params[name][jnp.array([short, long])] for name in ("weights", "loc", "cov"))
+short, long = np.argsort(result.params["loc"][:, 0])  # components come in any order
+weights, loc, cov = (np.asarray(result.params[name])[[short, long]] for name in ("weights", "loc", "cov"))
 print(f"\n{result.status}\nlog-likelihood {result.log_likelihood:.4f} after {result.num_steps} steps")
 for kind, w, (minutes, wait) in zip(["short", "long"], weights, loc, strict=True):
     print(f"{kind:>5}: {w:.1%} of eruptions, {minutes:.2f} minutes, then a wait of {wait:.1f} minutes")
@@ -54,7 +54,7 @@ for kind, w, (minutes, wait) in zip(["short", "long"], weights, loc, strict=True
 # %%
 probability = result.posterior(x).marginals["z"][:, long]
 colours = LinearSegmentedColormap.from_list("kind", [BLUE, "#b9b4ae", ORANGE])
-grid = jnp.stack(jnp.meshgrid(jnp.linspace(1.3, 5.4, 150), jnp.linspace(40, 98, 150)), -1)
+grid = np.stack(np.meshgrid(np.linspace(1.3, 5.4, 150), np.linspace(40, 98, 150)), -1)
 on_grid = result.posterior(grid.reshape(-1, 2)).marginals["z"][:, long].reshape(150, 150)
 figure, axes = plt.subplots(figsize=(7.2, 4.8))
 axes.contour(*grid.transpose(2, 0, 1), on_grid, [0.5], colors=GREY, linestyles="dashed", linewidths=1)

@@ -44,9 +44,9 @@ published = [0.500000000, 0.608247423, 0.624321051, 0.626488879, 0.626777323, 0.
 
 
 one_step = autoem.EM(linkage, init="model", max_steps=1, progress=False)  # compiled once for all steps
-path = [0.5]
+path = [jnp.array(0.5)]
 while len(path) < len(published):
-    path.append(float(one_step.run(jax.random.key(0), animals, path[-1]).params["psi"]))
+    path.append(one_step.run(jax.random.key(0), animals, path[-1]).params["psi"])
 result = autoem.EM(linkage, init="model", max_steps=50, tol=0.0, progress=False).run(jax.random.key(0), animals)
 limit = float(result.params["psi"])
 print("\nstep  published    autoem       error        error / last error")

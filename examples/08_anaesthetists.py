@@ -41,12 +41,11 @@ print(em.plan(patient, rater, grade))
 result = em.run(jax.random.key(0), patient, rater, grade)
 print(f"\n{result.status}\nprevalence {np.round(result.params['prevalence'], 2)}")
 posterior = result.posterior(patient, rater, grade).marginals["truth"]
-doubtful = np.flatnonzero(posterior.max(1) < 0.9)
-print("patients in doubt:", *(f"{i + 1} ({np.array2string(np.asarray(posterior[i]), precision=2)})" for i in doubtful))
+print(f"only patients {np.flatnonzero(posterior.max(1) < 0.99) + 1} leave more than one per cent of doubt")
 
 # %%
 blues = LinearSegmentedColormap.from_list("blues", ["white", BLUE])
-figure, axes = plt.subplots(1, 5, figsize=(9.6, 2.7), sharey=True)
+figure, axes = plt.subplots(1, 5, figsize=(9.6, 2.75), sharey=True)
 for number, (panel, table) in enumerate(zip(axes, np.asarray(result.params["says"]), strict=True), start=1):
     panel.imshow(table, cmap=blues, vmin=0, vmax=1)
     for (true, said), p in np.ndenumerate(table):
@@ -58,6 +57,7 @@ for number, (panel, table) in enumerate(zip(axes, np.asarray(result.params["says
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
 axes[0].set_ylabel("true grade")
+figure.suptitle("What five anaesthetists say", x=0.01, ha="left", fontsize=12, fontweight="bold")
 save(figure, "anaesthetists.png")
 
 # %% [markdown]

@@ -21,7 +21,10 @@ ANNOTATORS, CLASSES, DEPTH = 4, 3, 3
 
 
 class Case(NamedTuple):
-    """A model, its data at any size as (args, kwargs), and the number of rows to fit and to add up."""
+    """A model, its data at any size as (args, kwargs), the number of rows to fit, and few enough to add up.
+
+    `maximize` names priors in the data's own plates, which would otherwise count as latent.
+    """
 
     model: Callable
     data: Callable[[Rng, int], tuple[tuple, dict[str, Any]]]
@@ -264,7 +267,7 @@ CASES = {
     "crowd multinomial": Case(crowd_multinomial, lambda rng, n: (_crowd(rng, n)[1:], {}), 40, 5),
     "dawid-skene": Case(dawid_skene, lambda rng, n: (_crowd(rng, n), {}), 40, 5),
     "mace": Case(mace, lambda rng, n: (_crowd(rng, n), {}), 40, 3),
-    "response classes": Case(response_classes, _binary(4, 0.5), 60, 6),
+    "response classes": Case(response_classes, _binary(4, 0.5), 60, 6, ("difficulty",)),
     "gaussian mixture": Case(gaussian_mixture, lambda rng, n: ((_mixture_rows(rng, n, 1)[:, 0],), {}), 60, 6),
     "shared covariance": Case(shared_covariance, lambda rng, n: ((_mixture_rows(rng, n),), {}), 60, 6),
     "shared correlation": Case(shared_correlation, lambda rng, n: ((_mixture_rows(rng, n),), {}), 60, 6),
@@ -279,5 +282,5 @@ CASES = {
     "naive bayes": Case(naive_bayes, _documents, 60, 8),
     "schools": Case(schools, _school_rows, 60, 8),
     "diagnosis": Case(diagnosis, _binary(5, 0.4), 60, 3),
-    "recapture": Case(recapture, _binary(4, 0.3), 60, 4),
+    "recapture": Case(recapture, _binary(4, 0.3), 60, 4, ("p",)),
 }

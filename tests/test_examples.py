@@ -16,6 +16,7 @@ WITHOUT_PICTURE = {"02_linkage_1977", "03_blood_groups"}
 def test_example_ends_well(script, tmp_path):
     """Every example ends in an assertion against a known answer, so an exit code of zero says that it was reached."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    environment["PYTHONPATH"] = str(ROOT)  # this checkout, installed or not
     command = [sys.executable, str(script.relative_to(ROOT)), "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

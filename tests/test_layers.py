@@ -26,7 +26,9 @@ LAYERS = """
     _lower
     _build
     _stop _progress _validate
-    _fit _posterior _result _check _stderr _init _verify
+    _fit _posterior _stderr _init
+    _result _verify
+    _check
     _em
     __init__
 """

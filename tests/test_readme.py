@@ -1,4 +1,7 @@
-"""README.md is kept true: its example prints the plan shown, .ci/run runs its commands, its links lead somewhere."""
+"""README.md is kept true: its example prints the plan shown, .ci/run runs its commands, its links lead somewhere.
+
+`python tests/test_readme.py` writes the plan that is printed now into it.
+"""
 
 import os
 import pathlib
@@ -14,16 +17,19 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_example_prints_the_plan_shown():
+def printed_plan():
     """In a process of its own, without this suite's float64: as a reader would run it."""
     example, rest = blocks("python")
     script = f"{example}\nprint('=' * 20)\n{rest}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    printed = done.stdout.split("=" * 20)[0]
+    return done.stdout.split("=" * 20)[0].rstrip() + "\n"
+
+
+def test_the_example_prints_the_plan_shown():
     (shown,) = blocks("text")
-    assert printed.rstrip() == shown.rstrip()
+    assert printed_plan() == shown
 
 
 def test_the_example_is_short():
@@ -54,3 +60,8 @@ def test_links_lead_somewhere():
 
 def test_it_is_under_a_hundred_lines():
     assert README.count("\n") < 100
+
+
+if __name__ == "__main__":
+    (shown,) = blocks("text")
+    (ROOT / "README.md").write_text(README.replace(shown, printed_plan()))

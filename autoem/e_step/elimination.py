@@ -43,6 +43,17 @@ class Route:
     site: str
 
 
+def route_to_rows(value: Named, route: Route | None, cells: Mapping[str, Array]) -> Named:
+    """A quantity of the cells that `route` leads to, as the rows see it."""
+    if route is None or not set(value.axes) & set(route.target):
+        return value
+    rest = tuple(a for a in value.axes if a not in route.target)
+    flat = value.to((*route.target, *rest))
+    flat = jnp.broadcast_to(flat, (*route.shape, *flat.shape[len(route.shape) :]))
+    flat = flat.reshape(-1, *flat.shape[len(route.shape) :])
+    return Named(flat[cells[route.site]], (*route.source, *rest))
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """Log densities over `latents` and plates. `plates` are the plates that it is repeated over, with an axis or not."""

@@ -16,7 +16,7 @@ import numpy as np
 from autoem._errors import ModelError
 from autoem._jaxpr import Constant
 from autoem._named import Named, named
-from autoem.e_step.elimination import Layout, Route
+from autoem.e_step.elimination import Layout, Route, route_to_rows
 from autoem.e_step.tables import Factor, Rows
 from autoem.families import Family
 from autoem.ir import Latent, Program, Site
@@ -137,12 +137,13 @@ def row_cells(program: Program, site: Site, latent: Latent, values: Mapping) -> 
     return np.where(ids == NONE, 0, ids)
 
 
-def prepare(factor: Factor, program: Program, values: Mapping, natural: bool = True) -> Rows:
+def prepare(factor: Factor, program: Program, values: Mapping, cells: Mapping) -> Rows:
     """Make what `factor` needs of the data."""
     site, graph = factor.site, program.full
     rows = Rows(
         mask=output(factor, graph, "mask", values),
-        scale=relative_scale(factor, program, values),
+        scale=relative_scale(factor, program, values, cells),
+        weight=output(factor, graph, "scale", values),
         inside=bounds_mask(factor, values) if factor.own and factor.latents[0].bounded else None,
     )
     if rows.mask is not None:
@@ -150,7 +151,7 @@ def prepare(factor: Factor, program: Program, values: Mapping, natural: bool = T
     if factor.own and rows.mask is not None:
         events = [a for a in rows.mask.axes if a.startswith("#")]
         rows = dataclasses.replace(rows, mask=rows.mask.sum(events))
-    if factor.family is None or not natural:
+    if factor.family is None:
         return rows
     keys = [(site.name, f"arg:{a}") for a in factor.family.fixed]
     fixed = {k[1][4:]: named(pad(v, len(site.axes)), site.axes) for k, v in zip(keys, graph.evaluate(keys, values), strict=True)}
@@ -167,10 +168,18 @@ def output(factor: Factor, graph, field: str, values) -> Named | None:
     key = (factor.name, field)
     if key not in graph.outputs:
         return None
-    return named(pad(graph.evaluate([key], values)[0], len(factor.site.axes)), factor.site.axes)
+    array = graph.evaluate([key], values)[0]
+    return scale_of(array, factor.site) if field == "scale" else named(pad(array, len(factor.site.axes)), factor.site.axes)
 
 
-def relative_scale(factor: Factor, program: Program, values) -> Named | None:
+def scale_of(array, site: Site) -> Named:
+    """A scale with its axes named; it stands outside `to_event`, so the event's axes are not among its own."""
+    array = jnp.asarray(array)
+    inner = sum(1 for a in site.axes if a.startswith("#") and not a.startswith("#unit"))
+    return named(pad(array.reshape(array.shape + (1,) * inner), len(site.axes)), site.axes)
+
+
+def relative_scale(factor: Factor, program: Program, values, cells: Mapping) -> Named | None:
     """Multiplicity of the factor relative to its innermost latent; None where they agree."""
     graph, own = program.full, (factor.name, "scale")
     inner = max(factor.latents, key=lambda z: len(plates_of(z)), default=None)
@@ -181,8 +190,8 @@ def relative_scale(factor: Factor, program: Program, values) -> Named | None:
     mine = output(factor, graph, "scale", values) or Named(jnp.ones(()), ())
     if above not in graph.outputs:
         return mine
-    axes = factor.site.axes if inner is None else program.sites[inner.name].axes
-    theirs = named(pad(graph.evaluate([above], values)[0], len(axes)), axes)
+    theirs = scale_of(graph.evaluate([above], values)[0], program.sites[inner.name])  # type: ignore[union-attr]
+    theirs = route_to_rows(theirs, factor.route, cells)
     both = tuple(dict.fromkeys((*mine.axes, *theirs.axes)))
     lower = theirs.to(both)
     return Named(jnp.where(lower == 0, 1.0, mine.to(both) / jnp.where(lower == 0, 1, lower)), both)
@@ -272,9 +281,7 @@ def build_layout(program: Program, values: Mapping, cells: Mapping) -> Layout:
     scales: dict[str, Named | None] = {}
     for name in program.latents:
         key = (name, "scale")
-        axes = program.sites[name].axes
-        scales[name] = (
-            named(pad(program.full.evaluate([key], values)[0], len(axes)), axes) if key in program.full.outputs else None
-        )
+        given = key in program.full.outputs
+        scales[name] = scale_of(program.full.evaluate([key], values)[0], program.sites[name]) if given else None
     sizes = {p.name: p.size for p in program.plates.values()}
     return Layout({n: plates_of(z) for n, z in program.latents.items()}, sizes, scales, cells)

@@ -28,12 +28,16 @@ FEATURE = "·"  # axis of the sufficient statistics
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """What a factor needs of the data, made once: values with the event axes first and the rows last, mask, constants."""
+    """What a factor needs of the data, made once: values with the event axes first and the rows last, mask, constants.
+
+    `weight` says how often each row counts; `scale` the same relative to the factor's innermost latent.
+    """
 
     value: Named | None = None
     mask: Named | None = None
     fixed: dict[str, Named] | None = None
     scale: Named | None = None
+    weight: Named | None = None
     inside: Named | None = None
     base: Named | None = None
     centre: Array | None = None
@@ -217,5 +221,4 @@ def log_density_constant(factor: Factor, rows: Rows) -> Named | None:
     if factor.own or rows.base is None:
         return None
     value = rows.base if rows.mask is None else multiply(rows.base, rows.mask)
-    value = value if rows.scale is None else multiply(value, rows.scale)
-    return value
+    return value if rows.weight is None else multiply(value, rows.weight)

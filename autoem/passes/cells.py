@@ -77,10 +77,15 @@ def follow(graph: Graph, eqn: Equation, inputs: list, values: Mapping) -> list[n
         return _matrix(eqn, inputs)
     if name in ("custom_jvp_call", "custom_vjp_call"):
         return _call(eqn, inputs, values)
-    if all(np.shape(a.value if isinstance(a, Constant) else a.aval) in ((), eqn.outputs[0].shape) for a in eqn.inputs):
+    if all(broadcasts(np.shape(a.value if isinstance(a, Constant) else a.aval), eqn.outputs[0].shape) for a in eqn.inputs):
         return [_elementwise(eqn, inputs) for _ in eqn.outputs]
     known = [merge_axes(i, tuple(range(i.ndim))) if i.ndim else i for i in inputs if i is not None]
     return [np.full(o.shape, _fold(known)) for o in eqn.outputs]
+
+
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an operand of `shape` enters a result of shape `to` element by element."""
+    return not shape or (len(shape) == len(to) and all(s in (1, t) for s, t in zip(shape, to, strict=True)))
 
 
 def _or_none(ids: np.ndarray | None, atom: Atom) -> np.ndarray:

@@ -27,7 +27,7 @@ def _data(case: Case, rows: int) -> tuple[tuple, dict[str, Any]]:
 def test_fits_as_it_stands(name: str) -> None:
     case = CASES[name]
     args, kwargs = _data(case, case.rows)
-    em = autoem.EM(case.model, max_steps=400, tol=1e-7, progress=False)
+    em = autoem.EM(case.model, maximize=case.maximize, max_steps=400, tol=1e-7, progress=False)
     result = em.run(jax.random.key(1), *args, **kwargs)
     history = np.asarray(result.history)
     assert np.isfinite(history).all()
@@ -43,7 +43,8 @@ def test_agrees_with_adding_up_every_completion(name: str) -> None:
     params = starting_values(case.model, *args, **kwargs)
     oracle = Oracle(case.model, params, *args, **kwargs)
     exact = oracle.exact(params)
-    result = autoem.EM(case.model, init=params, max_steps=0, progress=False).run(jax.random.key(0), *args, **kwargs)
+    em = autoem.EM(case.model, maximize=case.maximize, init=params, max_steps=0, progress=False)
+    result = em.run(jax.random.key(0), *args, **kwargs)
     np.testing.assert_allclose(result.log_likelihood, exact.log_likelihood, **TOLERANCE)
     np.testing.assert_allclose(result.objective, exact.log_likelihood + exact.log_prior, **TOLERANCE)
     posterior = result.posterior(*args, **kwargs)
