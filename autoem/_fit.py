@@ -56,8 +56,10 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle) -> State:
     fell = ~first & (value < state.objective - stop.fall * eps * size)
     # a finite stand-in for log 0 is as good as minus infinity here
     bad = ~jnp.isfinite(value) | (value < -jnp.sqrt(jnp.finfo(value.dtype).max) / 2)
-    tol = jnp.where(stop.tol > 0, jnp.maximum(stop.tol, 4 * eps), 0.0)
-    still = ~first & (jnp.abs(value - state.objective) <= tol * size) & (stop.tol > 0)
+    change = jnp.abs(value - state.objective)
+    # terms of either sign may cancel in the objective, but not in its rounding error
+    rounding = 4 * eps * (size + kernel.num_rows)
+    still = ~first & (change <= jnp.maximum(stop.tol * size, rounding)) & (stop.tol > 0)
     flat = jnp.where(still, state.flat + 1, 0)
     status = jnp.where(state.step >= stop.max_steps, LIMIT, RUNNING)
     status = jnp.where(flat >= stop.patience, CONVERGED, status)

@@ -38,6 +38,11 @@ class Kernel:
     chunks: Chunks | None
 
     @property
+    def num_rows(self) -> int:
+        """Number of terms of the log-likelihood, roughly: the rows of the largest plate."""
+        return max((p.size for p in self.program.plates.values()), default=1)
+
+    @property
     def likelihood_factors(self) -> tuple[Factor, ...]:
         return tuple(f for f in self.problem.factors.values() if not f.is_prior)
 

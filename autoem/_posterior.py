@@ -16,6 +16,7 @@ from jax import Array
 
 from autoem._build import Build
 from autoem._errors import PlanError
+from autoem._jaxpr import jit_once
 from autoem._named import Named, named
 from autoem.e_step.elimination import Layout, Step, Table, eliminate, log_sum_exp, maximum, route_to_rows
 from autoem.e_step.tables import log_density_constant
@@ -52,7 +53,7 @@ class Posterior:
         if not latents:
             return Marginals()
         unary = {z: zeros(self._built, (z,)) for z in latents}
-        slopes = jax.jit(lambda u, p, b: jax.grad(lambda v: self._log_z(v, p, b))(u))(unary, self._params, self._bundle)
+        slopes = jit_once(lambda u, p, b: jax.grad(lambda v: self._log_z(v, p, b))(u))(unary, self._params, self._bundle)
         out = {z: self._shaped(slopes[z], self._built.program.latents[z]) for z in latents}
         return Marginals({**out, **self._merged(out)})
 
@@ -73,7 +74,7 @@ class Posterior:
         if len(set(names)) < len(names) or any(not p <= inner for p in plates):
             raise PlanError(names[0], problem=f"{names} are not distinct latents of nested plates", mend="ask for them apart")
         table = zeros(self._built, names)
-        slope = jax.jit(lambda u, p, b: jax.grad(lambda v: self._log_z({"": v}, p, b))(u))(table, self._params, self._bundle)
+        slope = jit_once(lambda u, p, b: jax.grad(lambda v: self._log_z({"": v}, p, b))(u))(table, self._params, self._bundle)
         deepest = program.latents[names[plates.index(inner)]]
         axes = tuple(a for a in deepest.axes if a in inner)
         probabilities = slope.to((*axes, *names))
@@ -87,7 +88,7 @@ class Posterior:
         def run(params, bundle):
             return self._backward(params, bundle, maximum, lambda _, scores: jnp.argmax(scores, axis=0))
 
-        return self._values(jax.jit(run)(self._params, self._bundle))
+        return self._values(jit_once(run)(self._params, self._bundle))
 
     def sample(self, rng_key: Array, num_samples: int = 1) -> dict[str, Array]:
         """Exact joint draws of all latents, with a leading axis of `num_samples`."""
@@ -98,16 +99,16 @@ class Posterior:
             )
 
         keys = jax.random.split(rng_key, num_samples)
-        return self._values(jax.jit(jax.vmap(run, in_axes=(0, None, None)))(keys, self._params, self._bundle))
+        return self._values(jit_once(jax.vmap(run, in_axes=(0, None, None)))(keys, self._params, self._bundle))
 
     @functools.cached_property
     def log_likelihood(self) -> Array:
-        return jax.jit(self._per_datum)(self._params, self._bundle)
+        return jit_once(self._per_datum)(self._params, self._bundle)
 
     @functools.cached_property
     def total(self) -> float:
         """Observed-data log-likelihood, in nats."""
-        return float(jax.jit(lambda p, b: self._log_z({}, p, b) + b.constant)(self._params, self._bundle))
+        return float(jit_once(lambda p, b: self._log_z({}, p, b) + b.constant)(self._params, self._bundle))
 
     def _tables(self, params, bundle: Bundle) -> list[Table]:
         kernel = self._built.kernel

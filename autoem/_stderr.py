@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from autoem._errors import ModelError
 from autoem._lower import Kernel
 from autoem.ir import Param
 from autoem.m_step.choose import kind_of
@@ -63,6 +64,14 @@ def on_boundary(param: Param, value: np.ndarray) -> np.ndarray:
     return np.zeros(value.shape, bool)
 
 
+def off_boundary(param: Param, value: Array) -> Array:
+    """Probabilities a hair inside, so that derivatives through their logarithms are finite; held entries do not move from there."""
+    kind = kind_of(param.constraint)
+    if kind not in ("simplex", "unit"):
+        return value
+    return jnp.clip(value, 1e-12, 1 - 1e-12 if kind == "unit" else None)
+
+
 def move(param: Param, value: Array, shift: Array) -> Array:
     """The parameter moved by `shift` in its free coordinates."""
     kind = kind_of(param.constraint)
@@ -89,8 +98,9 @@ def standard_errors(kernel: Kernel, params: Mapping[str, Array], bundle: Bundle)
     def moved(flat: Array) -> dict[str, Array]:
         out, start = dict(params), 0
         for n, size in zip(names, sizes, strict=True):
-            shift = jnp.zeros(free[n].shape).at[np.nonzero(free[n])].set(flat[start : start + size])
-            out[n] = move(kernel.program.params[n], jnp.asarray(params[n]), shift)
+            shift = jnp.zeros(free[n].size).at[np.flatnonzero(free[n])].set(flat[start : start + size])
+            inside = off_boundary(kernel.program.params[n], jnp.asarray(params[n]))
+            out[n] = move(kernel.program.params[n], inside, shift.reshape(free[n].shape))
             start += size
         return out
 
@@ -102,9 +112,17 @@ def carried_back(kernel: Kernel, values, names: list[str], moved: Callable, size
     information = -jax.jit(jax.hessian(lambda v, b: kernel.objective(moved(v), b)[0]))(zero, bundle)
     jacobians = jax.jit(jax.jacfwd(lambda v: {n: moved(v)[n] for n in names}))(zero)
     information = np.asarray(information, float)
-    eigen = np.linalg.eigvalsh(information) if size and np.isfinite(information).all() else np.array([-1.0])
     out = StandardErrors()
-    out.singular = bool(size) and eigen[0] <= 1e-10 * max(abs(eigen[-1]), 1e-300)
+    if size and not np.isfinite(information).all():
+        raise ModelError(
+            names[0],
+            problem="the log-likelihood has no finite second derivatives at the estimate",
+            mend="keep parameters off values where the model's own density is infinite",
+        )
+    # the scale of the coordinates must not decide: compare eigenvalues of the information in correlation form
+    unit = np.sqrt(np.maximum(np.abs(np.diagonal(information)), 1e-300))
+    eigen = np.linalg.eigvalsh(information / np.outer(unit, unit)) if size else np.ones(1)
+    out.singular = bool(eigen[0] <= 1e-9)
     covariance = np.full((size, size), np.nan) if out.singular else np.linalg.inv(information)
     boundary = []
     for n in names:

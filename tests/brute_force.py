@@ -79,7 +79,7 @@ class Oracle:
         base = self._run(params)
         self.latents = _latents(base, params)
         self._given = [name for name, site in base.items() if _is_given(site, params)]
-        self._merged = [name for name in base if f"{name}_unobserved" in {latent.name for latent in self.latents}]
+        self._base = base
         cells = sum(latent.log_completions for latent in self.latents)
         if cells > np.log(limit) + 1e-9:
             raise ValueError(f"{np.exp(cells):.3g} completions are more than the limit of {limit}")
@@ -90,12 +90,12 @@ class Oracle:
 
     def exact(self, params: Values) -> Exact:
         """The answers at `params`: constrained values of every `param` site and of every maximised sample site."""
-        log_weight, merged = self._completions(params)
+        log_weight = self._completions(params)
         top = log_weight.max()
         weight = np.exp(log_weight - top) / np.exp(log_weight - top).sum()
         best = int(log_weight.argmax())
         marginals = {site.name: self._marginal(site, weight) for site in self.latents}
-        marginals |= {name: _merge(values, weight, self._of(name)) for name, values in merged.items()}
+        marginals |= self._merged(marginals)
         base = self._run(params)
         return Exact(
             log_likelihood=float(top + np.log(np.exp(log_weight - top).sum())) - self._log_masked,
@@ -108,7 +108,7 @@ class Oracle:
 
     def pairwise(self, params: Values, first: str, second: str) -> np.ndarray:
         """Joint posterior of each cell of `first` with each of `second`: (cells, cells, K of first, K of second)."""
-        log_weight, _ = self._completions(params)
+        log_weight = self._completions(params)
         weight = np.exp(log_weight - log_weight.max())
         hot = [self._one_hot(self._latent(name)).reshape(len(weight), -1, len(self._latent(name).support))
                for name in (first, second)]  # fmt: skip
@@ -116,14 +116,14 @@ class Oracle:
 
     def log_likelihood(self, params: Values) -> jax.Array:
         """The observed-data log-likelihood as a function that JAX differentiates; for few completions only."""
-        log_weight, _ = self._log_weights(params, jnp.arange(self.completions))
+        log_weight = self._log_weights(params, jnp.arange(self.completions))
         return jax.nn.logsumexp(log_weight) - self._log_masked
 
     def expected_log_density(self, params: Values, at: Values) -> jax.Array:
         """Q(params | at): joint log density of data and latents averaged over the posterior at `at`; differentiable."""
         index = jnp.arange(self.completions)
-        weight = jax.nn.softmax(self._log_weights(at, index)[0])
-        log_weight = self._log_weights(params, index)[0]
+        weight = jax.nn.softmax(self._log_weights(at, index))
+        log_weight = self._log_weights(params, index)
         return jnp.sum(jnp.where(weight > 0, weight * jnp.where(weight > 0, log_weight, 0.0), 0.0))
 
     def log_joint(self, params: Values, latents: Values) -> float:
@@ -135,20 +135,18 @@ class Oracle:
     def _log_masked(self) -> float:
         return sum(site.log_masked_completions for site in self.latents)
 
-    def _completions(self, params: Values) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Log density of every completion, and the values that it gives to the sites split by an `obs_mask`."""
+    def _completions(self, params: Values) -> np.ndarray:
+        """Log density of every completion."""
         blocks = []
         for start in range(0, self.completions, self._block):
             index = np.minimum(np.arange(start, start + self._block), self.completions - 1)  # one shape: compiled once
-            blocks.append(jax.tree.map(np.asarray, self._log_weights(params, index)))
-        log_weight, merged = jax.tree.map(lambda *parts: np.concatenate(parts)[: self.completions], *blocks)
-        return log_weight, merged
+            blocks.append(np.asarray(self._log_weights(params, index)))
+        return np.concatenate(blocks)[: self.completions]
 
-    def _log_density(self, params: Values, index: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def _log_density(self, params: Values, index: jax.Array) -> jax.Array:
         latents = {site.name: values[0] for site, values in self._decode(index[None])}
         trace = self._run({**params, **latents})
-        total = sum(_log_prob(site) for name, site in trace.items() if name not in self._given)
-        return jnp.asarray(total), {name: trace[name]["value"] for name in self._merged}
+        return jnp.asarray(sum(_log_prob(site) for name, site in trace.items() if name not in self._given))
 
     def _digits(self, index: Any) -> list[tuple[Latent, Any]]:
         """The completion's number written in mixed radix, one digit a cell: (len(index), cells) for each latent."""
@@ -171,8 +169,17 @@ class Oracle:
     def _latent(self, name: str) -> Latent:
         return next(site for site in self.latents if site.name == name)
 
-    def _of(self, name: str) -> Latent:
-        return self._latent(f"{name}_unobserved")
+    def _merged(self, marginals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Marginals of the sites that `obs_mask` split in two: certain where they are observed."""
+        out = {}
+        for site in self.latents:
+            whole = site.name.removesuffix("_unobserved")
+            observed = self._base.get(f"{whole}_observed")
+            if whole != site.name and observed is not None:
+                hot = np.asarray(observed["value"])[..., None] == site.support
+                seen = np.broadcast_to(_mask(observed["fn"]), site.shape)
+                out[whole] = np.where(seen[..., None], hot, marginals[site.name])
+        return out
 
 
 def brute_force(model: Callable, params: Values, *args: Any, limit: int = 2**18, **kwargs: Any) -> Exact:
@@ -238,10 +245,6 @@ def _support(fn: dist.Distribution) -> np.ndarray:
         fn = fn.base_dist
     values = np.asarray(fn.enumerate_support(expand=False))
     return values.reshape(len(values), -1)[:, 0]
-
-
-def _merge(values: np.ndarray, weight: np.ndarray, site: Latent) -> np.ndarray:
-    return np.einsum("n,n...->...", weight, values[..., None] == site.support)
 
 
 def constraints_of(model: Callable, params: Values, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ taken to mix all that it reads.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -118,7 +119,8 @@ def _gather(graph: Graph, eqn: Equation, inputs: list, values: Mapping) -> np.nd
         if any(i is not None for i in index):
             return np.full(out.shape, merge_axes(operand, tuple(range(operand.ndim))))
         at = graph.evaluate_atoms(list(eqn.inputs[1:]), values)
-        picked = np.asarray(eqn.apply([jnp.asarray(operand), *at])[0])
+        integral = {**eqn.params, "fill_value": NONE} if "fill_value" in eqn.params else eqn.params
+        picked = np.asarray(dataclasses.replace(eqn, params=integral).apply([jnp.asarray(operand), *at])[0])
         result = np.where(picked < 0, np.where(picked == SEVERAL, SEVERAL, NONE), picked)
     if index[0] is not None and eqn.primitive.name == "gather":
         by_row = merge_axes(index[0], (index[0].ndim - 1,))

@@ -141,7 +141,6 @@ CASES = (
         models.gamma_mixture,
         _file("old_faithful.csv"),
         _closed("pi") | {"shape": ("Newton", "gradient")},  # no closed form exists for the shape
-        options=_SLOW,
     ),
     Case("das_haus", models.word_alignment, _file("das_haus.csv"), _closed("t"), options=_SLOW | {"tol": 1e-8}),
     Case(
