@@ -65,14 +65,15 @@ class Graph:
     outputs: dict[Key, Atom]
     equations: tuple[Equation, ...]
 
-    def slice(self, atoms: Iterable[Atom]) -> list[Equation]:
-        """The equations that `atoms` need, in order."""
-        wanted = {a for a in atoms if isinstance(a, Variable)}
+    def slice(self, atoms: Iterable[Atom], given: Iterable[Variable] = ()) -> list[Equation]:
+        """The equations that `atoms` need, in order, the variables `given` being known."""
+        given = set(given)
+        wanted = {a for a in atoms if isinstance(a, Variable)} - given
         kept = []
         for eqn in reversed(self.equations):
             if wanted.intersection(eqn.outputs):
                 kept.append(eqn)
-                wanted.update(a for a in eqn.inputs if isinstance(a, Variable))
+                wanted.update(a for a in eqn.inputs if isinstance(a, Variable) and a not in given)
         return kept[::-1]
 
     def needs(self, *keys: Key) -> frozenset[Key]:
@@ -95,7 +96,8 @@ class Graph:
         return self.evaluate_atoms([self.outputs[k] for k in keys], values)
 
     def evaluate_atoms(self, atoms: Sequence[Atom], values: Mapping[Key, Any], env=None) -> list[Any]:
-        env = dict(env or {})
+        given = dict(env or {})
+        env = dict(given)
         for key, var in self.inputs.items():
             if key in values:
                 env[var] = values[key]
@@ -103,9 +105,8 @@ class Graph:
         def read(atom):
             return atom.value if isinstance(atom, Constant) else env[atom]
 
-        for eqn in self.slice(atoms):
-            if eqn.outputs[0] not in env:
-                env.update(zip(eqn.outputs, eqn.apply([read(a) for a in eqn.inputs]), strict=True))
+        for eqn in self.slice(atoms, given):
+            env.update(zip(eqn.outputs, eqn.apply([read(a) for a in eqn.inputs]), strict=True))
         return [read(a) for a in atoms]
 
 

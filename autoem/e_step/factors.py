@@ -17,6 +17,7 @@ from autoem._errors import ModelError
 from autoem._jaxpr import Constant
 from autoem._named import Named, named
 from autoem.e_step.elimination import Layout, Route, route_to_rows
+from autoem.e_step.regression import REGRESSION, design, find_coefficients
 from autoem.e_step.tables import Factor, Rows
 from autoem.families import Family
 from autoem.ir import Latent, Program, Site
@@ -58,13 +59,15 @@ def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     plates = frozenset().union(*(plates_of(z) for z in latents if z.name not in routed), route.source if route else ())
     kept = tuple(a for a in site.axes if a in plates)
     family, direct = natural_family(program, site)
+    coefficients = find_coefficients(program, site) if family is not None and usable and site.role == "observed" else None
+    family = REGRESSION if coefficients else family
     params = tuple(p for p in site.parents if p in program.params)
     if site.role == "parameter":
         params = (site.name, *params)
     sizes = {p.name: p.size for p in program.plates.values()}
     return Factor(
         site, latents, site.role == "latent", kept, plates, route, family, params, site.role == "parameter", sizes,
-        graph, usable, direct,
+        graph, usable, direct, coefficients or (),
     )  # fmt: skip
 
 
@@ -227,6 +230,10 @@ def observed_rows(factor: Factor, graph, values, rows: Rows) -> Rows:
     site, family = factor.site, factor.family
     assert family is not None
     raw = jnp.asarray(graph.evaluate([(site.name, "value")], values)[0])
+    if factor.coefficients:
+        columns, offset = design(factor.graph, site, factor.coefficients, values)
+        residual = jnp.broadcast_to(raw, site.shape) - offset
+        raw = jnp.moveaxis(jnp.concatenate([columns, residual[None]]), 0, -1)
     event = raw.shape[raw.ndim - family.event_dim :]
     raw = jnp.broadcast_to(raw, site.shape + event)
     batch = [i for i, s in enumerate(site.shape) if s > 1]

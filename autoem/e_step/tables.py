@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._jaxpr import Graph
+from autoem._jaxpr import Graph, Variable
 from autoem._named import Named, add, contract, multiply, named, union
 from autoem.e_step.elimination import Route, Table
 from autoem.families import Family
@@ -62,6 +62,7 @@ class Factor:
         params: names of the parameters that the factor reads.
         is_prior: whether it is the prior of a parameter, no part of the data's likelihood.
         direct: why the natural form is not used, for the plan.
+        coefficients: of a regression in natural form, the variables that hold its coefficients; see `regression`.
     """
 
     site: Site
@@ -77,6 +78,7 @@ class Factor:
     graph: Graph
     compact: bool
     direct: str = ""
+    coefficients: tuple[Variable, ...] = ()
 
     @property
     def name(self) -> str:
@@ -128,10 +130,22 @@ class Factor:
     def arguments(self, values: Mapping[Any, Any], rows: Rows) -> dict[str, Array]:
         """Arguments of the family at every state, standardised as the rows are."""
         family = self._family
-        args = {a: self.argument(f"arg:{a}", values, d) for a, d in zip(family.args, family.arg_dims, strict=True)}
+        dims = dict(zip(family.args, family.arg_dims, strict=True))
+        args = {a: self.argument(f"arg:{a}", values, d) for a, d in dims.items() if not (self.coefficients and a == "loc")}
+        if self.coefficients:
+            args["loc"] = self._coefficients(values)
         if rows.centre is not None and family.standardise is not None:
             args = family.standardise(args, rows.centre, rows.spread)
         return args
+
+    def _coefficients(self, values: Mapping[Any, Any]) -> Array:
+        """Coefficients of a regression at every state, `(*states, 1..., p)`."""
+
+        def at(states: Mapping) -> tuple[Array]:
+            parts = self.graph.evaluate_atoms(self.coefficients, {**values, **states})
+            return (jnp.concatenate([jnp.ravel(p) for p in parts]),)
+
+        return self.over_states((self.name, "arg:loc"), at, 1)[0]
 
     @property
     def _family(self) -> Family:

@@ -23,13 +23,13 @@ from autoem.m_step._base import AbstractBlock
 from autoem.m_step.counting import Count
 from autoem.m_step.covariance import Scatter
 from autoem.m_step.gradient import GradientBlock
-from autoem.m_step.link import Declined
 from autoem.m_step.location import LeastSquares, Mean
 from autoem.m_step.newton import NewtonBlock
 from autoem.m_step.power import Scale
 from autoem.m_step.priors import COUNTS, NORMAL, POWERS, prior_of, readable
 from autoem.m_step.problem import Bundle, Params, Problem, Use, uses_of
 from autoem.m_step.strategies import AbstractMStep, ClosedForm, Fixed, Gradient, Newton
+from autoem.passes.link import Declined
 
 MAX_NEWTON = 256
 T = TypeVar("T")

@@ -22,9 +22,9 @@ from jax import Array
 
 from autoem.families import Counting
 from autoem.m_step._base import AbstractBlock
-from autoem.m_step.link import Declined, Linear, Monomial
 from autoem.m_step.priors import COUNTS, arguments_of, prior_of
 from autoem.m_step.problem import Bundle, Linked, Params, Statistics, Use, graph_values
+from autoem.passes.link import Declined, Linear, Monomial
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

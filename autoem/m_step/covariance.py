@@ -17,9 +17,9 @@ from jax import Array
 from autoem.families import Covariance
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.counting import fit, latex_name
-from autoem.m_step.link import Declined, Linear
 from autoem.m_step.priors import arguments_of, prior_of
 from autoem.m_step.problem import Bundle, Params, Statistics, Use, graph_values
+from autoem.passes.link import Declined, Linear
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -22,9 +22,9 @@ from jax.flatten_util import ravel_pytree
 from autoem.families import Location
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.counting import fit, latex_name
-from autoem.m_step.link import Declined, Linear
 from autoem.m_step.priors import prior_of
 from autoem.m_step.problem import Bundle, Params, Statistics, Use, graph_values
+from autoem.passes.link import Declined, Linear
 
 MAX_DENSE = 2048
 

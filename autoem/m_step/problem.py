@@ -18,7 +18,7 @@ from autoem._named import Named
 from autoem.e_step.elimination import Layout
 from autoem.e_step.tables import Factor, Rows
 from autoem.ir import Param
-from autoem.m_step.link import Declined, Known, Linear, Monomial, Value, interpret
+from autoem.passes.link import Declined, Known, Linear, Monomial, Value, interpret
 
 Params = Mapping[str, Array]
 Statistics = Mapping[str, Any]

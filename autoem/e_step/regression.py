@@ -1,0 +1,137 @@
+"""Regressions in natural form: a Normal whose mean is affine in a few coefficients, with a design that the data fix.
+
+Cut the data flow of the mean where parameters meet data: above the cut stand the coefficients `v` (one vector a latent state), below it an
+affine map `offset + D v` of the data alone. Then
+
+.. math:: \log p(y \mid v, \sigma) = -\tfrac12\, b^\top (z z^\top)\, b - \log \sigma,
+   \qquad z = (D, y - \mathrm{offset}),\quad b = (-v, 1) / \sigma
+
+is an exponential family with statistics `z z'`: an iteration reads the rows twice, by two matrix products, and the normal
+equations of least squares are its expected statistics.
+
+References:
+    DeSarbo and Cron 1988, "A maximum likelihood methodology for clusterwise linear regression".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from autoem._jaxpr import Graph, Variable
+from autoem.families import Args, Family, Location, Power
+from autoem.ir import Program, Site
+from autoem.passes.link import Declined, Known, Linear, look_up, run
+
+MAX_COEFFICIENTS = 24
+
+
+def find_coefficients(program: Program, site: Site) -> tuple[Variable, ...] | None:
+    """The variables above the cut of a Normal's mean; None where the site is no compact regression."""
+    graph = program.graph
+    loc, scale = graph.outputs.get((site.name, "arg:loc")), (site.name, "arg:scale")
+    if site.distribution != "Normal" or not isinstance(loc, Variable) or any(k[0] in ("data", "key") for k in graph.needs(scale)):
+        return None
+    if jnp.result_type(float) != jnp.float64:  # squares of observations would cancel in single precision
+        return None
+    fixed, free = reads(graph, ("data", "key")), reads(graph, ("param", "latent"))
+    if loc not in fixed or loc not in free:
+        return None
+    cut: dict[Variable, None] = {}
+    for eqn in graph.slice([loc]):
+        if any(o in fixed for o in eqn.outputs):
+            cut.update(dict.fromkeys(a for a in eqn.inputs if isinstance(a, Variable) and a in free and a not in fixed))
+    if not cut or any(not jnp.issubdtype(v.aval.dtype, jnp.floating) for v in cut):
+        return None
+    if sum(int(np.prod(v.shape)) for v in cut) > MAX_COEFFICIENTS or not is_affine(graph, loc, tuple(cut)):
+        return None
+    return tuple(cut)
+
+
+def reads(graph: Graph, kinds: tuple[str, ...]) -> set[Variable]:
+    """Variables that depend on an input of one of `kinds`."""
+    found = {v for k, v in graph.inputs.items() if k[0] in kinds}
+    for eqn in graph.equations:
+        if any(a in found for a in eqn.inputs if isinstance(a, Variable)):
+            found.update(eqn.outputs)
+    return found
+
+
+def is_affine(graph: Graph, loc: Variable, cut: tuple[Variable, ...]) -> bool:
+    """Whether the mean is affine in the coefficients, by the data flow below the cut."""
+
+    def interpreted(values: dict, coefficients: list) -> tuple:
+        env = {graph.inputs[k]: Known(v) for k, v in values.items()}
+        env.update({v: Linear(c) for v, c in zip(cut, coefficients, strict=True)})
+        run(graph.slice([loc], cut), env)
+        if not isinstance(look_up(loc, env), Linear):
+            raise Declined("the mean is not affine")
+        return ()
+
+    shapes = {k: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for k, v in graph.inputs.items()}
+    try:
+        jax.eval_shape(interpreted, shapes, [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in cut])
+    except (Declined, KeyError):
+        return False
+    return True
+
+
+def design(graph: Graph, site: Site, cut: tuple[Variable, ...], values: Mapping) -> tuple[Array, Array]:
+    """`D` with the coefficient axis first, `(p, *batch)`, and the offset `(*batch,)`."""
+    loc = graph.outputs[site.name, "arg:loc"]
+    sizes = [int(np.prod(v.shape)) for v in cut]
+
+    def mean(flat: Array) -> Array:
+        parts = jnp.split(flat, np.cumsum(sizes)[:-1])
+        env = {v: p.reshape(v.shape) for v, p in zip(cut, parts, strict=True)}
+        out = graph.evaluate_atoms([loc], values, env)[0]
+        return jnp.broadcast_to(out, jnp.broadcast_shapes(out.shape, site.shape))
+
+    zero = jnp.zeros(sum(sizes))
+    columns = jax.vmap(lambda e: jax.jvp(mean, (zero,), (e,))[1])(jnp.eye(sum(sizes)))
+    return columns, mean(zero)
+
+
+def _pairs(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    i, j = np.triu_indices(count)
+    return i, j, np.where(i == j, 1.0, 2.0)
+
+
+def _contrast(args: Args) -> Array:
+    return jnp.concatenate([-args["loc"], jnp.ones((*args["loc"].shape[:-1], 1))], -1)
+
+
+def _natural(args: Args) -> tuple[Array, Array]:
+    b = _contrast(args) / args["scale"][..., None]
+    i, j, weight = _pairs(b.shape[-1])
+    return -0.5 * weight * b[..., i] * b[..., j], jnp.log(args["scale"])
+
+
+def _features(z: Array, fixed: Args) -> Array:
+    i, j, _ = _pairs(z.shape[0])
+    return z[i] * z[j]
+
+
+def _residuals(t: Array, n: Array, args: Args) -> tuple[Array, Array]:
+    b = _contrast(args)
+    i, j, weight = _pairs(b.shape[-1])
+    squares = (weight * b[..., i] * b[..., j] * t).sum(-1)
+    return -n, 0.5 * jnp.maximum(squares, 0.0)
+
+
+REGRESSION = Family(
+    name="Normal regression",
+    args=("loc", "scale"),
+    rules={"loc": Location(), "scale": Power(_residuals, degree=-2)},
+    features=_features,
+    natural=_natural,
+    base=lambda z, fixed: jnp.full(z.shape[1:], -0.5 * math.log(2 * math.pi)),
+    event_dim=1,
+    arg_dims=(1, 0),
+    source="DeSarbo and Cron 1988",
+)
