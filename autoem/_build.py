@@ -75,6 +75,10 @@ class Build:
         cells = route_cells(self.program, self.factors, data, key) if self.has_routes else {}
         return self._prepare(data, key, cells)
 
+    def whole_bundle(self, source: Source, key: Array) -> Bundle:
+        """The same with all the data, for questions to the model itself."""
+        return dataclasses.replace(self.plain_bundle(source, key), data=self.data(source))
+
     def bundle(self, source: Source, key: Array) -> Bundle:
         """The data of a call, prepared and placed on the devices."""
         return spread_rows(self.plain_bundle(source, key), self.plan.chunks)
@@ -127,7 +131,22 @@ def make_bundle(program: Program, factors: tuple[Factor, ...], data: Mapping[int
     for f in factors:
         part = log_density_constant(f, rows[f.name])
         constant = constant if part is None else constant + part.array.sum()
-    return Bundle(dict(data), key, rows, layout.scales, dict(cells), constant)
+    kept = {i: data[i] for i in data_of_cells(program, factors)} if data else {}
+    return Bundle(kept, key, rows, layout.scales, dict(cells), constant)
+
+
+def data_of_cells(program: Program, factors: tuple[Factor, ...]) -> list[int]:
+    """Numbers of the data that the cells themselves are computed from; the other data live on in the rows alone."""
+    keys = set()
+    for f in factors:
+        fields = [f"arg:{a}" for a in f.family.args] if f.family else ["elem"]
+        atoms = [f.graph.outputs[f.name, a] for a in fields if not (f.coefficients and a == "arg:loc")]
+        keys |= f.graph.needs_of([*atoms, *f.coefficients])
+    for name in program.latents:
+        if (name, "mask") in program.full.outputs:
+            seen = (name.removesuffix("_unobserved") + "_observed", "value")
+            keys |= program.full.needs((name, "mask"), *([seen] if seen in program.full.outputs else []))
+    return sorted(k[1] for k in keys if k[0] == "data")
 
 
 def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array) -> Build:
@@ -147,6 +166,7 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
     cells = {n: jnp.asarray(c) for n, c in cells.items()}
     problem = Problem({f.name: f for f in factors}, program.params)
     shapes = jax.eval_shape(lambda d, k, c: make_bundle(program, factors, d, k, c), data, key, cells)
+    shapes = dataclasses.replace(shapes, data=jax.eval_shape(lambda d: d, data))
     model_start = jit_once(lambda data, key: start_values(found, data, key))
     params = model_start(data, key)
     layout = build_layout(program, values, cells)

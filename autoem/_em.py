@@ -12,7 +12,7 @@ from jax import Array
 
 from autoem._build import Build, Options, build
 from autoem._check import Report, run_checks
-from autoem._errors import DataError
+from autoem._errors import DataError, ModelError, PlanError
 from autoem._fit import State, compile_loop, initial_state, run_loop
 from autoem._init import starts
 from autoem._plan import Plan
@@ -21,7 +21,7 @@ from autoem._result import EMResult, Restarts, make_result
 from autoem._stop import Stop
 from autoem._trace import Source
 from autoem._validate import validate
-from autoem._verify import verify
+from autoem._verify import LARGE, shrunken, verify
 from autoem.e_step.strategies import AbstractEStep
 from autoem.m_step.problem import Bundle
 from autoem.m_step.strategies import AbstractMStep
@@ -143,9 +143,20 @@ class EM:
                 return built, source
         built = build(self.model, args, kwargs, self.options, jax.random.key(0))
         validate(built, built.source, self.options.missing)
-        built.alike = verify(built, built.source)
+        built.alike = verify(self._small(built) or built)
         self._builds[built.source.signature()] = built
         return built, built.source
+
+    def _small(self, built: Build) -> Build | None:
+        """The same derivation on a few rows, where there are too many to verify at full shape; None where that fails."""
+        largest = max((p.size for p in built.program.plates.values()), default=0)
+        if largest < LARGE or built.source.concrete or (arguments := shrunken(built.source, largest)) is None:
+            return None
+        try:
+            small = build(self.model, *arguments, self.options, jax.random.key(0))
+        except (ModelError, PlanError, DataError):
+            return None
+        return small if set(small.program.sites) == set(built.program.sites) else None
 
     def _fit(self, built: Build, bundle: Bundle, begin: list[dict[str, Array]]) -> tuple[State, Restarts]:
         """Run every start to its end; the best state, and all end points."""

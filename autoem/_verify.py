@@ -28,7 +28,7 @@ from autoem.m_step.problem import Bundle, graph_values
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
 
 
-def verify(built: Build, source: Source) -> tuple[str, ...]:
+def verify(built: Build) -> tuple[str, ...]:
     """Compare every table with the model's own log density at a random completion.
 
     Returns:
@@ -37,8 +37,8 @@ def verify(built: Build, source: Source) -> tuple[str, ...]:
     Raises:
         ModelError: a site's table differs; names the site and a rewrite.
     """
-    key = jax.random.key(20)
-    bundle = built.plain_bundle(source, key)
+    key, source = jax.random.key(20), built.source
+    bundle = built.whole_bundle(source, key)
     start = built.start(source, key)
     ours, theirs, size, spread = jit_once(lambda *a: compare(built, *a))(start, noise_for(built, start), bundle, key)
     eps = float(jnp.finfo(jnp.result_type(float)).eps)
@@ -103,6 +103,21 @@ def state_spreads(built: Build, params, bundle: Bundle) -> dict[str, Array]:
             rows = table.to((z.name, *(a for a in table.axes if a != z.name)))
             out.setdefault(z.name, []).append(jnp.max(jnp.abs(rows - rows[:1]) / (1 + jnp.abs(rows[:1]))))
     return {n: jnp.max(jnp.stack(s)) for n, s in out.items()}
+
+
+SMALL = 64
+LARGE = 20_000
+
+
+def shrunken(source: Source, plate_size: int) -> tuple[tuple, dict] | None:
+    """The call's arguments with `SMALL` rows of the plate, spread over the data; None where no array has such an axis."""
+    data, cut = [], False
+    rows = np.linspace(0, plate_size - 1, SMALL).astype(int)
+    for x in source.data:
+        axes = [i for i, s in enumerate(np.shape(x)) if s == plate_size]
+        data.append(np.take(np.asarray(x), rows, axes[0]) if axes else x)
+        cut = cut or bool(axes)
+    return source.call(data) if cut else None
 
 
 def densities(built: Build, params, bundle: Bundle, key: Array) -> tuple[dict, dict, dict]:

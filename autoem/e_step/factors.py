@@ -270,12 +270,13 @@ def standardise(factor: Factor, value: Named, rows: Rows) -> tuple[Named, Rows]:
     x = value.array.astype(float)
     axes = value.axes[events:]
     over = tuple(i + events for i, a in enumerate(axes) if not a.startswith("#"))
-    weight = jnp.ones_like(x) if rows.mask is None else jnp.broadcast_to(rows.mask.to(axes), x.shape)
-    count = jnp.maximum(weight.sum(over, keepdims=True), 1)
-    centre = jnp.where(weight > 0, x, 0).sum(over, keepdims=True) / count
-    variance = (weight * (jnp.where(weight > 0, x, centre) - centre) ** 2).sum(over, keepdims=True) / count
+    seen = None if rows.mask is None else jnp.broadcast_to(rows.mask.to(axes) > 0, x.shape)
+    if seen is not None:  # an element that is never seen has no moments
+        x = jnp.where(seen | ~seen.any(over, keepdims=True), x, jnp.nan)
+        x = jnp.where(jnp.isnan(x), jnp.nanmean(x, over, keepdims=True), x)
+    centre, variance = x.mean(over, keepdims=True), x.var(over, keepdims=True, where=seen)
     spread = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 1.0)
-    new = Named(jnp.where(weight > 0, (x - centre) / spread, 0.0), value.axes)
+    new = Named((x - centre) / spread, value.axes)
     if events:
         return new, dataclasses.replace(rows, centre=centre.ravel(), spread=spread.ravel())
     names = tuple(a for a in axes if a.startswith("#"))

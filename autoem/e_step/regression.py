@@ -1,4 +1,4 @@
-"""Regressions in natural form: a Normal whose mean is affine in a few coefficients, with a design that the data fix.
+r"""Regressions in natural form: a Normal whose mean is affine in a few coefficients, with a design that the data fix.
 
 Cut the data flow of the mean where parameters meet data: above the cut stand the coefficients `v` (one vector a latent state), below it an
 affine map `offset + D v` of the data alone. Then
@@ -16,7 +16,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ import numpy as np
 from jax import Array
 
 from autoem._jaxpr import Graph, Variable
+from autoem._named import Named, contract
 from autoem.families import Args, Family, Location, Power
 from autoem.ir import Program, Site
 from autoem.passes.link import Declined, Known, Linear, look_up, run
@@ -122,6 +123,33 @@ def _residuals(t: Array, n: Array, args: Args) -> tuple[Array, Array]:
     i, j, weight = _pairs(b.shape[-1])
     squares = (weight * b[..., i] * b[..., j] * t).sum(-1)
     return -n, 0.5 * jnp.maximum(squares, 0.0)
+
+
+def squared_residuals(keep: tuple[str, ...], eta: Named, rows: Named, features: Callable[[], Named], axis: str) -> Named:
+    """The product of `eta` with the features `z z'`, computed as minus half a squared residual.
+
+    The product of large moments would cancel where residuals are small; `b z` does not, and costs less. The derivative is that of the
+    product, which the residual's own is not: the table is linear in `eta`.
+    """
+    event = rows.axes[0]
+    axes = tuple(a for a in keep if a in (*eta.axes, *rows.axes))
+
+    @jax.custom_jvp
+    def product(eta_array: Array) -> Array:
+        count = rows.size(event)
+        index = [k for k, j in enumerate(np.triu_indices(count)[1]) if j == count - 1]
+        last = jnp.take(jnp.moveaxis(eta_array, eta.axes.index(axis), -1), jnp.asarray(index), -1)
+        inverse = jnp.sqrt(-2 * last[..., -1:])
+        b = jnp.concatenate([-last[..., :-1] / inverse, inverse], -1)
+        residual = contract(keep, Named(b, (*(a for a in eta.axes if a != axis), event)), rows)
+        return -0.5 * residual.to(axes) ** 2
+
+    @product.defjvp
+    def _(primals, tangents):
+        slope = contract(keep, Named(tangents[0], eta.axes), features()).to(axes)
+        return product(primals[0]), slope
+
+    return Named(product(eta.array), axes)
 
 
 REGRESSION = Family(

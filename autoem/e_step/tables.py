@@ -20,6 +20,7 @@ from jax import Array
 from autoem._jaxpr import Graph, Variable
 from autoem._named import Named, add, contract, multiply, named, union
 from autoem.e_step.elimination import Route, Table
+from autoem.e_step.regression import squared_residuals
 from autoem.families import Family
 from autoem.ir import Latent, Site
 
@@ -173,7 +174,10 @@ class Factor:
             eta = Named(eta.array[..., None], (*eta.axes, FEATURE))
         normalizer = named(cells[1], self.cell_axes)
         keep = self._keep(rows)
-        value = contract(keep, eta, self.features(rows))
+        if self.coefficients and rows.mask is None and not set(rows.value.axes[1:]) - set(keep):  # type: ignore[union-attr]
+            value = squared_residuals(keep, eta, rows.value, lambda: self.features(rows), FEATURE)  # type: ignore[arg-type]
+        else:
+            value = contract(keep, eta, self.features(rows))
         count = None if self.own else rows.mask
         present = {*normalizer.axes, *keep, *(count.axes if count is not None else ())}
         normalizer = contract(keep, normalizer, *([] if count is None else [count]))
