@@ -185,7 +185,10 @@ def asked(program: Program, options: Options) -> dict[str, AbstractMStep | None]
 
 def refuse_unknown_sites(program: Program, options: Options) -> None:
     """Raise where a strategy is given for something that the model does not have."""
-    for option, wish, names in (("e_step", options.e_step, program.latents), ("m_step", options.m_step, program.params)):
+    for option, wish, names in (
+        ("e_step", options.e_step, program.latents),
+        ("m_step", options.m_step, program.params),
+    ):
         for name in wish if isinstance(wish, Mapping) else ():
             if name not in names:
                 kind = "latent" if option == "e_step" else "parameter"
@@ -194,7 +197,9 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
     steps = options.e_step.values() if isinstance(options.e_step, Mapping) else [options.e_step]
     for step in steps:
         if step is not None and not isinstance(step, Exact | Truncated):
-            raise PlanError("e_step", problem=f"{step!r} is no E-step strategy", mend="use autoem.e_step.Exact() or Truncated(...)")
+            raise PlanError(
+                "e_step", problem=f"{step!r} is no E-step strategy", mend="use autoem.e_step.Exact() or Truncated(...)"
+            )
 
 
 def notes_of(program: Program, options: Options) -> tuple[str, ...]:

@@ -78,7 +78,9 @@ def check_brute_force(built: Build, params, bundle: Bundle) -> Check:
     digits = float(np.sum([np.log10(program.latents[n].num_states) for n, _ in cells])) if cells else 0.0
     if digits > np.log10(MAX_COMPLETIONS):
         return Check(name, True, f"not tried: 10^{digits:.1f} completions (give fewer rows to em.check)")
-    if any(s is not None for s in bundle.scales.values()) or any(z.masked or z.bounded for z in program.latents.values()):
+    if any(s is not None for s in bundle.scales.values()) or any(
+        z.masked or z.bounded for z in program.latents.values()
+    ):
         return Check(name, True, "not tried: weighted, masked or bounded latents have no plain sum")
     grids = np.stack(np.meshgrid(*[np.arange(program.latents[n].num_states) for n, _ in cells], indexing="ij"), -1)
     flat = jnp.asarray(grids.reshape(-1, len(cells)))
@@ -103,9 +105,11 @@ def site_density(built: Build, factor, values) -> Array:
 def check_m_step(built: Build, params, bundle: Bundle) -> list[Check]:
     """After a block's closed form the gradient of `Q` in the block's free coordinates is zero."""
     kernel = built.kernel
-    _, _, statistics = jax.jit(kernel.expect)(params, dataclasses.replace(bundle)) if not kernel.chunks else jax.jit(
-        dataclasses.replace(kernel, chunks=None).expect
-    )(params, bundle)
+    _, _, statistics = (
+        jax.jit(kernel.expect)(params, dataclasses.replace(bundle))
+        if not kernel.chunks
+        else jax.jit(dataclasses.replace(kernel, chunks=None).expect)(params, bundle)
+    )
     checks, current = [], dict(params)
     for block in kernel.blocks:
         solve = jax.jit(lambda p, s, b, block=block: block.solve(p, s, b, block.init(p))[0])
@@ -124,7 +128,9 @@ def check_m_step(built: Build, params, bundle: Bundle) -> list[Check]:
             slope = np.asarray(jax.jit(jax.grad(objective))(jnp.zeros(free.shape)))[free]
             size = abs(float(kernel.problem.q(current, statistics, bundle, touched))) + 1
             worst = float(np.abs(slope).max()) if slope.size else 0.0
-            checks.append(Check(f"gradient of Q is zero after the closed form of '{n}'", worst <= 1e-7 * size, f"{worst:.2g}"))
+            checks.append(
+                Check(f"gradient of Q is zero after the closed form of '{n}'", worst <= 1e-7 * size, f"{worst:.2g}")
+            )
     return checks
 
 

@@ -188,4 +188,3 @@ def as_key(key: Any) -> Array:
         "rng_key", problem=f"the first argument must be a JAX random key, not {type(key).__name__}",
         mend="em.run(jax.random.key(0), *args)",
     )  # fmt: skip
-

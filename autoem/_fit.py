@@ -98,7 +98,12 @@ def compile_loop(kernel: Kernel, stop: Stop, vmapped: bool) -> Callable[[State, 
 
 
 def run_loop(
-    advance: Callable[[State, Bundle, int], State], state: State, bundle: Bundle, stop: Stop, first: int, report: Callable
+    advance: Callable[[State, Bundle, int], State],
+    state: State,
+    bundle: Bundle,
+    stop: Stop,
+    first: int,
+    report: Callable,
 ) -> State:
     """Run to the end, reporting progress; an interrupt keeps what has been reached."""
     limit, span = 0, max(1, first)

@@ -53,7 +53,9 @@ def starts(
         first = seeded(built, base, plain, key)
     elif init == "auto" and built.alike:
         first = seeded(built, base, plain, key)
-        notes = (f"the model's own start treats the states of {', '.join(built.alike)} alike: started from seeded responsibilities",)
+        notes = (
+            f"the model's own start treats the states of {', '.join(built.alike)} alike: started from seeded responsibilities",
+        )
     else:
         first = base
     out = [first]
@@ -71,7 +73,9 @@ def start_value(built: Build, name: str, value: Any) -> Array:
     """A user's start value, checked."""
     if name not in built.program.params:
         names = sorted([*built.program.params, *built.program.latents])
-        raise PlanError(name, problem="init= names it, but the model has no such parameter or latent", mend=f"choose among {names}")
+        raise PlanError(
+            name, problem="init= names it, but the model has no such parameter or latent", mend=f"choose among {names}"
+        )
     param = built.program.params[name]
     array = np.asarray(value, dtype=param.dtype)
     if array.shape != param.shape:
@@ -87,7 +91,9 @@ def start_value(built: Build, name: str, value: Any) -> Array:
     if "Simplex" in str(param.constraint) and np.allclose(array.sum(-1), 1, atol=1e-4):
         array = array / array.sum(-1, keepdims=True)
     if not bool(np.all(np.asarray(param.constraint(jnp.asarray(array))))):
-        raise DataError(name, problem=f"its start value lies outside {param.constraint}", mend="give a value inside its constraint")
+        raise DataError(
+            name, problem=f"its start value lies outside {param.constraint}", mend="give a value inside its constraint"
+        )
     return jnp.asarray(array)
 
 
@@ -97,9 +103,13 @@ def responsibilities(built: Build, name: str, value: Any) -> Named:
     shape = (*latent.shape, latent.num_states)
     array = jnp.asarray(value, float)
     if array.shape != shape:
-        raise DataError(name, problem=f"its responsibilities have shape {array.shape}", mend=f"give an array of shape {shape}")
+        raise DataError(
+            name, problem=f"its responsibilities have shape {array.shape}", mend=f"give an array of shape {shape}"
+        )
     if not bool((array >= 0).all()) or not bool(jnp.allclose(array.sum(-1), 1, atol=1e-4)):
-        raise DataError(name, problem="its responsibilities do not sum to one over the last axis", mend="normalise them")
+        raise DataError(
+            name, problem="its responsibilities do not sum to one over the last axis", mend="normalise them"
+        )
     return named(array / array.sum(-1, keepdims=True), (*latent.axes, name))
 
 
@@ -153,7 +163,9 @@ def row_features(built: Build, bundle: Bundle, latent: Latent) -> Array | None:
     plates = [a for a, s in zip(latent.axes, latent.shape, strict=True) if s > 1]
     if len(plates) != 1 or latent.num_states < 2:
         return None
-    columns = [column for f in built.kernel.likelihood_factors for column in factor_columns(f, bundle, latent.name, plates[0])]
+    columns = [
+        column for f in built.kernel.likelihood_factors for column in factor_columns(f, bundle, latent.name, plates[0])
+    ]
     if not columns:
         return None
     matrix = jnp.concatenate(columns, 1)

@@ -81,7 +81,9 @@ class Kernel:
         statistics = {n: from_prior[n] if f.is_prior else statistics[n] for n, f in self.problem.factors.items()}
         return likelihood + bundle.constant, prior, statistics
 
-    def maximise(self, params: Params, statistics, bundle: Bundle, states: Sequence[Any]) -> tuple[dict[str, Array], tuple]:
+    def maximise(
+        self, params: Params, statistics, bundle: Bundle, states: Sequence[Any]
+    ) -> tuple[dict[str, Array], tuple]:
         """The M-step: every block in order."""
         new, after = dict(params), []
         for block, state in zip(self.blocks, states, strict=True):

@@ -53,7 +53,9 @@ class Posterior:
         if not latents:
             return Marginals()
         unary = {z: zeros(self._built, (z,)) for z in latents}
-        slopes = jit_once(lambda u, p, b: jax.grad(lambda v: self._log_z(v, p, b))(u))(unary, self._params, self._bundle)
+        slopes = jit_once(lambda u, p, b: jax.grad(lambda v: self._log_z(v, p, b))(u))(
+            unary, self._params, self._bundle
+        )
         out = {z: self._shaped(slopes[z], self._built.program.latents[z]) for z in latents}
         return Marginals({**out, **self._merged(out)})
 
@@ -68,13 +70,19 @@ class Posterior:
         program = self._built.program
         for name in names:
             if name not in program.latents:
-                raise PlanError(name, problem="is no latent of the model", mend=f"choose among {sorted(program.latents)}")
+                raise PlanError(
+                    name, problem="is no latent of the model", mend=f"choose among {sorted(program.latents)}"
+                )
         plates = [self._built.kernel.layout.plates_of[n] for n in names]
         inner = max(plates, key=len)
         if len(set(names)) < len(names) or any(not p <= inner for p in plates):
-            raise PlanError(names[0], problem=f"{names} are not distinct latents of nested plates", mend="ask for them apart")
+            raise PlanError(
+                names[0], problem=f"{names} are not distinct latents of nested plates", mend="ask for them apart"
+            )
         table = zeros(self._built, names)
-        slope = jit_once(lambda u, p, b: jax.grad(lambda v: self._log_z({"": v}, p, b))(u))(table, self._params, self._bundle)
+        slope = jit_once(lambda u, p, b: jax.grad(lambda v: self._log_z({"": v}, p, b))(u))(
+            table, self._params, self._bundle
+        )
         deepest = program.latents[names[plates.index(inner)]]
         axes = tuple(a for a in deepest.axes if a in inner)
         probabilities = slope.to((*axes, *names))
@@ -95,7 +103,10 @@ class Posterior:
 
         def run(key, params, bundle):
             return self._backward(
-                params, bundle, log_sum_exp, lambda i, scores: jax.random.categorical(jax.random.fold_in(key, i), scores, axis=0)
+                params,
+                bundle,
+                log_sum_exp,
+                lambda i, scores: jax.random.categorical(jax.random.fold_in(key, i), scores, axis=0),
             )
 
         keys = jax.random.split(rng_key, num_samples)
@@ -135,7 +146,11 @@ class Posterior:
         program, values = self._built.program, {("data", i): x for i, x in self._bundle.data.items()}
         for name, latent in program.latents.items():
             whole = name.removesuffix("_unobserved")
-            if name.endswith("_unobserved") and f"{whole}_observed" in program.sites and (name, "mask") in program.full.outputs:
+            if (
+                name.endswith("_unobserved")
+                and f"{whole}_observed" in program.sites
+                and (name, "mask") in program.full.outputs
+            ):
                 observed, hidden = program.full.evaluate([(f"{whole}_observed", "value"), (name, "mask")], values)
                 out[name] = whole, observed, jnp.broadcast_to(hidden, latent.shape)
         return out
@@ -216,8 +231,14 @@ def pick(scores: Named, latent: str, chosen: Named) -> Named:
 
 def datum_plate(built: Build) -> str | None:
     """The plate whose rows are the data: the largest that every likelihood factor stands in; None where there is none."""
-    factors = [f for f in built.kernel.likelihood_factors if f.site.role != "latent"] or list(built.kernel.likelihood_factors)
-    shared = set.intersection(*(set(f.site.plates) | set(f.route.target if f.route else ()) for f in factors)) if factors else set()
+    factors = [f for f in built.kernel.likelihood_factors if f.site.role != "latent"] or list(
+        built.kernel.likelihood_factors
+    )
+    shared = (
+        set.intersection(*(set(f.site.plates) | set(f.route.target if f.route else ()) for f in factors))
+        if factors
+        else set()
+    )
     routed = {p for f in factors if f.route for p in f.route.source}
     shared = {p for p in shared if all(_survives(f, p, built) for f in factors)} - (routed - shared)
     return max(shared, key=lambda p: (built.program.plates[p].size, p)) if shared else None
@@ -229,4 +250,3 @@ def _survives(factor, plate: str, built: Build) -> bool:
     home = [frozenset(factor.route.target)] if factor.route else []
     home += [plates_of[z.name] for z in factor.latents if not (factor.route and z.name in factor.route.latents)]
     return all(plate in h for h in home) and (bool(home) or plate in factor.site.plates)
-

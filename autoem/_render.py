@@ -28,7 +28,9 @@ def plan_text(plan: Plan) -> str:
         lines += ["    no latents: the likelihood is maximised directly"]
     if plan.chunks:
         c = plan.chunks
-        lines += [f"    rows of '{c.plate}' in chunks of {c.size:,} on {c.devices} device{'s' if c.devices > 1 else ''}"]
+        lines += [
+            f"    rows of '{c.plate}' in chunks of {c.size:,} on {c.devices} device{'s' if c.devices > 1 else ''}"
+        ]
     lines += ["", "  M-step"]
     width = max((len(r.name) for r in plan.parameters), default=0)
     for r in plan.parameters:
@@ -66,7 +68,8 @@ def plan_html(plan: Plan) -> str:
         out += [_table(("latent", "E-step", "plates", "why"), rows)]
         out += [f"<p>{html.escape(str(plan.cost))}</p>"]
     rows = [
-        (r.name, _badge(r.strategy), f"<code>{html.escape(r.update)}</code>", html.escape(r.reason)) for r in plan.parameters
+        (r.name, _badge(r.strategy), f"<code>{html.escape(r.update)}</code>", html.escape(r.reason))
+        for r in plan.parameters
     ]
     out += [_table(("parameter", "M-step", "update", "why"), rows)]
     out += [f"<p>Note: {html.escape(n)}</p>" for n in plan.notes]

@@ -133,7 +133,9 @@ class EMResult:
         bundle = context.built.plain_bundle(context.source, jax.random.key(0))
         errors = standard_errors(kernel, self.params, bundle)
         if errors.singular:
-            message = "the observed information is singular: some parameters are not identified; all standard errors are NaN"
+            message = (
+                "the observed information is singular: some parameters are not identified; all standard errors are NaN"
+            )
             warnings.warn(message, stacklevel=2)
         return errors
 
@@ -149,7 +151,9 @@ class EMResult:
         plate = datum_plate(built)
         if plate is not None:
             return built.program.plates[plate].size
-        sizes = [int(np.prod(s.shape, dtype=int)) for s in built.program.sites.values() if s.role in ("observed", "factor")]
+        sizes = [
+            int(np.prod(s.shape, dtype=int)) for s in built.program.sites.values() if s.role in ("observed", "factor")
+        ]
         return max(sizes, default=1)
 
     @property
@@ -203,7 +207,9 @@ def count_params(built: Build) -> int:
     return total
 
 
-def make_result(em: EM, built: Build, source: Source, bundle: Bundle, ended, notes: tuple[str, ...], args, kwargs) -> EMResult:
+def make_result(
+    em: EM, built: Build, source: Source, bundle: Bundle, ended, notes: tuple[str, ...], args, kwargs
+) -> EMResult:
     """The result of the best start."""
     state, restarts = ended
     odd = oddities(built, state.params) if np.isfinite(float(state.objective)) else ()
@@ -236,9 +242,13 @@ def oddities(built: Build, params: dict[str, Array]) -> tuple[str, ...]:
             ratio = low[..., -1] / np.maximum(low[..., 0], np.finfo(v.dtype).tiny)
             flat = np.atleast_1d(ratio < 50 * np.finfo(v.dtype).eps)
             if flat.any():
-                out.append(f"'{name}' collapsed to a singular matrix in component {where(flat)}: use fewer components or a prior")
+                out.append(
+                    f"'{name}' collapsed to a singular matrix in component {where(flat)}: use fewer components or a prior"
+                )
         if kind == "positive" and v.size and (v < 1e-12).any() and is_scale(built, name):
-            out.append(f"'{name}' collapsed to zero in entry {where(np.atleast_1d(v < 1e-12))}: use a prior or share it")
+            out.append(
+                f"'{name}' collapsed to zero in entry {where(np.atleast_1d(v < 1e-12))}: use a prior or share it"
+            )
         if kind == "simplex" and name in mixing_weights(built):
             empty = np.atleast_1d(v < 1e-10)
             if v.ndim == 1 and empty.any():

@@ -107,7 +107,9 @@ def standard_errors(kernel: Kernel, params: Mapping[str, Array], bundle: Bundle)
     return carried_back(kernel, values, names, moved, sum(sizes), bundle)
 
 
-def carried_back(kernel: Kernel, values, names: list[str], moved: Callable, size: int, bundle: Bundle) -> StandardErrors:
+def carried_back(
+    kernel: Kernel, values, names: list[str], moved: Callable, size: int, bundle: Bundle
+) -> StandardErrors:
     zero = jnp.zeros(size)
     information = -jax.jit(jax.hessian(lambda v, b: kernel.objective(moved(v), b)[0]))(zero, bundle)
     jacobians = jax.jit(jax.jacfwd(lambda v: {n: moved(v)[n] for n in names}))(zero)

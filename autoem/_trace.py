@@ -136,9 +136,7 @@ class Reader(Messenger):
             mask = seen if mask is None else mask & seen
             value = jnp.where(missing, base.support.feasible_like(value), value)
         frames = tuple(msg["cond_indep_stack"])
-        return Record(
-            msg["name"], msg["fn"], base, mask, taken, value, observed, auxiliary, msg["scale"], frames
-        )
+        return Record(msg["name"], msg["fn"], base, mask, taken, value, observed, auxiliary, msg["scale"], frames)
 
 
 def placeholder(name: str, fn: Any, truncated) -> Any:
@@ -167,7 +165,11 @@ def bounds(name: str, base: Any, truncated: Mapping[str, tuple[int, int]]) -> tu
     low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
     if low is not None and high is not None and base.event_dim == 0:
         return low, high
-    what = f"{type(base).__name__} has no finite support" if base.event_dim == 0 else "a vector of counts is not enumerated"
+    what = (
+        f"{type(base).__name__} has no finite support"
+        if base.event_dim == 0
+        else "a vector of counts is not enumerated"
+    )
     mend = f'EM(model, e_step={{"{name}": autoem.e_step.Truncated(low=0, high=50)}})'
     if base.event_dim:
         mend = "write it as one Categorical site for each trial, in a plate"
@@ -189,11 +191,15 @@ def run_model(model: Callable, call: Callable, reader: Reader, inputs: Mapping) 
 
 
 def _explain(error: Exception, where: str, args, kwargs) -> ValueError:
-    listed = [i for i, a in enumerate(args) if isinstance(a, list)] + [k for k, a in kwargs.items() if isinstance(a, list)]
+    listed = [i for i, a in enumerate(args) if isinstance(a, list)] + [
+        k for k, a in kwargs.items() if isinstance(a, list)
+    ]
     if listed:
         which = ", ".join(map(str, listed))
         return DataError(
-            where, problem=f"the model fails here: {error}; argument {which} is a Python list", mend="pass jnp.asarray(...)"
+            where,
+            problem=f"the model fails here: {error}; argument {which} is a Python list",
+            mend="pass jnp.asarray(...)",
         )
     return ModelError(
         where,
@@ -337,7 +343,9 @@ def enumerate_states(name: str, low: int, high: int, r: Record) -> np.ndarray:
     event = tuple(r.fn.event_shape)
     total = count ** int(np.prod(event, dtype=int))
     if count < 1:
-        raise DataError(name, problem=f"its support is empty (from {low} to {high})", mend="check the data it is made of")
+        raise DataError(
+            name, problem=f"its support is empty (from {low} to {high})", mend="check the data it is made of"
+        )
     if total > MAX_STATES:
         raise PlanError(
             name,
@@ -421,9 +429,7 @@ def _trace(model: Callable, source: Source) -> tuple[Program, Discovery, Source]
     notes = ("the model reads the data's values in Python: new data compile anew",) if source.concrete else ()
     if subsampled:
         notes += ("a plate is subsampled: its rows are drawn once a run, each weighted by size / subsample_size",)
-    program = Program(
-        name, sites, plates, latents, params, graph, full, compact, source.tree, notes, subsampled
-    )
+    program = Program(name, sites, plates, latents, params, graph, full, compact, source.tree, notes, subsampled)
     return check(program), found, source
 
 

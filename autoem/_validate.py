@@ -37,7 +37,9 @@ def validate(built: Build, source: Source, missing: str) -> None:
         if (site.name, "value") not in values:
             continue
         record = built.found.records[site.name]
-        check_site(site.name, record, values[site.name, "value"], values.get((site.name, "mask")), source, missing, site.shape)
+        check_site(
+            site.name, record, values[site.name, "value"], values.get((site.name, "mask")), source, missing, site.shape
+        )
 
 
 def host_values(graph: Graph, keys: list, source: Source) -> dict[Any, np.ndarray]:
@@ -96,7 +98,11 @@ def check_finite(name: str, value: np.ndarray, hidden: np.ndarray, events: int) 
     first = tuple(int(i) for i in np.argwhere(wrong)[0])
     nan = int(np.isnan(value).sum())
     what = f"{nan} entries are NaN" if nan else f"{int(wrong.sum())} entries are infinite"
-    mend = 'EM(model, missing="marginalize") to leave them out exactly, or drop those rows' if nan else "drop or correct them"
+    mend = (
+        'EM(model, missing="marginalize") to leave them out exactly, or drop those rows'
+        if nan
+        else "drop or correct them"
+    )
     raise DataError(name, problem=f"{what} (first at {list(first)})", mend=mend)
 
 
@@ -139,7 +145,11 @@ def host_constraint(support: Any, record: Record):
 
 
 def low_high_integer(support: Any) -> bool:
-    return bool(getattr(support, "is_discrete", False)) and hasattr(support, "lower_bound") and hasattr(support, "upper_bound")
+    return (
+        bool(getattr(support, "is_discrete", False))
+        and hasattr(support, "lower_bound")
+        and hasattr(support, "upper_bound")
+    )
 
 
 def describe(support: Any) -> str:

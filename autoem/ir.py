@@ -128,7 +128,9 @@ class Program:
         lines = [f"program {self.name}"]
         lines += [f"  plate     {p.name}: {p.size}" for p in self.plates.values() if not p.implicit]
         shown = {s for s in self.sites if self.sites[s].role == "parameter"}
-        lines += [f"  parameter {p.name} {list(p.shape)} in {p.constraint}" for p in self.params.values() if not p.prior]
+        lines += [
+            f"  parameter {p.name} {list(p.shape)} in {p.constraint}" for p in self.params.values() if not p.prior
+        ]
         lines += [f"  {s}" for s in self.sites.values() if s.name in shown]
         lines += [f"  {s}" for s in self.sites.values() if s.name not in shown]
         return "\n".join(lines + [f"  note: {n}" for n in self.notes])

@@ -279,4 +279,3 @@ def follow_route(table: Table, layout: Layout, route: Route) -> Table:
     cells = jax.ops.segment_sum(flat, layout.cells[route.site].ravel(), int(np.prod(route.shape)))
     value = jnp.moveaxis(cells, 0, -1).reshape(*rows.shape[: len(states)], *route.shape)
     return Table(Named(value, states + route.target), table.latents, target)
-

@@ -59,7 +59,9 @@ def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     plates = frozenset().union(*(plates_of(z) for z in latents if z.name not in routed), route.source if route else ())
     kept = tuple(a for a in site.axes if a in plates)
     family, direct = natural_family(program, site)
-    coefficients = find_coefficients(program, site) if family is not None and usable and site.role == "observed" else None
+    coefficients = (
+        find_coefficients(program, site) if family is not None and usable and site.role == "observed" else None
+    )
     family = REGRESSION if coefficients else family
     params = tuple(p for p in site.parents if p in program.params)
     if site.role == "parameter":
@@ -157,7 +159,10 @@ def prepare(factor: Factor, program: Program, values: Mapping, cells: Mapping) -
     if factor.family is None:
         return rows
     keys = [(site.name, f"arg:{a}") for a in factor.family.fixed]
-    fixed = {k[1][4:]: named(pad(v, len(site.axes)), site.axes) for k, v in zip(keys, graph.evaluate(keys, values), strict=True)}
+    fixed = {
+        k[1][4:]: named(pad(v, len(site.axes)), site.axes)
+        for k, v in zip(keys, graph.evaluate(keys, values), strict=True)
+    }
     rows = dataclasses.replace(rows, fixed=fixed)
     return own_rows(factor, rows) if factor.own else observed_rows(factor, graph, values, rows)
 
@@ -172,7 +177,9 @@ def output(factor: Factor, graph, field: str, values) -> Named | None:
     if key not in graph.outputs:
         return None
     array = graph.evaluate([key], values)[0]
-    return scale_of(array, factor.site) if field == "scale" else named(pad(array, len(factor.site.axes)), factor.site.axes)
+    return (
+        scale_of(array, factor.site) if field == "scale" else named(pad(array, len(factor.site.axes)), factor.site.axes)
+    )
 
 
 def scale_of(array, site: Site) -> Named:
@@ -252,7 +259,9 @@ def observed_rows(factor: Factor, graph, values, rows: Rows) -> Rows:
         log_spread = spread.sum() if family.event_dim else named(spread, site.axes).to(axes)
     fixed = {k: f.to(axes) for k, f in (rows.fixed or {}).items()}
     base = family.base(value.array, fixed) - log_spread
-    return dataclasses.replace(rows, value=value, base=Named(jnp.broadcast_to(base, array.shape[family.event_dim :]), axes))
+    return dataclasses.replace(
+        rows, value=value, base=Named(jnp.broadcast_to(base, array.shape[family.event_dim :]), axes)
+    )
 
 
 def without_hidden(value: Named, mask: Named, events: int) -> Named:
@@ -261,7 +270,9 @@ def without_hidden(value: Named, mask: Named, events: int) -> Named:
     seen = jnp.broadcast_to(mask.to(batch) > 0, value.array.shape[events:])
     first = jnp.argmax(seen.ravel())
     flat = value.array.reshape(*value.array.shape[:events], -1)
-    return Named(jnp.where(seen, value.array, jnp.take(flat, first, -1).reshape(flat.shape[:-1] + (1,) * len(batch))), value.axes)
+    return Named(
+        jnp.where(seen, value.array, jnp.take(flat, first, -1).reshape(flat.shape[:-1] + (1,) * len(batch))), value.axes
+    )
 
 
 def standardise(factor: Factor, value: Named, rows: Rows) -> tuple[Named, Rows]:
@@ -280,7 +291,10 @@ def standardise(factor: Factor, value: Named, rows: Rows) -> tuple[Named, Rows]:
     if events:
         return new, dataclasses.replace(rows, centre=centre.ravel(), spread=spread.ravel())
     names = tuple(a for a in axes if a.startswith("#"))
-    place = [named(Named(v.reshape([v.shape[axes.index(a)] for a in names]), names).to(site.axes), site.axes) for v in (centre, spread)]
+    place = [
+        named(Named(v.reshape([v.shape[axes.index(a)] for a in names]), names).to(site.axes), site.axes)
+        for v in (centre, spread)
+    ]
     return new, dataclasses.replace(rows, centre=place[0].to(site.axes), spread=place[1].to(site.axes))
 
 

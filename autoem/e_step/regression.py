@@ -36,7 +36,11 @@ def find_coefficients(program: Program, site: Site) -> tuple[Variable, ...] | No
     """The variables above the cut of a Normal's mean; None where the site is no compact regression."""
     graph = program.graph
     loc, scale = graph.outputs.get((site.name, "arg:loc")), (site.name, "arg:scale")
-    if site.distribution != "Normal" or not isinstance(loc, Variable) or any(k[0] in ("data", "key") for k in graph.needs(scale)):
+    if (
+        site.distribution != "Normal"
+        or not isinstance(loc, Variable)
+        or any(k[0] in ("data", "key") for k in graph.needs(scale))
+    ):
         return None
     if jnp.result_type(float) != jnp.float64:  # squares of observations would cancel in single precision
         return None
@@ -125,7 +129,9 @@ def _residuals(t: Array, n: Array, args: Args) -> tuple[Array, Array]:
     return -n, 0.5 * jnp.maximum(squares, 0.0)
 
 
-def squared_residuals(keep: tuple[str, ...], eta: Named, rows: Named, features: Callable[[], Named], axis: str) -> Named:
+def squared_residuals(
+    keep: tuple[str, ...], eta: Named, rows: Named, features: Callable[[], Named], axis: str
+) -> Named:
     """The product of `eta` with the features `z z'`, computed as minus half a squared residual.
 
     The product of large moments would cancel where residuals are small; `b z` does not, and costs less. The derivative is that of the

@@ -113,7 +113,9 @@ class Factor:
 
         def at(*states) -> tuple:
             shapes = [self.graph.inputs["latent", z.name].shape for z in varying]
-            return function({("latent", z.name): jnp.broadcast_to(s, n) for z, s, n in zip(varying, states, shapes, strict=True)})
+            return function(
+                {("latent", z.name): jnp.broadcast_to(s, n) for z, s, n in zip(varying, states, shapes, strict=True)}
+            )
 
         for i in reversed(range(len(varying))):
             at = jax.vmap(at, in_axes=[0 if j == i else None for j in range(len(varying))])
@@ -132,7 +134,9 @@ class Factor:
         """Arguments of the family at every state, standardised as the rows are."""
         family = self._family
         dims = dict(zip(family.args, family.arg_dims, strict=True))
-        args = {a: self.argument(f"arg:{a}", values, d) for a, d in dims.items() if not (self.coefficients and a == "loc")}
+        args = {
+            a: self.argument(f"arg:{a}", values, d) for a, d in dims.items() if not (self.coefficients and a == "loc")
+        }
         if self.coefficients:
             args["loc"] = self._coefficients(values)
         if rows.centre is not None and family.standardise is not None:

@@ -70,7 +70,9 @@ def kind_of(constraint) -> str:
         return "simplex"
     if constraint in (constraints.unit_interval, constraints.open_interval(0.0, 1.0)) or _bounds(constraint) == (0, 1):
         return "unit"
-    if constraint in (constraints.positive, constraints.nonnegative, constraints.softplus_positive) or _bounds(constraint) == (0, None):
+    if constraint in (constraints.positive, constraints.nonnegative, constraints.softplus_positive) or _bounds(
+        constraint
+    ) == (0, None):
         return "positive"
     if constraint in (constraints.real, constraints.real_vector, constraints.real_matrix):
         return "real"
@@ -91,7 +93,11 @@ def count_rule(asked: Asked) -> AbstractBlock:
     if kinds is None:
         raise Declined("it is not a probability")
     prior = prior_of(asked.name, asked.problem.factors)
-    if prior and (asked.kind == "real" or prior.site.distribution not in COUNTS or not readable(prior, COUNTS[prior.site.distribution][0])):
+    if prior and (
+        asked.kind == "real"
+        or prior.site.distribution not in COUNTS
+        or not readable(prior, COUNTS[prior.site.distribution][0])
+    ):
         raise Declined(f"its prior {prior.site.distribution} is not conjugate")
     reasons = []
     for kind in kinds:
@@ -128,7 +134,9 @@ def location_rule(asked: Asked) -> AbstractBlock:
     prior = prior_of(asked.name, asked.problem.factors)
     if prior and (prior.site.distribution != "Normal" or not readable(prior, NORMAL)):
         raise Declined(f"its prior {prior.site.distribution} is not Normal")
-    forms = [asked.read(lambda p, b, u=u: location.accept_linear(asked.problem, u, (asked.name,), p, b)) for u in asked.uses]
+    forms = [
+        asked.read(lambda p, b, u=u: location.accept_linear(asked.problem, u, (asked.name,), p, b)) for u in asked.uses
+    ]
     if all(f.simple for f in forms) and all(
         u.event_dim == 0
         or (prior is None and location.vector_mean_applies(asked.problem, u, asked.name, f, asked.params, asked.bundle))
@@ -153,7 +161,13 @@ def covariance_rule(asked: Asked) -> AbstractBlock:
 
 
 RULES: tuple[Callable[[Asked], AbstractBlock], ...] = (count_rule, power_rule, location_rule, covariance_rule)
-PREFERRED = {"simplex": count_rule, "unit": count_rule, "positive": power_rule, "real": location_rule, "matrix": covariance_rule}
+PREFERRED = {
+    "simplex": count_rule,
+    "unit": count_rule,
+    "positive": power_rule,
+    "real": location_rule,
+    "matrix": covariance_rule,
+}
 
 
 def why(asked: Asked, how: str) -> str:
@@ -246,7 +260,9 @@ def with_profile(block: AbstractBlock, closed: Sequence[AbstractBlock], factors:
     return dataclasses.replace(block, profile=tuple(tied))
 
 
-def join_least_squares(blocks: Sequence[AbstractBlock], problem: Problem, params: Params, bundle: Bundle) -> list[AbstractBlock]:
+def join_least_squares(
+    blocks: Sequence[AbstractBlock], problem: Problem, params: Params, bundle: Bundle
+) -> list[AbstractBlock]:
     """Solve parameters together that stand in one location and are jointly affine in it (`x @ beta + b`)."""
     joined: list[AbstractBlock] = []
     pending = [b for b in blocks if isinstance(b, LeastSquares | Mean)]
@@ -254,9 +270,9 @@ def join_least_squares(blocks: Sequence[AbstractBlock], problem: Problem, params
     while pending:
         block = pending.pop(0)
         for other in list(pending):
-            if (isinstance(block, LeastSquares) or isinstance(other, LeastSquares) or share(problem, block, other)) and jointly_affine(
-                problem, block, other, params, bundle
-            ):
+            if (
+                isinstance(block, LeastSquares) or isinstance(other, LeastSquares) or share(problem, block, other)
+            ) and jointly_affine(problem, block, other, params, bundle):
                 pending.remove(other)
                 reason = f"{block.reason}; solved together with {', '.join(other.names)}"
                 block = LeastSquares((*block.names, *other.names), problem, reason)
@@ -282,7 +298,9 @@ def jointly_affine(problem: Problem, a: AbstractBlock, b: AbstractBlock, params:
     return True
 
 
-def numerical(problem: Problem, declined: Mapping[str, str], asked_for: Mapping[str, AbstractMStep | None]) -> list[AbstractBlock]:
+def numerical(
+    problem: Problem, declined: Mapping[str, str], asked_for: Mapping[str, AbstractMStep | None]
+) -> list[AbstractBlock]:
     """Blocks for the parameters without closed form: those that share a factor are maximised together."""
     groups: list[list[str]] = []
     for name in declined:
@@ -299,7 +317,7 @@ def numerical(problem: Problem, declined: Mapping[str, str], asked_for: Mapping[
         if isinstance(wish, Gradient):
             blocks.append(GradientBlock(names, problem, reason, wish.optimizer, wish.steps))
         elif isinstance(wish, Newton) or size <= MAX_NEWTON:
-            blocks.append(NewtonBlock(names, problem, reason, wish.max_steps if isinstance(wish, Newton) else 25))
+            blocks.append(NewtonBlock(names, problem, reason, max_steps=wish.max_steps if isinstance(wish, Newton) else 25))
         else:
             blocks.append(GradientBlock(names, problem, f"{reason}; {size} entries are too many for Newton's method"))
     return blocks

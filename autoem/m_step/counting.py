@@ -98,7 +98,9 @@ class Count(AbstractBlock):
 
     def cotangents(self, use: Use, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, ...]:
         """Expected counts in the shape of the place's logarithms."""
-        out = linked(self.problem, use, self.names[0], self.kind, *[jnp.zeros_like(params[self.names[0]])] * 2, params, bundle)
+        out = linked(
+            self.problem, use, self.names[0], self.kind, *[jnp.zeros_like(params[self.names[0]])] * 2, params, bundle
+        )
         if use.argument is None:
             return (jnp.broadcast_to(statistics[use.factor.name], out.arrays[0].shape),)
         t, n = self.problem.statistics(use, statistics)

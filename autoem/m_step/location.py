@@ -184,7 +184,9 @@ class LeastSquares(AbstractBlock):
         if flat.size <= MAX_DENSE:
             step = newton_direction(jax.hessian(objective)(flat), g)
         else:
-            step, _ = jax.scipy.sparse.linalg.cg(lambda v: -jax.jvp(slope, (flat,), (v,))[1], g, tol=1e-12, maxiter=flat.size)
+            step, _ = jax.scipy.sparse.linalg.cg(
+                lambda v: -jax.jvp(slope, (flat,), (v,))[1], g, tol=1e-12, maxiter=flat.size
+            )
         return unravel(jnp.where(jnp.isfinite(step).all(), flat + step, flat)), state
 
 

@@ -158,4 +158,3 @@ def inner(statistics: Any, cells: Any) -> Array:
     """`<statistics, cells>`; a state that is never visited may have density zero."""
     products = jax.tree.map(lambda s, c: jnp.where(s == 0, 0, s * jnp.where(s == 0, 0, c)).sum(), statistics, cells)
     return sum(jax.tree.leaves(products), start=jnp.zeros(()))
-

@@ -78,7 +78,9 @@ def follow(graph: Graph, eqn: Equation, inputs: list, values: Mapping) -> list[n
         return _matrix(eqn, inputs)
     if name in ("custom_jvp_call", "custom_vjp_call"):
         return _call(eqn, inputs, values)
-    if all(broadcasts(np.shape(a.value if isinstance(a, Constant) else a.aval), eqn.outputs[0].shape) for a in eqn.inputs):
+    if all(
+        broadcasts(np.shape(a.value if isinstance(a, Constant) else a.aval), eqn.outputs[0].shape) for a in eqn.inputs
+    ):
         return [_elementwise(eqn, inputs) for _ in eqn.outputs]
     known = [merge_axes(i, tuple(range(i.ndim))) if i.ndim else i for i in inputs if i is not None]
     return [np.full(o.shape, _fold(known)) for o in eqn.outputs]
@@ -155,7 +157,9 @@ def _dot(eqn: Equation, inputs: list) -> np.ndarray:
 def _matrix(eqn: Equation, inputs: list) -> list[np.ndarray]:
     known = [merge_axes(i, (i.ndim - 2, i.ndim - 1)) for i in inputs if i is not None]
     batch = _fold(known)
-    return [np.broadcast_to(batch.reshape(batch.shape + (1,) * (len(o.shape) - batch.ndim)), o.shape) for o in eqn.outputs]
+    return [
+        np.broadcast_to(batch.reshape(batch.shape + (1,) * (len(o.shape) - batch.ndim)), o.shape) for o in eqn.outputs
+    ]
 
 
 def _call(eqn: Equation, inputs: list, values: Mapping[Any, Any]) -> list[np.ndarray]:

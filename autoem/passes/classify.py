@@ -30,7 +30,9 @@ def classify(program: Program, constraints: dict, latent: tuple[str, ...], maxim
     """
     refuse_unknown(program, latent, maximize)
     dtype = np.dtype(jax.dtypes.canonicalize_dtype(float))
-    params = {n: dataclasses.replace(p, dtype=dtype, reason="declared with numpyro.param") for n, p in program.params.items()}
+    params = {
+        n: dataclasses.replace(p, dtype=dtype, reason="declared with numpyro.param") for n, p in program.params.items()
+    }
     sites = {n: dataclasses.replace(s, parents=parents_of(program, s)) for n, s in program.sites.items()}
     program = dataclasses.replace(program, sites=sites)
     for site in list(sites.values()):
@@ -89,7 +91,11 @@ def why_latent(program: Program, site: Site) -> str:
     for child in below:
         if shared := set(site.plates) & set(child.plates):
             return f"it stands in plate '{min(shared)}' with '{child.name}', which depends on it"
-    if site.plates and standard_normal(program, site) and not any(p in program.latents for s in below for p in s.parents):
+    if (
+        site.plates
+        and standard_normal(program, site)
+        and not any(p in program.latents for s in below for p in s.parents)
+    ):
         return "a standard normal effect for each group of rows (non-centred)"
     return ""
 

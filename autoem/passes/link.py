@@ -112,7 +112,19 @@ def look_up(atom: Atom, env: Mapping[Variable, Value]) -> Value:
     return Known(value, uniform)
 
 
-UNIFORM = {"stack", "concatenate", "tile", "broadcast_in_dim", "reshape", "convert_element_type", "squeeze", "transpose", "copy", "copy_p", "expand_dims"}
+UNIFORM = {
+    "stack",
+    "concatenate",
+    "tile",
+    "broadcast_in_dim",
+    "reshape",
+    "convert_element_type",
+    "squeeze",
+    "transpose",
+    "copy",
+    "copy_p",
+    "expand_dims",
+}
 
 
 def run(equations: list[Equation], env: dict[Variable, Value]) -> None:
@@ -154,7 +166,18 @@ def each(x: Value, function: Callable[[Any], Any]) -> Value:
     return Known(function(x.value))
 
 
-@rule("reshape", "broadcast_in_dim", "squeeze", "transpose", "slice", "rev", "expand_dims", "copy", "copy_p", "stop_gradient")
+@rule(
+    "reshape",
+    "broadcast_in_dim",
+    "squeeze",
+    "transpose",
+    "slice",
+    "rev",
+    "expand_dims",
+    "copy",
+    "copy_p",
+    "stop_gradient",
+)
 def _copy(eqn, inputs):
     return each(inputs[0], lambda v: eqn.apply([v])[0])
 
@@ -187,7 +210,9 @@ def _together(inputs: list, combine: Callable[[list], Any]) -> Value:
         logs = [log_of(i) for i in inputs]
         co = combine([c for _, c in logs]) if all(c is not None for _, c in logs) else None
         pure = all(i.pure for i in own) and len(own) == len(inputs)
-        return Monomial(combine([v for v, _ in logs]), co, _agree([i.power for i in own]), all(i.simple for i in own), pure)
+        return Monomial(
+            combine([v for v, _ in logs]), co, _agree([i.power for i in own]), all(i.simple for i in own), pure
+        )
     raise Declined("terms of different form are joined")
 
 
@@ -429,7 +454,14 @@ def _dot(eqn, inputs):
 def _product_with_one(eqn, inputs) -> Value | None:
     """A product with a column of ones (an intercept alone) copies; None where it is no such thing."""
     (contract, _), _ = eqn.params["dimension_numbers"]
-    length = int(np.prod([eqn.inputs[0].shape[d] if isinstance(eqn.inputs[0], Variable) else np.shape(eqn.inputs[0].value)[d] for d in contract]))
+    length = int(
+        np.prod(
+            [
+                eqn.inputs[0].shape[d] if isinstance(eqn.inputs[0], Variable) else np.shape(eqn.inputs[0].value)[d]
+                for d in contract
+            ]
+        )
+    )
     for i, one in enumerate(inputs):
         x = inputs[1 - i]
         if isinstance(one, Known) and one.uniform == 1.0 and length == 1 and isinstance(x, Linear | Monomial):
