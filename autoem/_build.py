@@ -1,7 +1,7 @@
 """All stages in order, once a structure: trace, classify, factors, blocks, plan, kernel.
 
-In: a model, its arguments and the options. Out: `Build`, which turns new data of the same shapes into a `Bundle` without
-reading the model again.
+In: a model, its arguments and the options. Out: `Build`, which turns new data of the same shapes into a `Bundle`
+without reading the model again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`em.check`: is the derivation right on this model? Five tests, each against something independent.
 
-Tables against the model's own density; likelihood and marginals against enumeration of every completion on a shrunken copy; the
-gradient of `Q` after an M-step; the gradient of the log-likelihood at convergence.
+Tables against the model's own density; likelihood and marginals against enumeration of every completion on a shrunken
+copy; the gradient of `Q` after an M-step; the gradient of the log-likelihood at convergence.
 """
 
 from __future__ import annotations

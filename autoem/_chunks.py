@@ -1,7 +1,7 @@
 """Rows in pieces: chunks that fit the cache, spread over the devices that JAX has.
 
-Statistics are sums over rows, so a plate's rows may be taken piece by piece when every latent lives in the plate and every
-cell is the same for all of its rows.
+Statistics are sums over rows, so a plate's rows may be taken piece by piece when every latent lives in the plate and
+every cell is the same for all of its rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ SHARD_FROM = 32_768  # rows: below this the exchange between devices costs more 
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """Rows of `plate` are taken `size` at a time, on `devices` devices; `main` of them are spread evenly, the rest is a tail."""
+    """Rows of `plate` are taken `size` at a time, on `devices` devices.
+
+    `main` of them are spread evenly, the rest is a tail.
+    """
 
     plate: str
     rows: int

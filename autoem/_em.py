@@ -32,8 +32,8 @@ VMAP_UP_TO = 4_000_000  # entries of the rows times restarts: beyond, restarts r
 class EM:
     """Expectation maximisation, derived from a NumPyro model.
 
-    Maximises :math:`\\log p(x \\mid \\theta) + \\log p(\\theta)` over the parameters :math:`\\theta`, the discrete latents summed out
-    exactly.
+    Maximises :math:`\\log p(x \\mid \\theta) + \\log p(\\theta)` over the parameters :math:`\\theta`, the discrete
+    latents summed out exactly.
 
     Args:
         model: a NumPyro model, called as `model(*args, **kwargs)`.
@@ -42,10 +42,10 @@ class EM:
         latent: names of continuous sites to integrate rather than maximise.
         maximize: names of continuous sites to maximise whatever their place in the model.
         restarts: number of starts, at least 1; the best end point is the result, and every one is kept in it.
-        init: where to start. "auto": the model's own values, unless they treat the states of a latent alike (a saddle point of
-            EM), then responsibilities seeded from the data. "model": the model's own values. "random": seeded from the data. A dict:
-            values by parameter name (the others as in "auto"), or, by latent name, responsibilities of shape
-            `(*plates, states)`, from which the first M-step starts.
+        init: where to start. "auto": the model's own values, unless they treat the states of a latent alike (a saddle
+            point of EM), then responsibilities seeded from the data. "model": the model's own values. "random": seeded
+            from the data. A dict: values by parameter name (the others as in "auto"), or, by latent name,
+            responsibilities of shape `(*plates, states)`, from which the first M-step starts.
         max_steps: M-steps at most.
         tol: relative change of the objective below which a step counts as flat.
         patience: flat steps in a row that end the fit.
@@ -97,7 +97,9 @@ class EM:
         """What will be done with the model on these arguments, and why; nothing is fitted.
 
         Raises:
-            ModelError: the model cannot be read or derived. PlanError: what is asked cannot be done. DataError: bad data.
+            ModelError: the model cannot be read or derived.
+            PlanError: what is asked cannot be done.
+            DataError: bad data.
         """
         return self._derive(args, kwargs)[0].plan
 
@@ -148,7 +150,10 @@ class EM:
         return built, built.source
 
     def _small(self, built: Build) -> Build | None:
-        """The same derivation on a few rows, where there are too many to verify at full shape; None where that fails."""
+        """The same derivation on a few rows, where there are too many to verify at full shape.
+
+        None where that fails.
+        """
         largest = max((p.size for p in built.program.plates.values()), default=0)
         if largest < LARGE or built.source.concrete or (arguments := shrunken(built.source, largest)) is None:
             return None

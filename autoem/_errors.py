@@ -1,8 +1,8 @@
 """Three kinds of failure, each naming the place, the problem and the mend.
 
 A model that cannot be compiled (`ModelError`), a plan that cannot be carried out (`PlanError`) and data that cannot be
-fitted (`DataError`) are the user's to mend and derive from `ValueError`. `AutoEMBug` is ours. Numerical failure is not an
-error: it is a status of the result (see `EMResult.status`).
+fitted (`DataError`) are the user's to mend and derive from `ValueError`. `AutoEMBug` is ours. Numerical failure is not
+an error: it is a status of the result (see `EMResult.status`).
 """
 
 

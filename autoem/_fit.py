@@ -1,7 +1,8 @@
 """The loop: E-step and M-step until nothing moves, guarded, in one compiled `while_loop`.
 
-In: a kernel, a start and the data. Out: the `State` at the end, the best parameters in it. The compiled loop returns to the host only
-now and then, to show progress and to let an interrupt through; the number of steps between is set by their measured time.
+In: a kernel, a start and the data. Out: the `State` at the end, the best parameters in it. The compiled loop returns to
+the host only now and then, to show progress and to let an interrupt through; the number of steps between is set by
+their measured time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ SECONDS_BETWEEN_LOOKS = 0.25
 
 
 class State(NamedTuple):
-    """Everything that an interrupted fit needs to go on. `params` are the current point, `previous` the one before it."""
+    """Everything that an interrupted fit needs to go on.
+
+    `params` are the current point, `previous` the one before it.
+    """
 
     params: dict[str, Array]
     previous: dict[str, Array]

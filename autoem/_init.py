@@ -1,8 +1,8 @@
 """Where a fit starts: the model's own values, the user's, or responsibilities seeded from the data.
 
-In: a build and its data. Out: a list of parameter dicts, one a start, and notes on how they came about. A seeded start is an M-step
-from responsibilities, so it works for any model: k-means++ on the observed values where a latent's rows have some, random
-responsibilities elsewhere.
+In: a build and its data. Out: a list of parameter dicts, one a start, and notes on how they came about. A seeded start
+is an M-step from responsibilities, so it works for any model: k-means++ on the observed values where a latent's rows
+have some, random responsibilities elsewhere.
 
 References:
     Arthur and Vassilvitskii 2007, "k-means++: the advantages of careful seeding".
@@ -37,7 +37,8 @@ def starts(
     """`restarts` start points.
 
     Raises:
-        PlanError: a dict names something that the model does not have. DataError: a value has the wrong shape or domain.
+        PlanError: a dict names something that the model does not have.
+        DataError: a value has the wrong shape or domain.
     """
     base = built.start(source, key)
     given = dict(init) if isinstance(init, Mapping) else {}
@@ -54,7 +55,8 @@ def starts(
     elif init == "auto" and built.alike:
         first = seeded(built, base, plain, key)
         notes = (
-            f"the model's own start treats the states of {', '.join(built.alike)} alike: started from seeded responsibilities",
+            f"the model's own start treats the states of {', '.join(built.alike)} alike: "
+            "started from seeded responsibilities",
         )
     else:
         first = base
@@ -178,7 +180,7 @@ def factor_columns(factor: Factor, bundle: Bundle, latent: str, plate: str) -> l
     reads = latent in {z.name for z in factor.latents}
     if not reads or factor.own or factor.route or factor.family is None or rows.value is None:
         return []
-    value = rows.value if factor.family.standardise else factor.features(rows)
+    value = factor.observations(rows) if factor.family.standardise else factor.features(rows)
     if plate not in value.axes or value.array.size > 64 * value.size(plate):
         return []
     rest = [a for a in value.axes if a != plate]

@@ -7,14 +7,14 @@ variable is written once, before it is read. Nothing here knows of models or of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core as jex
 
-Key = Hashable
+Key = tuple[str, Any]  # what kind of input or output, or whose; and its own name
 
 
 class Variable:
@@ -120,12 +120,18 @@ def trace_graph(function: Callable[[dict], dict], inputs: Mapping[Key, Any]) -> 
         out_keys.extend(outputs)
         return list(outputs.values())
 
-    closed = jax.make_jaxpr(flat)(*inputs.values())
+    graph = graph_of(jax.make_jaxpr(flat)(*inputs.values()))
+    named_inputs = dict(zip(keys, graph.inputs.values(), strict=True))
+    return Graph(named_inputs, dict(zip(out_keys, graph.outputs.values(), strict=True)), graph.equations)
+
+
+def graph_of(closed) -> Graph:
+    """A closed jaxpr as a graph with inputs ("in", i) and outputs ("out", i), in order."""
     equations: list[Equation] = []
     names = [Variable(v.aval) for v in closed.jaxpr.invars]
-    env: dict[Any, Atom] = dict(zip(closed.jaxpr.invars, names, strict=True))
-    atoms = inline(closed, env, equations)
-    return Graph(dict(zip(keys, names, strict=True)), dict(zip(out_keys, atoms, strict=True)), tuple(equations))
+    atoms = inline(closed, dict(zip(closed.jaxpr.invars, names, strict=True)), equations)
+    inputs = {("in", i): v for i, v in enumerate(names)}
+    return Graph(inputs, {("out", i): a for i, a in enumerate(atoms)}, tuple(equations))
 
 
 def inline(closed, env: dict[Any, Atom], equations: list[Equation]) -> list[Atom]:

@@ -1,11 +1,11 @@
 """Lower a plan to a kernel: a few pure functions that one compiled loop runs.
 
-In: factors, the layout of the latents, blocks. Out: `Kernel`, with `expect` (the E-step: log-likelihood and expected statistics),
-`maximise` (the M-step), `log_likelihood` and `per_row`. Everything is a function of parameters and a `Bundle` of data, so
-the compiled code serves new values of the same shapes.
+In: factors, the layout of the latents, blocks. Out: `Kernel`, with `expect` (the E-step: log-likelihood and expected
+statistics), `maximise` (the M-step), `log_likelihood` and `per_row`. Everything is a function of parameters and a
+`Bundle` of data, so the compiled code serves new values of the same shapes.
 
-Where every factor's cells are the same for all rows of a plate, the rows are taken in chunks that fit the cache, and over as
-many devices as JAX has: statistics are sums, so chunks and devices add up.
+Where every factor's cells are the same for all rows of a plate, the rows are taken in chunks that fit the cache, and
+over as many devices as JAX has: statistics are sums, so chunks and devices add up.
 """
 
 from __future__ import annotations

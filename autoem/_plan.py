@@ -1,7 +1,7 @@
 """What will be done, and why: a strategy for every latent and every parameter, with its cost and its reason.
 
-In: a classified program with its data. Out: `Plan`, which prints, and which `_lower.lower` turns into a kernel. The plan's rows are read
-off the very objects that run.
+In: a classified program with its data. Out: `Plan`, which prints, and which `_lower.lower` turns into a kernel. The
+plan's rows are read off the very objects that run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Answers about the latents of a fitted model: marginals, joint tables, the mode, samples, and the likelihood of each datum.
+"""Answers about the latents of a fitted model: marginals, joint tables, the mode, samples, each datum's likelihood.
 
-In: a build, parameters and data. Out: `Posterior`. Marginals are derivatives of `log Z`; the mode and the samples read the recorded
-elimination backwards.
+In: a build, parameters and data. Out: `Posterior`. Marginals are derivatives of `log Z`; the mode and the samples read
+the recorded elimination backwards.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Posterior:
     r"""Exact posterior of the discrete latents given data and parameters, :math:`p(z \mid x, \theta)`.
 
     Attributes:
-        marginals: by latent, probabilities of shape `(*plates, states)`; a site that `obs_mask` observes in part is found under
-            its own name, with its observed cells at probability one.
+        marginals: by latent, probabilities of shape `(*plates, states)`; a site that `obs_mask` observes in part is
+            found under its own name, with its observed cells at probability one.
         log_likelihood: log density of each datum, in nats, with the shape of the data's plate.
         total: their sum, the observed-data log-likelihood.
     """
@@ -60,7 +60,9 @@ class Posterior:
         return Marginals({**out, **self._merged(out)})
 
     def joint(self, *names: str) -> Array:
-        """Posterior probability of every combination of several latents, `(*plates, states of the first, states of the second, ...)`.
+        """Posterior probability of every combination of several latents.
+
+        Its shape is `(*plates, states of the first, states of the second, ...)`.
 
         The latents must be distinct and of nested plates; those of the innermost appear.
 
@@ -141,7 +143,10 @@ class Posterior:
         return out / out.sum(-1, keepdims=True)
 
     def _partly_observed(self) -> dict[str, tuple[str, Array, Array]]:
-        """Sites that `obs_mask` split: name of the latent part -> (name of the whole, observed values, where hidden)."""
+        """Sites that `obs_mask` split.
+
+        From the name of the latent part to the name of the whole, the observed values, and where they are hidden.
+        """
         out = {}
         program, values = self._built.program, {("data", i): x for i, x in self._bundle.data.items()}
         for name, latent in program.latents.items():
@@ -230,7 +235,10 @@ def pick(scores: Named, latent: str, chosen: Named) -> Named:
 
 
 def datum_plate(built: Build) -> str | None:
-    """The plate whose rows are the data: the largest that every likelihood factor stands in; None where there is none."""
+    """The plate whose rows are the data: the largest that every likelihood factor stands in.
+
+    None where there is none.
+    """
     factors = [f for f in built.kernel.likelihood_factors if f.site.role != "latent"] or list(
         built.kernel.likelihood_factors
     )

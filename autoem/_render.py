@@ -116,7 +116,8 @@ def graph_svg(plan: Plan) -> str:
         '<defs><marker id="autoem-tip" markerWidth="7" markerHeight="6" refX="6" refY="3" orient="auto">'
         '<path d="M0,0 L7,3 L0,6 z" fill="#888"/></marker></defs>'
     )
-    return f'<svg width="{width}" height="{height}" role="img" aria-label="model graph">{marker}{"".join(arrows + boxes)}</svg>'
+    opening = f'<svg width="{width}" height="{height}" role="img" aria-label="model graph">'
+    return f"{opening}{marker}{''.join(arrows + boxes)}</svg>"
 
 
 def _arrow(a: tuple[int, int], b: tuple[int, int]) -> str:
@@ -133,7 +134,8 @@ def _box(name: str, role: str, at: tuple[int, int]) -> str:
     x, y = at
     return (
         f'<rect x="{x}" y="{y}" width="{BOX[0]}" height="{BOX[1]}" rx="{radius}" fill="{fill}" stroke="#888"/>'
-        f'<text x="{x + BOX[0] / 2}" y="{y + 21}" text-anchor="middle" font-size="12" fill="currentColor">{shown}</text>'
+        f'<text x="{x + BOX[0] / 2}" y="{y + 21}" text-anchor="middle" font-size="12" fill="currentColor">'
+        f"{shown}</text>"
     )
 
 

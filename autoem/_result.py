@@ -60,7 +60,8 @@ class Restarts:
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=[
-    "log_likelihood", "objective", "history", "num_steps", "converged", "status", "restarts", "warnings", "plan", "_context",
+    "log_likelihood", "objective", "history", "num_steps", "converged", "status", "restarts", "warnings", "plan",
+    "_context",
 ])  # fmt: skip
 @dataclasses.dataclass(frozen=True, eq=False)
 class EMResult:
@@ -122,7 +123,8 @@ class EMResult:
     def predictive(self, rng_key: Array, *args, num_samples: int = 1, **kwargs) -> dict[str, Array]:
         """Draws from the model at the fitted parameters, by `numpyro.infer.Predictive`.
 
-        Give the model arguments with `None` for the data where it accepts that; otherwise observed sites keep their data.
+        Give the model arguments with `None` for the data where it accepts that; otherwise observed sites keep their
+        data.
         """
         return Predictive(self._context.em.model, params=self.params, num_samples=num_samples)(rng_key, *args, **kwargs)
 
@@ -168,7 +170,11 @@ class EMResult:
 
     @property
     def icl(self) -> float:
-        """Integrated completed likelihood: BIC plus twice the entropy of the latents (Biernacki, Celeux and Govaert 2000)."""
+        """Integrated completed likelihood: BIC plus twice the entropy of the latents.
+
+        References:
+            Biernacki, Celeux and Govaert 2000.
+        """
         entropy = 0.0
         posterior = self.posterior()
         for name in self._context.built.program.latents:
@@ -243,7 +249,8 @@ def oddities(built: Build, params: dict[str, Array]) -> tuple[str, ...]:
             flat = np.atleast_1d(ratio < 50 * np.finfo(v.dtype).eps)
             if flat.any():
                 out.append(
-                    f"'{name}' collapsed to a singular matrix in component {where(flat)}: use fewer components or a prior"
+                    f"'{name}' collapsed to a singular matrix in component {where(flat)}: "
+                    "use fewer components or a prior"
                 )
         if kind == "positive" and v.size and (v < 1e-12).any() and is_scale(built, name):
             out.append(

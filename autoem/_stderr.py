@@ -5,8 +5,8 @@ Entries on the boundary (a probability of zero or one, a scale of zero) are held
 distribution is not normal.
 
 References:
-    Louis 1982; Efron and Hinkley 1978, "Assessing the accuracy of the maximum likelihood estimator: observed versus expected
-    Fisher information".
+    Louis 1982; Efron and Hinkley 1978, "Assessing the accuracy of the maximum likelihood estimator: observed versus
+    expected Fisher information".
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ def on_boundary(param: Param, value: np.ndarray) -> np.ndarray:
 
 
 def off_boundary(param: Param, value: Array) -> Array:
-    """Probabilities a hair inside, so that derivatives through their logarithms are finite; held entries do not move from there."""
+    """Probabilities a hair inside, so that derivatives through their logarithms are finite.
+
+    Held entries do not move from there.
+    """
     kind = kind_of(param.constraint)
     if kind not in ("simplex", "unit"):
         return value

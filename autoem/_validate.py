@@ -1,7 +1,7 @@
 """Refuse bad data before anything is fitted: NaN, infinite, outside the support.
 
-In: a build and the data of a call. Raises `DataError`, which names the site, how many entries are wrong and where the first is.
-Checks run in NumPy on the host, so they compile nothing.
+In: a build and the data of a call. Raises `DataError`, which names the site, how many entries are wrong and where the
+first is. Checks run in NumPy on the host, so they compile nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from numpyro.distributions import constraints
 
 from autoem._build import Build
@@ -82,7 +83,8 @@ def refuse_partly_missing(name: str, events: int, arrays: list[np.ndarray]) -> N
             rows = int((gone.any(-1) & ~gone.all(-1)).sum())
             raise DataError(
                 name,
-                problem=f"{rows} of its vectors are partly NaN, and entries of a joint distribution cannot be dropped one by one yet",
+                problem=f"{rows} of its vectors are partly NaN, "
+                "and entries of a joint distribution cannot be dropped one by one yet",
                 mend="use independent elements (Normal(...).to_event(1)), or set the whole vector to NaN",
             )
 
@@ -119,8 +121,8 @@ def check_support(name: str, record: Record, value: np.ndarray, hidden: np.ndarr
     example = np.broadcast_to(value, hidden.shape + value.shape[value.ndim - events :])[first]
     raise DataError(
         name,
-        problem=f"{int(wrong.sum())} values lie outside the support of {type(record.base).__name__} ({describe(support)}); "
-        f"first at {list(first)}: {example}",
+        problem=f"{int(wrong.sum())} values lie outside the support of "
+        f"{type(record.base).__name__} ({describe(support)}); first at {list(first)}: {example}",
         mend="correct the data, or choose a distribution that can produce them",
     )
 
@@ -128,9 +130,9 @@ def check_support(name: str, record: Record, value: np.ndarray, hidden: np.ndarr
 def host_constraint(support: Any, record: Record):
     """The constraint on NumPy arrays; bounds that are traced (a total count) are left to the density itself."""
     bounds = [getattr(support, b, None) for b in ("lower_bound", "upper_bound")]
-    if any(isinstance(b, jax.core.Tracer) for b in bounds):
+    if any(isinstance(b, Tracer) for b in bounds):
         low = bounds[0]
-        if isinstance(low, jax.core.Tracer):
+        if isinstance(low, Tracer):
             return lambda x: np.ones(np.shape(x), bool)
         return lambda x: (x >= low) & (x % 1 == 0)
     if support is constraints.real:
@@ -154,7 +156,7 @@ def low_high_integer(support: Any) -> bool:
 
 def describe(support: Any) -> str:
     bounds: Mapping = {b: getattr(support, b) for b in ("lower_bound", "upper_bound") if hasattr(support, b)}
-    if len(bounds) == 2 and not any(isinstance(b, jax.core.Tracer) for b in bounds.values()):
+    if len(bounds) == 2 and not any(isinstance(b, Tracer) for b in bounds.values()):
         return f"{bounds['lower_bound']} to {bounds['upper_bound']}"
     return str(support)
 

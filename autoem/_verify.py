@@ -1,7 +1,7 @@
 """Check the derivation against the model's own density, before anything is fitted.
 
-At random parameters and a random completion of the latents every factor's table must equal what the model itself says. What
-does not agree is refused with the site's name, so that a silent wrong answer cannot come of a table.
+At random parameters and a random completion of the latents every factor's table must equal what the model itself says.
+What does not agree is refused with the site's name, so that a silent wrong answer cannot come of a table.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def verify(built: Build) -> tuple[str, ...]:
             raise ModelError(
                 name,
                 problem=f"its table does not reproduce the model's own density ({a:.6g} against {b:.6g})",
-                mend="let the site read each latent only at its own row (z, or z[group]), without z.shape or mixing rows",
+                mend="let the site read each latent only at its own row (z, or z[group]), "
+                "without z.shape or mixing rows",
             )
     return tuple(n for n, v in spread.items() if float(v) <= 100 * eps)
 
@@ -110,7 +111,10 @@ LARGE = 20_000
 
 
 def shrunken(source: Source, plate_size: int) -> tuple[tuple, dict] | None:
-    """The call's arguments with `SMALL` rows of the plate, spread over the data; None where no array has such an axis."""
+    """The call's arguments with `SMALL` rows of the plate, spread over the data.
+
+    None where no array has such an axis.
+    """
     data, cut = [], False
     rows = np.linspace(0, plate_size - 1, SMALL).astype(int)
     for x in source.data:
@@ -121,7 +125,10 @@ def shrunken(source: Source, plate_size: int) -> tuple[tuple, dict] | None:
 
 
 def densities(built: Build, params, bundle: Bundle, key: Array) -> tuple[dict, dict, dict]:
-    """Log density of every site by its table and by the model, and the sum of absolute values that sets the rounding."""
+    """Log density of every site by its table and by the model.
+
+    With it comes the sum of absolute values that sets the rounding.
+    """
     program, values = built.program, graph_values(bundle, params)
     chosen = {n: random_states(built, n, values, jax.random.fold_in(key, i)) for i, n in enumerate(program.latents)}
     for n, index in chosen.items():

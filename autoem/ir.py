@@ -35,8 +35,8 @@ class Site:
         role: 'observed', 'latent', 'parameter' or 'factor'.
         distribution: name of the unwrapped distribution's class.
         family: its entry in the family table, or None.
-        axes: label of each batch axis of the *unwrapped* distribution, outermost first: a plate's name, or `#i` for an axis
-            that `to_event` made part of the event.
+        axes: label of each batch axis of the *unwrapped* distribution, outermost first: a plate's name, or `#i` for an
+            axis that `to_event` made part of the event.
         shape: size of each of those axes.
         event_dim: event axes of the unwrapped distribution.
         masked, scaled: whether a mask or a scale stands on it.
@@ -106,9 +106,9 @@ class Param:
 class Program:
     """A model as autoem understands it.
 
-    `graph` runs the model with every latent at its *compact* shape (1 along its plates); `full` at its full shape. Inputs
-    are keyed ("param", name), ("latent", name), ("data", i), ("key", 0); outputs (site, field) with fields "value",
-    "elem" (log density of the unwrapped distribution), "mask", "scale", "low", "high" and "arg:<name>".
+    `graph` runs the model with every latent at its *compact* shape (1 along its plates); `full` at its full shape.
+    Inputs are keyed ("param", name), ("latent", name), ("data", i), ("key", 0); outputs (site, field) with fields
+    "value", "elem" (log density of the unwrapped distribution), "mask", "scale", "low", "high" and "arg:<name>".
     `compact` tells of each latent whether its compact shape may be used.
     """
 

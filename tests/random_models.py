@@ -17,7 +17,7 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
 
-from tests.random_sites import FAMILIES, LATENTS, LINKS, Maker, Reads, Sketch, Values, declare, draw_parameter
+from tests.random_sites import FAMILIES, FOR_FEW, LATENTS, LINKS, Maker, Reads, Sketch, Values, declare, draw_parameter
 from tests.simulate import simulate
 
 LIMIT = 20_000  # completions of a small instance
@@ -115,11 +115,11 @@ class _Draft(Sketch):
         self.weighted = self.layout.name in ("rows", "gather") and self.chance(0.12)
 
 
-def random_model(seed: int) -> RandomModel:
+def random_model(seed: int, most_latents: int = 4, most_observed: int = 3) -> RandomModel:
     """The random model of this seed: the first draft whose completions are few enough to add up."""
     rng = np.random.default_rng(seed)
     while True:
-        draft = _draft(rng)
+        draft = _draft(rng, most_latents, most_observed)
         params = {p.name: draw_parameter(rng, p) for p in draft.parameters}
         data_seed = int(rng.integers(2**31))
         for rows in range(SMALL["rows"], 1, -1):
@@ -145,11 +145,11 @@ def _describe(draft: _Draft, rows: int) -> str:
     return f"{draft.layout.name} (rows={rows}){extra}, {priors} priors: " + "; ".join(draft.notes)
 
 
-def _draft(rng: np.random.Generator) -> _Draft:
+def _draft(rng: np.random.Generator, most_latents: int, most_observed: int) -> _Draft:
     draft = _Draft(rng)
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(1, most_latents + 1)):
         _add_latent(draft)
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(1, most_observed + 1)):
         _add_observed(draft)
     if draft.chance(0.15):
         _add_factor(draft)
@@ -232,7 +232,7 @@ def _add_latent(draft: _Draft) -> None:
 
 def _add_observed(draft: _Draft) -> None:
     level, name = draft.pick(_levels(draft)), f"y{len(draft.nodes)}"
-    family = draft.pick(FAMILIES)
+    family = draft.pick(FAMILIES if level == draft.layout.levels[-1] else FOR_FEW)
     build, words = _arguments(draft, level, FAMILIES[family], most=2)
     if draft.chance(0.03) and level == "rows" and draft.sizes_of:
         build = _neighbourly(draft, build)

@@ -312,3 +312,9 @@ FAMILIES = {
     "categoricals": _of(lambda p: dist.Categorical(probs=p).to_event(1), ("simplex", (2, 3))),
     "poissons": _of(lambda r: dist.Poisson(r[..., None]).expand((*r.shape, 2)).to_event(1), "positive"),
 }
+
+# families whose likelihood stays bounded when there is but one datum
+FOR_FEW = [
+    "normal scale", "half-normal", "poisson", "bernoulli probs", "bernoulli logits", "binomial probs", "multinomial",
+    "binomial logits", "categorical probs", "categorical logits", "geometric", "exponential", "bernoullis", "poissons",
+]  # fmt: skip

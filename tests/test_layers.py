@@ -16,7 +16,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = """
     _errors _tree _named _jaxpr families
-    ir
+    ir _support
+    _reader
+    _source
     _trace
     passes
     e_step

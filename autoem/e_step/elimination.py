@@ -1,9 +1,9 @@
 """Sum latents out of a product of tables: plated variable elimination, the one kernel of every exact E-step.
 
-In: tables of log densities with named axes, each in the innermost plates of its latents. Out: the log of their sum over all
-completions, `log Z`. Its gradient with respect to a table is that table's posterior marginal (Darwiche 2003), so nothing
-else is needed for responsibilities and expected statistics. With `max` in place of log-sum-exp the same program finds the
-joint mode, and the recorded steps, read backwards, give the mode or exact posterior samples.
+In: tables of log densities with named axes, each in the innermost plates of its latents. Out: the log of their sum over
+all completions, `log Z`. Its gradient with respect to a table is that table's posterior marginal (Darwiche 2003), so
+nothing else is needed for responsibilities and expected statistics. With `max` in place of log-sum-exp the same program
+finds the joint mode, and the recorded steps, read backwards, give the mode or exact posterior samples.
 
 Order: innermost plates first; within them, the latent whose removal makes the smallest table (greedy).
 
@@ -32,8 +32,8 @@ SOURCE = "Obermeyer et al. 2019 (plated variable elimination); Darwiche 2003 (ma
 class Route:
     """The way from the rows of a factor to the cells of latents in other plates: `z[group]`.
 
-    `cell[row]` is the flat number of the latent's cell; `source` names the plates of the rows, in the order of `cell`'s axes,
-    `target` those of the latents, `shape` their sizes.
+    `cell[row]` is the flat number of the latent's cell; `source` names the plates of the rows, in the order of `cell`'s
+    axes, `target` those of the latents, `shape` their sizes.
     """
 
     latents: frozenset[str]
@@ -56,7 +56,10 @@ def route_to_rows(value: Named, route: Route | None, cells: Mapping[str, Array])
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Log densities over `latents` and plates. `plates` are the plates that it is repeated over, with an axis or not."""
+    """Log densities over `latents` and plates.
+
+    `plates` are the plates that it is repeated over, with an axis or not.
+    """
 
     value: Named
     latents: frozenset[str]
@@ -142,13 +145,12 @@ def eliminate(
         pending = [t for t in pending if t.plates != leaf]
         for component in components(group, layout, leaf):
             remaining = sum_out(component, layout, leaf, reduce, steps)
-            for table in remaining:
-                if not table.latents:
-                    if parts is not None:
-                        parts.append(table)
-                    total = total + total_of(table, layout)
-                else:
-                    pending.append(lift(table, layout, leaf))
+            pending += [lift(t, layout, leaf) for t in remaining if t.latents]
+            ended = [t for t in remaining if not t.latents]
+            for table in ended:
+                total = total + total_of(table, layout)
+            if parts is not None:
+                parts += ended
     return total
 
 

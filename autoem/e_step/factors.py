@@ -1,7 +1,7 @@
 """From a Program to its factors: which latents each site reads, in which plates, and in natural form or not.
 
-In: a classified Program and the data. Out: the factors in order, the layout of the latents, and the prepared rows. Where a
-factor reads a latent of other plates, the route from rows to cells is followed through the model's data flow.
+In: a classified Program and the data. Out: the factors in order, the layout of the latents, and the prepared rows.
+Where a factor reads a latent of other plates, the route from rows to cells is followed through the model's data flow.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from autoem._errors import ModelError
-from autoem._jaxpr import Constant
+from autoem._jaxpr import Constant, Graph
 from autoem._named import Named, named
 from autoem.e_step.elimination import Layout, Route, route_to_rows
 from autoem.e_step.regression import REGRESSION, design, find_coefficients
@@ -124,7 +125,10 @@ def find_route(program: Program, site: Site, routed: list[Latent], values: Mappi
 
 
 def row_cells(program: Program, site: Site, latent: Latent, values: Mapping) -> np.ndarray:
-    """For each row of the site the flat number of the latent's cell that it reads; axes of size one where all rows agree."""
+    """For each row of the site the flat number of the latent's cell that it reads.
+
+    Axes have size one where all rows agree.
+    """
     atom = program.full.outputs[site.name, "elem"]
     ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, values)
     ids = ids.reshape((1,) * (len(site.axes) - ids.ndim) + ids.shape)
@@ -137,7 +141,8 @@ def row_cells(program: Program, site: Site, latent: Latent, values: Mapping) -> 
         raise ModelError(
             site.name,
             problem=f"one row reads several cells of the latent '{latent.name}' at once",
-            mend=f"index it by row ({latent.name}[group]), or declare '{latent.name}' as separate sites outside a plate",
+            mend=f"index it by row ({latent.name}[group]), "
+            f"or declare '{latent.name}' as separate sites outside a plate",
         )
     return np.where(ids == NONE, 0, ids)
 
@@ -193,14 +198,13 @@ def relative_scale(factor: Factor, program: Program, values, cells: Mapping) -> 
     """Multiplicity of the factor relative to its innermost latent; None where they agree."""
     graph, own = program.full, (factor.name, "scale")
     inner = max(factor.latents, key=lambda z: len(plates_of(z)), default=None)
-    above = (inner.name, "scale") if inner else None
-    have = [k for k in (own, above) if k in graph.outputs]
-    if not have or (len(have) == 2 and same(graph.outputs[own], graph.outputs[above])):
-        return None
-    mine = output(factor, graph, "scale", values) or Named(jnp.ones(()), ())
-    if above not in graph.outputs:
+    mine = output(factor, graph, "scale", values)
+    if inner is None or (above := (inner.name, "scale")) not in graph.outputs:
         return mine
-    theirs = scale_of(graph.evaluate([above], values)[0], program.sites[inner.name])  # type: ignore[union-attr]
+    if own in graph.outputs and same(graph.outputs[own], graph.outputs[above]):
+        return None
+    mine = mine or Named(jnp.ones(()), ())
+    theirs = scale_of(graph.evaluate([above], values)[0], program.sites[inner.name])
     theirs = route_to_rows(theirs, factor.route, cells)
     both = tuple(dict.fromkeys((*mine.axes, *theirs.axes)))
     lower = theirs.to(both)
@@ -232,70 +236,47 @@ def own_rows(factor: Factor, rows: Rows) -> Rows:
     return dataclasses.replace(rows, value=value, base=base.sum(events))
 
 
-def observed_rows(factor: Factor, graph, values, rows: Rows) -> Rows:
-    """Values with event axes first and the longest kept plate last, standardised; and the constant of the density."""
+def observed_rows(factor: Factor, graph: Graph, values: Mapping, rows: Rows) -> Rows:
+    """The values as the data hold them, with the moments that `Factor.observations` standardises them by: no second copy is made."""
+    site, family = factor.site, factor.family
+    assert family is not None
+    raw, rank = observed_values(factor, graph, values), len(site.shape)
+    if rows.mask is not None:
+        seen = jnp.broadcast_to(rows.mask.to(site.axes) > 0, site.shape)
+        raw = without_hidden(raw, seen.reshape(site.shape + (1,) * family.event_dim), rank)
+    if family.standardise is not None and any(s > 1 and not a.startswith("#") for a, s in zip(site.axes, site.shape, strict=True)):
+        centre, spread = (m.reshape(m.shape[rank:] if family.event_dim else m.shape) for m in moments(raw, site))
+        rows = dataclasses.replace(rows, centre=centre, spread=spread)
+    kept = [i for i, s in enumerate(site.shape) if s > 1]
+    value = raw.reshape(tuple(site.shape[i] for i in kept) + raw.shape[rank:])
+    axes = (*(site.axes[i] for i in kept), *(f"event{i}" for i in range(raw.ndim - rank)))
+    return dataclasses.replace(rows, value=Named(value, axes))
+
+
+def observed_values(factor: Factor, graph: Graph, values: Mapping) -> Array:
+    """The observed value, `(*batch, *event)` at full shape; of a regression, design and residual side by side."""
     site, family = factor.site, factor.family
     assert family is not None
     raw = jnp.asarray(graph.evaluate([(site.name, "value")], values)[0])
     if factor.coefficients:
         columns, offset = design(factor.graph, site, factor.coefficients, values)
-        residual = jnp.broadcast_to(raw, site.shape) - offset
-        raw = jnp.moveaxis(jnp.concatenate([columns, residual[None]]), 0, -1)
-    event = raw.shape[raw.ndim - family.event_dim :]
-    raw = jnp.broadcast_to(raw, site.shape + event)
-    batch = [i for i, s in enumerate(site.shape) if s > 1]
-    batch.sort(key=lambda i: (site.axes[i] in factor.kept, site.shape[i]))
-    rank = len(site.shape)
-    array = jnp.transpose(raw, (*range(rank, raw.ndim), *(i for i, s in enumerate(site.shape) if s == 1), *batch))
-    axes = tuple(site.axes[i] for i in batch)
-    array = array.reshape(event + tuple(site.shape[i] for i in batch))
-    value = Named(array, (*(f"event{i}" for i in range(family.event_dim)), *axes))
-    if rows.mask is not None:
-        value = without_hidden(value, rows.mask, family.event_dim)
-    log_spread = 0.0
-    if family.standardise is not None and any(not a.startswith("#") for a in axes):
-        value, rows = standardise(factor, value, rows)
-        spread = jnp.log(rows.spread)
-        log_spread = spread.sum() if family.event_dim else named(spread, site.axes).to(axes)
-    fixed = {k: f.to(axes) for k, f in (rows.fixed or {}).items()}
-    base = family.base(value.array, fixed) - log_spread
-    return dataclasses.replace(
-        rows, value=value, base=Named(jnp.broadcast_to(base, array.shape[family.event_dim :]), axes)
-    )
+        raw = jnp.broadcast_to(raw, site.shape) - offset
+        return jnp.moveaxis(jnp.concatenate([columns, raw[None]]), 0, -1)
+    return jnp.broadcast_to(raw, site.shape + raw.shape[raw.ndim - family.event_dim :])
 
 
-def without_hidden(value: Named, mask: Named, events: int) -> Named:
+def without_hidden(raw: Array, seen: Array, rank: int) -> Array:
     """Put a value that is seen where a mask hides one: what is hidden may be NaN or outside the support."""
-    batch = value.axes[events:]
-    seen = jnp.broadcast_to(mask.to(batch) > 0, value.array.shape[events:])
-    first = jnp.argmax(seen.ravel())
-    flat = value.array.reshape(*value.array.shape[:events], -1)
-    return Named(
-        jnp.where(seen, value.array, jnp.take(flat, first, -1).reshape(flat.shape[:-1] + (1,) * len(batch))), value.axes
-    )
+    first = jnp.argmax(seen.reshape(-1))
+    example = jnp.take(raw.reshape(-1, *raw.shape[rank:]), first, 0)
+    return jnp.where(seen, raw, example)
 
 
-def standardise(factor: Factor, value: Named, rows: Rows) -> tuple[Named, Rows]:
-    """Centre and scale the rows once, so that the natural form does not cancel."""
-    site, events = factor.site, factor.family.event_dim  # type: ignore[union-attr]
-    x = value.array.astype(float)
-    axes = value.axes[events:]
-    over = tuple(i + events for i, a in enumerate(axes) if not a.startswith("#"))
-    seen = None if rows.mask is None else jnp.broadcast_to(rows.mask.to(axes) > 0, x.shape)
-    if seen is not None:  # an element that is never seen has no moments
-        x = jnp.where(seen | ~seen.any(over, keepdims=True), x, jnp.nan)
-        x = jnp.where(jnp.isnan(x), jnp.nanmean(x, over, keepdims=True), x)
-    centre, variance = x.mean(over, keepdims=True), x.var(over, keepdims=True, where=seen)
-    spread = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 1.0)
-    new = Named((x - centre) / spread, value.axes)
-    if events:
-        return new, dataclasses.replace(rows, centre=centre.ravel(), spread=spread.ravel())
-    names = tuple(a for a in axes if a.startswith("#"))
-    place = [
-        named(Named(v.reshape([v.shape[axes.index(a)] for a in names]), names).to(site.axes), site.axes)
-        for v in (centre, spread)
-    ]
-    return new, dataclasses.replace(rows, centre=place[0].to(site.axes), spread=place[1].to(site.axes))
+def moments(raw: Array, site: Site) -> tuple[Array, Array]:
+    """Mean and standard deviation over the plates, element by element of the event; a constant has spread one."""
+    over = tuple(i for i, a in enumerate(site.axes) if not a.startswith("#"))
+    centre, variance = raw.mean(over, keepdims=True), raw.var(over, keepdims=True)
+    return centre, jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 1.0)
 
 
 def build_layout(program: Program, values: Mapping, cells: Mapping) -> Layout:

@@ -1,13 +1,13 @@
 r"""Regressions in natural form: a Normal whose mean is affine in a few coefficients, with a design that the data fix.
 
-Cut the data flow of the mean where parameters meet data: above the cut stand the coefficients `v` (one vector a latent state), below it an
-affine map `offset + D v` of the data alone. Then
+Cut the data flow of the mean where parameters meet data: above the cut stand the coefficients `v` (one vector a latent
+state), below it an affine map `offset + D v` of the data alone. Then
 
 .. math:: \log p(y \mid v, \sigma) = -\tfrac12\, b^\top (z z^\top)\, b - \log \sigma,
    \qquad z = (D, y - \mathrm{offset}),\quad b = (-v, 1) / \sigma
 
-is an exponential family with statistics `z z'`: an iteration reads the rows twice, by two matrix products, and the normal
-equations of least squares are its expected statistics.
+is an exponential family with statistics `z z'`: an iteration reads the rows twice, by two matrix products, and the
+normal equations of least squares are its expected statistics.
 
 References:
     DeSarbo and Cron 1988, "A maximum likelihood methodology for clusterwise linear regression".
@@ -27,7 +27,7 @@ from autoem._jaxpr import Graph, Variable
 from autoem._named import Named, contract
 from autoem.families import Args, Family, Location, Power
 from autoem.ir import Program, Site
-from autoem.passes.link import Declined, Known, Linear, look_up, run
+from autoem.passes.link import Declined, Known, Linear, Value, look_up, run
 
 MAX_COEFFICIENTS = 24
 
@@ -71,7 +71,7 @@ def is_affine(graph: Graph, loc: Variable, cut: tuple[Variable, ...]) -> bool:
     """Whether the mean is affine in the coefficients, by the data flow below the cut."""
 
     def interpreted(values: dict, coefficients: list) -> tuple:
-        env = {graph.inputs[k]: Known(v) for k, v in values.items()}
+        env: dict[Variable, Value] = {graph.inputs[k]: Known(v) for k, v in values.items()}
         env.update({v: Linear(c) for v, c in zip(cut, coefficients, strict=True)})
         run(graph.slice([loc], cut), env)
         if not isinstance(look_up(loc, env), Linear):
@@ -134,8 +134,8 @@ def squared_residuals(
 ) -> Named:
     """The product of `eta` with the features `z z'`, computed as minus half a squared residual.
 
-    The product of large moments would cancel where residuals are small; `b z` does not, and costs less. The derivative is that of the
-    product, which the residual's own is not: the table is linear in `eta`.
+    The product of large moments would cancel where residuals are small; `b z` does not, and costs less. The derivative
+    is that of the product, which the residual's own is not: the table is linear in `eta`.
     """
     event = rows.axes[0]
     axes = tuple(a for a in keep if a in (*eta.axes, *rows.axes))

@@ -1,9 +1,9 @@
 """Tabulate each factor of a program over the latents that it reads.
 
-In: a Program. Out: one `Factor` a site, which turns parameters into *cells* (what the site's density needs of the parameters:
-natural parameters where its family is in the table, the log densities themselves elsewhere) and cells into a log-density
-table with named axes. The table is linear in the cells, so the gradient of `log Z` with respect to the cells is the expected
-sufficient statistics: with `Q = <statistics, cells(parameters)>` the M-step needs nothing else.
+In: a Program. Out: one `Factor` a site, which turns parameters into *cells* (what the site's density needs of the
+parameters: natural parameters where its family is in the table, the log densities themselves elsewhere) and cells into
+a log-density table with named axes. The table is linear in the cells, so the gradient of `log Z` with respect to the
+cells is the expected sufficient statistics: with `Q = <statistics, cells(parameters)>` the M-step needs nothing else.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Factor:
         site: the site.
         latents: the latents that it reads, in the order of the table's axes; its own comes first where it is one.
         own: whether the site is itself a latent.
-        kept: plates whose axis the table keeps; the others are summed at once, since no latent of the factor varies along them.
+        kept: plates whose axis the table keeps; the others are summed at once, since no latent of the factor varies
+            along them.
         plates: plates of the factor's latents: the context that the table stands in.
         route: how rows find cells, where a latent lives in other plates.
         family: set where the natural form is used.
@@ -106,7 +107,10 @@ class Factor:
         return self.over_states(output, at, event_dim)[0]
 
     def over_states(self, output: tuple, function: Callable[[Mapping], tuple], event_dim: int) -> tuple[Array, ...]:
-        """Apply `function` of the latents' values under `vmap` over all states of those that `output` reads, and only those."""
+        """Apply `function` of the latents' values under `vmap` over all states of those that `output` reads.
+
+        The others get an axis of size one.
+        """
         read = self.graph.needs(output)
         latents = self.parents if self.family else self.latents
         varying = [z for z in latents if ("latent", z.name) in read]
@@ -139,7 +143,7 @@ class Factor:
         }
         if self.coefficients:
             args["loc"] = self._coefficients(values)
-        if rows.centre is not None and family.standardise is not None:
+        if family.standardise is not None and rows.centre is not None and rows.spread is not None:
             args = family.standardise(args, rows.centre, rows.spread)
         return args
 
@@ -178,8 +182,9 @@ class Factor:
             eta = Named(eta.array[..., None], (*eta.axes, FEATURE))
         normalizer = named(cells[1], self.cell_axes)
         keep = self._keep(rows)
-        if self.coefficients and rows.mask is None and not set(rows.value.axes[1:]) - set(keep):  # type: ignore[union-attr]
-            value = squared_residuals(keep, eta, rows.value, lambda: self.features(rows), FEATURE)  # type: ignore[arg-type]
+        x = self.observations(rows)
+        if self.coefficients and rows.mask is None and set(x.axes[1:]) <= set(keep):
+            value = squared_residuals(keep, eta, x, lambda: self.features(rows), FEATURE)
         else:
             value = contract(keep, eta, self.features(rows))
         count = None if self.own else rows.mask
@@ -193,7 +198,7 @@ class Factor:
 
     def _keep(self, rows: Rows) -> tuple[str, ...]:
         scaled = rows.scale.axes if rows.scale is not None else ()
-        return union((z.name for z in self.latents), self.kept, scaled)
+        return union([z.name for z in self.latents], self.kept, scaled)
 
     def _repeats(self, present: set[str]) -> float:
         """Number of equal terms along the axes that are summed but that nothing varies on."""
@@ -202,15 +207,34 @@ class Factor:
 
     def features(self, rows: Rows) -> Named:
         """Sufficient statistics of the rows, masked."""
-        assert rows.value is not None
-        batch = rows.value.axes[self._family.event_dim :]
+        value = self.observations(rows)
+        batch = value.axes[self._family.event_dim :]
         fixed: dict[str, Any] = {k: f.to(batch) for k, f in (rows.fixed or {}).items()}
         if self._family.sized_by:
             fixed["size"] = self.graph.shape((self.name, f"arg:{self._family.sized_by}"))[-1]
-        out = Named(self._family.features(rows.value.array, fixed), (FEATURE, *batch))
+        out = Named(self._family.features(value.array, fixed), (FEATURE, *batch))
         if rows.mask is None or self.own:
             return out
         return Named(out.array * rows.mask.to(out.axes), out.axes)
+
+    def observations(self, rows: Rows) -> Named:
+        """Values with event axes first and the longest kept plate last, standardised."""
+        value, events = rows.value, self._family.event_dim
+        assert value is not None
+        if self.own:
+            return value
+        batch = value.axes[: len(value.axes) - events]
+        array = value.array
+        if rows.centre is not None and rows.spread is not None:
+            centre, spread = rows.centre, rows.spread
+            if not events:
+                centre, spread = (named(m, self.site.axes).to(batch) for m in (centre, spread))
+            array = (array - centre) / spread
+        size = dict(zip(self.site.axes, self.site.shape, strict=True))
+        order = sorted(batch, key=lambda a: (a in self.kept, size[a]))
+        names = value.axes[len(batch) :]
+        moved = jnp.transpose(array, [value.axes.index(a) for a in (*names, *order)])
+        return Named(moved, (*names, *order))
 
     def _direct_table(self, cells: Array, rows: Rows) -> Named:
         value = named(cells, self.cell_axes)
@@ -239,8 +263,15 @@ def repeated(value: Named, times: float) -> Named:
 
 
 def log_density_constant(factor: Factor, rows: Rows) -> Named | None:
-    """`log h(x)` of an observed natural site, masked and scaled, with an axis for each plate that it varies on."""
-    if factor.own or rows.base is None:
+    """`log h(x)` of an observed natural site, masked and weighted, with an axis for each plate that it varies on."""
+    if factor.own or factor.family is None or rows.value is None:
         return None
-    value = rows.base if rows.mask is None else multiply(rows.base, rows.mask)
-    return value if rows.weight is None else multiply(value, rows.weight)
+    value, events = factor.observations(rows), factor.family.event_dim
+    axes = value.axes[events:]
+    base = factor.family.base(value.array, {k: f.to(axes) for k, f in (rows.fixed or {}).items()})
+    if rows.spread is not None:  # the density of x is that of the standardised x, divided by the spread
+        log_spread = jnp.log(rows.spread)
+        base = base - (log_spread.sum() if events else named(log_spread, factor.site.axes).to(axes))
+    out = Named(jnp.broadcast_to(base, value.array.shape[events:]), axes)
+    out = out if rows.mask is None else multiply(out, rows.mask)
+    return out if rows.weight is None else multiply(out, rows.weight)

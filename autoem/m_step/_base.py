@@ -1,8 +1,8 @@
 """What every M-step block is: parameters that are maximised together, and how.
 
 `solve(params, statistics, bundle, state)` returns new values of the block's parameters that do not lower `Q`, the other
-parameters held where they are, and the optimiser's new state. Blocks run one after the other on the same statistics, each seeing
-its predecessors' new values: expectation conditional maximisation, which keeps EM's monotone rise.
+parameters held where they are, and the optimiser's new state. Blocks run one after the other on the same statistics,
+each seeing its predecessors' new values: expectation conditional maximisation, which keeps EM's monotone rise.
 
 References:
     Meng and Rubin 1993, "Maximum likelihood estimation via the ECM algorithm".

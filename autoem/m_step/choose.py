@@ -1,8 +1,9 @@
 """Choose how each parameter is maximised, and say why. The one resolver that both the plan prints and the run executes.
 
-In: the factors, the parameters and what the user asked for. Out: blocks in the order of their updates. Each rule tries the link of
-every place of a parameter and may decline; the reasons of those that declined are what the plan tells of a parameter without
-closed form. One parameter's refusal never moves another off its closed form: only those that refused are joined.
+In: the factors, the parameters and what the user asked for. Out: blocks in the order of their updates. Each rule tries
+the link of every place of a parameter and may decline; the reasons of those that declined are what the plan tells of a
+parameter without closed form. One parameter's refusal never moves another off its closed form: only those that refused
+are joined.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from numpyro.distributions import constraints
 
 from autoem._errors import PlanError
@@ -82,7 +84,7 @@ def kind_of(constraint) -> str:
 
 def _bounds(constraint) -> tuple:
     low, high = getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
-    if any(isinstance(b, jax.core.Tracer) or np.ndim(b) for b in (low, high) if b is not None):
+    if any(isinstance(b, Tracer) or np.ndim(b) for b in (low, high) if b is not None):
         return ("array", "array")
     return low, high
 
@@ -317,7 +319,8 @@ def numerical(
         if isinstance(wish, Gradient):
             blocks.append(GradientBlock(names, problem, reason, wish.optimizer, wish.steps))
         elif isinstance(wish, Newton) or size <= MAX_NEWTON:
-            blocks.append(NewtonBlock(names, problem, reason, max_steps=wish.max_steps if isinstance(wish, Newton) else 25))
+            steps = wish.max_steps if isinstance(wish, Newton) else NewtonBlock.max_steps
+            blocks.append(NewtonBlock(names, problem, reason, max_steps=steps))
         else:
             blocks.append(GradientBlock(names, problem, f"{reason}; {size} entries are too many for Newton's method"))
     return blocks

@@ -1,12 +1,13 @@
 r"""Probabilities are counted: the closed form of every parameter that enters through its logarithm.
 
-Where every place of a probability :math:`\theta` is a product of powers of :math:`\theta` and :math:`1-\theta` (a selection
-`p[z]`, gene counting's `2 * p * q`, linkage's `(1 - psi) / 4`) or linear in their logarithms, `Q` is
+Where every place of a probability :math:`\theta` is a product of powers of :math:`\theta` and :math:`1-\theta` (a
+selection `p[z]`, gene counting's `2 * p * q`, linkage's `(1 - psi) / 4`) or linear in their logarithms, `Q` is
 
 .. math:: Q = \sum_j a_j \log \theta_j + b_j \log(1 - \theta_j)
 
-and the maximum is :math:`a_j / \sum a` on a simplex, :math:`a_j / (a_j + b_j)` in the unit interval. The counts `a`, `b` are
-the expected statistics pulled back through the transpose of the linear map from log-parameters to log-arguments.
+and the maximum is :math:`a_j / \sum a` on a simplex, :math:`a_j / (a_j + b_j)` in the unit interval. The counts `a`,
+`b` are the expected statistics pulled back through the transpose of the linear map from log-parameters to
+log-arguments.
 
 References:
     Ceppellini, Siniscalco and Smith 1955 (gene counting); Dempster, Laird and Rubin 1977, sections 1 and 4.
@@ -98,9 +99,8 @@ class Count(AbstractBlock):
 
     def cotangents(self, use: Use, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, ...]:
         """Expected counts in the shape of the place's logarithms."""
-        out = linked(
-            self.problem, use, self.names[0], self.kind, *[jnp.zeros_like(params[self.names[0]])] * 2, params, bundle
-        )
+        zero = jnp.zeros_like(params[self.names[0]])
+        out = linked(self.problem, use, self.names[0], self.kind, zero, zero, params, bundle)
         if use.argument is None:
             return (jnp.broadcast_to(statistics[use.factor.name], out.arrays[0].shape),)
         t, n = self.problem.statistics(use, statistics)

@@ -2,8 +2,8 @@ r"""Covariance matrices: the pooled expected scatter about the new locations.
 
 .. math:: \hat\Sigma_j = \sum_{c \to j} S_c \Big/ \sum_{c \to j} n_c
 
-for every matrix that is copied into the argument of a multivariate normal, in the form that the model declares (covariance,
-precision, Cholesky factor). A Wishart prior on a precision adds its scale and degrees of freedom.
+for every matrix that is copied into the argument of a multivariate normal, in the form that the model declares
+(covariance, precision, Cholesky factor). A Wishart prior on a precision adds its scale and degrees of freedom.
 """
 
 from __future__ import annotations

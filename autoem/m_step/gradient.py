@@ -1,6 +1,7 @@
 """Gradient steps with optax, for parameters too many for Newton's method.
 
-The optimiser's state persists from one M-step to the next, and each M-step's result is only taken if `Q` rose (generalised EM).
+The optimiser's state persists from one M-step to the next, and each M-step's result is only taken if `Q` rose
+(generalised EM).
 
 References:
     Dempster, Laird and Rubin 1977, section 3 (generalised EM).
@@ -59,7 +60,7 @@ class GradientBlock(AbstractBlock):
             new = {n: to_constrained(self.problem.params[n], u) for n, u in free.items()}
             return -self.problem.q({**params, **new}, statistics, bundle, touched)
 
-        def step(carry, _):
+        def step(carry, _) -> tuple[Any, None]:
             free, inner = carry
             value, slope = jax.value_and_grad(loss)(free)
             updates, inner = method.update(slope, inner, free, value=value, grad=slope, value_fn=loss)

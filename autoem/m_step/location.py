@@ -1,12 +1,12 @@
 r"""Locations: `Q` is quadratic in them, so one Newton step from anywhere is the exact maximum.
 
-`Mean` is the case in which every argument reads one entry of the parameter (a selection, possibly scaled or shifted by data): the
-step separates, and is the weighted mean
+`Mean` is the case in which every argument reads one entry of the parameter (a selection, possibly scaled or shifted by
+data): the step separates, and is the weighted mean
 
 .. math:: \mu_j \leftarrow \mu_j + \sum_c J_{cj} g_c \Big/ \sum_c J_{cj}^2 h_c
 
-with `g` and `h` the slope and curvature of each cell. Statistics enter as residuals about the old value, so nothing cancels.
-`LeastSquares` is the general affine case (regression): the normal equations of all jointly affine parameters.
+with `g` and `h` the slope and curvature of each cell. Statistics enter as residuals about the old value, so nothing
+cancels. `LeastSquares` is the general affine case (regression): the normal equations of all jointly affine parameters.
 """
 
 from __future__ import annotations
@@ -137,7 +137,10 @@ def accept_linear(problem, use: Use, names: tuple[str, ...], params: Params, bun
 
 
 def vector_mean_applies(problem, use: Use, name: str, form: Linear, params: Params, bundle: Bundle) -> bool:
-    """Whether a vector location is a plain mean: its matrix is shared by all cells, or every entry is read exactly once."""
+    """Whether a vector location is a plain mean.
+
+    It is one where its matrix is shared by all cells, or every entry is read exactly once.
+    """
     shapes = jax.eval_shape(lambda p, b: problem.arguments(use, p, b), dict(params), bundle)
     loc = shapes[use.argument or ""]
     rank = loc.ndim - 1

@@ -1,11 +1,12 @@
 r"""Newton's method for what has no closed form but is small: generalised linear models, Gamma shapes, odd links.
 
-In unconstrained coordinates, with Levenberg damping and a step that is only taken if `Q` rises, so a step never costs the
-guarantee of EM. Where `Q` is concave in the coordinates (a GLM with its canonical link) this is iteratively reweighted least
-squares.
+In unconstrained coordinates, with Levenberg damping and a step that is only taken if `Q` rises, so a step never costs
+the guarantee of EM. Where `Q` is concave in the coordinates (a GLM with its canonical link) this is iteratively
+reweighted least squares.
 
 References:
-    Nelder and Wedderburn 1972; Lange 1995, "A gradient algorithm locally equivalent to the EM algorithm"; More 1978 (damping).
+    Nelder and Wedderburn 1972; Lange 1995, "A gradient algorithm locally equivalent to the EM algorithm"; More 1978
+    (damping).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class NewtonState(NamedTuple):
 class NewtonBlock(AbstractBlock):
     """Damped Newton steps on the block's parameters together.
 
-    `profile` holds closed-form blocks that are strongly tied to them (a Gamma's rate to its shape): `Q` is maximised with
-    those at their closed form for every trial value, which is a joint maximum at the price of a conditional one.
+    `profile` holds closed-form blocks that are strongly tied to them (a Gamma's rate to its shape): `Q` is maximised
+    with those at their closed form for every trial value, which is a joint maximum at the price of a conditional one.
     """
 
     profile: tuple[AbstractBlock, ...] = ()

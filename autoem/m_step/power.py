@@ -1,12 +1,12 @@
 r"""Scales and rates: the closed form of every positive parameter whose objective is :math:`a \log s - b\, s^m`.
 
-A standard deviation (`m = -2`), a rate (`m = 1`), a variance behind a square root, a rate times an exposure, a log-scale behind
-an exponential: each place is :math:`s = c\,\theta^e` with one power `e`, and
+A standard deviation (`m = -2`), a rate (`m = 1`), a variance behind a square root, a rate times an exposure, a
+log-scale behind an exponential: each place is :math:`s = c\,\theta^e` with one power `e`, and
 
 .. math:: \theta \leftarrow \theta \left( \frac{\sum a e}{\sum m e\, b\, s^m} \right)^{1 / (m e)}
 
-where the sums run over the cells that the parameter reaches (the transpose of the link). Gamma, inverse Gamma and half-normal
-priors of fitting degree add to both sums.
+where the sums run over the cells that the parameter reaches (the transpose of the link). Gamma, inverse Gamma and
+half-normal priors of fitting degree add to both sums.
 """
 
 from __future__ import annotations
@@ -59,10 +59,7 @@ class Scale(AbstractBlock):
         a, d = self.sums(params, statistics, bundle)
         fine = (a * d > 0) & jnp.isfinite(a) & jnp.isfinite(d)
         ratio = jnp.where(fine, a / jnp.where(fine, d, 1), 1)
-        if self.real:
-            new = old + jnp.log(ratio) / self.degree
-        else:
-            new = old * ratio ** (1 / self.degree)
+        new = old + jnp.log(ratio) / self.degree if self.real else old * ratio ** (1 / self.degree)
         # b = 0 with a below zero is a scale that collapses; with nothing expected at all the old value stands
         collapsed = (d == 0) & (a < 0)
         floor = jnp.log(jnp.finfo(old.dtype).tiny) if self.real else 0.0

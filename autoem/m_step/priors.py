@@ -1,7 +1,8 @@
 """Conjugate priors as pseudo-statistics.
 
-In: the prior's factor. Out: what it adds to the expected counts (Dirichlet, Beta), to the two coefficients of a power update
-(Gamma, InverseGamma, ...) or to gradient and curvature (Normal), so that maximum a posteriori keeps the closed form.
+In: the prior's factor. Out: what it adds to the expected counts (Dirichlet, Beta), to the two coefficients of a power
+update (Gamma, InverseGamma, ...) or to gradient and curvature (Normal), so that maximum a posteriori keeps the closed
+form.
 """
 
 from __future__ import annotations

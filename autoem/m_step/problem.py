@@ -1,7 +1,8 @@
 """What the M-step sees: the factors, the data's rows, and `Q`, linear in the expected statistics.
 
-In: factors and a `Bundle` of data. Out: cells and `Q(parameters) = sum over factors of <statistics, cells(parameters)>`, of
-which every M-step is an exact or approximate maximiser.
+In: factors and a `Bundle` of data. Out: cells and
+`Q(parameters) = sum over factors of <statistics, cells(parameters)>`, of which every M-step is an exact or approximate
+maximiser.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Bundle:
     data: dict[int, Array]
     key: Array
     rows: dict[str, Rows]
-    scales: dict[str, Named | None]
+    scales: Mapping[str, Named | None]
     cells: dict[str, Array]
     constant: Array
     tail: dict[str, Rows] | None = None

@@ -1,8 +1,8 @@
 """Which cell of a latent does each cell of a factor read? Element provenance, followed through the model's data flow.
 
-In: a graph at full shape, one of its latents, and the data. Out: for an atom, an integer array of its shape: the flat number of
-the one latent cell that the element depends on, `NONE`, or `SEVERAL`. Sound for every primitive: one that has no rule is
-taken to mix all that it reads.
+In: a graph at full shape, one of its latents, and the data. Out: for an atom, an integer array of its shape: the flat
+number of the one latent cell that the element depends on, `NONE`, or `SEVERAL`. Sound for every primitive: one that has
+no rule is taken to mix all that it reads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from autoem._jaxpr import Atom, Constant, Equation, Graph, Variable, inline
+from autoem._jaxpr import Atom, Constant, Equation, Graph, Variable, graph_of
 
 NONE, SEVERAL = -1, -2
 
@@ -104,7 +104,8 @@ def _fold(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _elementwise(eqn: Equation, inputs: list) -> np.ndarray:
-    # an integer power, a comparison, a sum: element by element; anything of the same shape that mixes rows (sort) is not
+    # an integer power, a comparison, a sum: element by element;
+    # anything of the same shape that mixes rows (sort) is not
     shape = eqn.outputs[0].shape
     if eqn.primitive.name in ("sort", "fft", "scan", "while", "cond", "conv_general_dilated", "custom_root"):
         return np.full(shape, SEVERAL)
@@ -163,11 +164,7 @@ def _matrix(eqn: Equation, inputs: list) -> list[np.ndarray]:
 
 
 def _call(eqn: Equation, inputs: list, values: Mapping[Any, Any]) -> list[np.ndarray]:
-    closed = eqn.params["call_jaxpr"]
-    equations: list[Equation] = []
-    names = [Variable(v.aval) for v in closed.jaxpr.invars]
-    outs = inline(closed, dict(zip(closed.jaxpr.invars, names, strict=True)), equations)
-    inner = Graph(dict(enumerate(names)), dict(enumerate(outs)), tuple(equations))
-    ids = {v: i for v, i in zip(names, inputs, strict=True) if i is not None}
-    walk(inner, equations, ids, {})
-    return [_or_none(ids.get(o) if isinstance(o, Variable) else None, o) for o in outs]
+    inner = graph_of(eqn.params["call_jaxpr"])
+    ids = {v: i for v, i in zip(inner.inputs.values(), inputs, strict=True) if i is not None}
+    walk(inner, inner.equations, ids, {})
+    return [_or_none(ids.get(o) if isinstance(o, Variable) else None, o) for o in inner.outputs.values()]

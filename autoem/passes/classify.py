@@ -1,8 +1,8 @@
 """Decide what each unobserved continuous site is: a parameter with a prior, or a latent; and who depends on whom.
 
-In: a Program whose continuous sites are undecided. Out: the same with every such site a parameter, its reason recorded, or a
-refusal. The rule: a site is a parameter when its prior depends on no other parameter and it stands in no plate with
-observed data below it.
+In: a Program whose continuous sites are undecided. Out: the same with every such site a parameter, its reason recorded,
+or a refusal. The rule: a site is a parameter when its prior depends on no other parameter and it stands in no plate
+with observed data below it.
 """
 
 from __future__ import annotations

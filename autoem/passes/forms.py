@@ -1,0 +1,107 @@
+"""The closed forms in which a parameter may enter an argument, and what every rule about them shares.
+
+In: nothing. Out: the values of the algebra (`Known`, `Linear`, `Monomial`, `Negated`), `Declined`, and `Rules`, a table
+from the name of a primitive to what it does to such values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from autoem._jaxpr import Equation
+
+
+class Declined(Exception):
+    """The expression has no closed form in this algebra; the text says what stands in the way."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A value that no target enters; `uniform` is its one entry where that is written in the model's text."""
+
+    value: Any
+    uniform: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """An affine function of the targets, at the targets' current values.
+
+    `power` is the coefficient where it is one known number, `simple` says that no element reads more than one element
+    of a target, `pure` that elements are only copied. `pair` holds `(log s(v), log(1 - s(v)))` of the logistic function
+    `s`, kept while `pure`.
+    """
+
+    value: Any
+    power: float | None = 1.0
+    simple: bool = True
+    pure: bool = True
+    pair: tuple[Any, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Monomial:
+    """`exp(log)`, where `log` is affine in the logarithms of the targets.
+
+    `co` is the same for one minus the value, or None.
+    """
+
+    log: Any
+    co: Any = None
+    power: float | None = 1.0
+    simple: bool = True
+    pure: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Negated:
+    """Minus a monomial, waiting for the `1 +` or `log1p` that makes sense of it."""
+
+    of: Monomial
+
+
+Value = Known | Linear | Monomial | Negated
+Rule = Callable[[Equation, list], Any]
+
+
+class Rules(dict[str, Rule]):
+    """For the name of each primitive what it does to values of the algebra."""
+
+    def of(self, *names: str) -> Callable[[Rule], Rule]:
+        """Enter the decorated function for the primitives `names`."""
+
+        def register(function: Rule) -> Rule:
+            self.update(dict.fromkeys(names, function))
+            return function
+
+        return register
+
+
+def log_of(x: Value) -> tuple[Any, Any]:
+    """Logarithms of a value and of one minus it, for mixing constants with monomials."""
+    if isinstance(x, Monomial):
+        return x.log, x.co
+    assert isinstance(x, Known)
+    v = jnp.asarray(x.value, float)
+    safe = jnp.clip(v, 1e-300 if v.dtype == jnp.float64 else 1e-37, None)
+    return jnp.log(safe), jnp.log(jnp.clip(1 - v, 1e-300 if v.dtype == jnp.float64 else 1e-37, None))
+
+
+def each(x: Value, function: Callable[[Any], Any]) -> Value:
+    """Apply a copying operation (a gather, a reshape) to every part of `x`."""
+    if isinstance(x, Linear):
+        pair = None if x.pair is None else (function(x.pair[0]), function(x.pair[1]))
+        return dataclasses.replace(x, value=function(x.value), pair=pair)
+    if isinstance(x, Monomial):
+        return _each_of_monomial(x, function)
+    if isinstance(x, Negated):
+        return Negated(_each_of_monomial(x.of, function))
+    return Known(function(x.value))
+
+
+def _each_of_monomial(x: Monomial, function: Callable[[Any], Any]) -> Monomial:
+    return dataclasses.replace(x, log=function(x.log), co=None if x.co is None else function(x.co))
