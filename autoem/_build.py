@@ -16,8 +16,9 @@ from jax import Array
 
 from autoem._chunks import plan_chunks, spread_rows
 from autoem._errors import PlanError
-from autoem._jaxpr import jit_once
+from autoem._jaxpr import Variable, jit_once
 from autoem._lower import Kernel
+from autoem._named import Named
 from autoem._plan import Plan, make_plan
 from autoem._trace import Discovery, Source, trace
 from autoem.e_step.factors import build_factors, build_layout, prepare
@@ -73,7 +74,7 @@ class Build:
         """The data of a call, prepared, in one piece."""
         data = self.data(source)
         cells = route_cells(self.program, self.factors, data, key) if self.has_routes else {}
-        return self._prepare(data, key, cells)
+        return with_passed_on(self.program, self.factors, self._prepare(data, key, cells), data)
 
     def whole_bundle(self, source: Source, key: Array) -> Bundle:
         """The same with all the data, for questions to the model itself."""
@@ -131,8 +132,34 @@ def make_bundle(program: Program, factors: tuple[Factor, ...], data: Mapping[int
     for f in factors:
         part = log_density_constant(f, rows[f.name])
         constant = constant if part is None else constant + part.array.sum()
+    passed = passed_on(program, factors)
+    rows = {n: dataclasses.replace(r, value=None) if n in passed else r for n, r in rows.items()}
     kept = {i: data[i] for i in data_of_cells(program, factors)} if data else {}
     return Bundle(kept, key, rows, layout.scales, dict(cells), constant)
+
+
+def passed_on(program: Program, factors: tuple[Factor, ...]) -> dict[str, int]:
+    """Sites whose rows are an argument of the call as it stands: site name -> number of the data."""
+    by_variable = {v: k[1] for k, v in program.full.inputs.items() if k[0] == "data"}
+    out = {}
+    for f in factors:
+        atom = program.full.outputs.get((f.name, "value"))
+        plain = f.family is not None and f.site.role == "observed" and not f.site.masked and not f.coefficients
+        if plain and isinstance(atom, Variable) and atom in by_variable and all(s > 1 for s in f.site.shape):
+            events = len(atom.shape) - f.family.event_dim  # type: ignore[union-attr]
+            if atom.shape[:events] == f.site.shape:
+                out[f.name] = by_variable[atom]
+    return out
+
+
+def with_passed_on(program: Program, factors: tuple[Factor, ...], bundle: Bundle, data: Mapping[int, Array]) -> Bundle:
+    """Put the call's own arrays where rows are no more than them, so that no copy is made."""
+    rows = dict(bundle.rows)
+    for name, i in passed_on(program, factors).items():
+        site = program.sites[name]
+        events = tuple(f"event{j}" for j in range(data[i].ndim - len(site.shape)))
+        rows[name] = dataclasses.replace(rows[name], value=Named(data[i], (*site.axes, *events)))
+    return dataclasses.replace(bundle, rows=rows)
 
 
 def data_of_cells(program: Program, factors: tuple[Factor, ...]) -> list[int]:
@@ -165,7 +192,11 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
     factors, cells = build_factors(program, values)
     cells = {n: jnp.asarray(c) for n, c in cells.items()}
     problem = Problem({f.name: f for f in factors}, program.params)
-    shapes = jax.eval_shape(lambda d, k, c: make_bundle(program, factors, d, k, c), data, key, cells)
+
+    def whole(d, k, c):
+        return with_passed_on(program, factors, make_bundle(program, factors, d, k, c), d)
+
+    shapes = jax.eval_shape(whole, data, key, cells)
     shapes = dataclasses.replace(shapes, data=jax.eval_shape(lambda d: d, data))
     model_start = jit_once(lambda data, key: start_values(found, data, key))
     params = model_start(data, key)

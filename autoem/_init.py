@@ -46,7 +46,7 @@ def starts(
     base.update({n: start_value(built, n, v) for n, v in given.items() if n not in built.program.latents})
     notes: tuple[str, ...] = ()
     plain = bundle
-    if weights or restarts > 1 or init == "random" or built.alike:
+    if weights or restarts > 1 or init == "random" or (init == "auto" and built.alike):
         plain = whole(built, source, key, bundle)
     if weights:
         first = seeded(built, base, plain, key, weights)

@@ -237,18 +237,21 @@ def own_rows(factor: Factor, rows: Rows) -> Rows:
 
 
 def observed_rows(factor: Factor, graph: Graph, values: Mapping, rows: Rows) -> Rows:
-    """The values as the data hold them, with the moments that `Factor.observations` standardises them by: no second copy is made."""
+    """The values as the data hold them, and the moments that `Factor.observations` standardises them by."""
     site, family = factor.site, factor.family
     assert family is not None
     raw, rank = observed_values(factor, graph, values), len(site.shape)
     if rows.mask is not None:
         seen = jnp.broadcast_to(rows.mask.to(site.axes) > 0, site.shape)
         raw = without_hidden(raw, seen.reshape(site.shape + (1,) * family.event_dim), rank)
-    if family.standardise is not None and any(s > 1 and not a.startswith("#") for a, s in zip(site.axes, site.shape, strict=True)):
+    if family.standardise is not None and any(
+        s > 1 and not a.startswith("#") for a, s in zip(site.axes, site.shape, strict=True)
+    ):
         centre, spread = (m.reshape(m.shape[rank:] if family.event_dim else m.shape) for m in moments(raw, site))
         rows = dataclasses.replace(rows, centre=centre, spread=spread)
     kept = [i for i, s in enumerate(site.shape) if s > 1]
-    value = raw.reshape(tuple(site.shape[i] for i in kept) + raw.shape[rank:])
+    shape = tuple(site.shape[i] for i in kept) + raw.shape[rank:]
+    value = raw if raw.shape == shape else raw.reshape(shape)  # what is not touched is passed on without a copy
     axes = (*(site.axes[i] for i in kept), *(f"event{i}" for i in range(raw.ndim - rank)))
     return dataclasses.replace(rows, value=Named(value, axes))
 
@@ -262,7 +265,8 @@ def observed_values(factor: Factor, graph: Graph, values: Mapping) -> Array:
         columns, offset = design(factor.graph, site, factor.coefficients, values)
         raw = jnp.broadcast_to(raw, site.shape) - offset
         return jnp.moveaxis(jnp.concatenate([columns, raw[None]]), 0, -1)
-    return jnp.broadcast_to(raw, site.shape + raw.shape[raw.ndim - family.event_dim :])
+    shape = site.shape + raw.shape[raw.ndim - family.event_dim :]
+    return raw if raw.shape == shape else jnp.broadcast_to(raw, shape)
 
 
 def without_hidden(raw: Array, seen: Array, rank: int) -> Array:
