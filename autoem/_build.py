@@ -90,7 +90,7 @@ class Build:
 
     def start(self, source: Source, key: Array) -> dict[str, Array]:
         """The model's own start values."""
-        return self.model_start(self.data(source), key)
+        return self.model_start(start_data(self.found, source), key)
 
     def fits(self, source: Source) -> bool:
         """Whether the supports computed from this data are those that the plan was made for."""
@@ -108,6 +108,14 @@ def support_limits(found: Discovery, source: Source) -> dict[str, np.ndarray]:
         v = np.asarray(found.graph.evaluate([key], values)[0])
         out[".".join(key)] = np.asarray([v.min(), v.max()])
     return out
+
+
+def start_data(found: Discovery, source: Source) -> dict[int, Array]:
+    """Those of the data that the model's own start values are computed from."""
+    if source.concrete:
+        return {}
+    needs = found.graph.needs(*(k for k in found.graph.outputs if k[0] == "init"))
+    return {k[1]: jnp.asarray(source.data[k[1]]) for k in needs if k[0] == "data"}
 
 
 def start_values(found: Discovery, data: Mapping[int, Array], key: Array) -> dict[str, Array]:
@@ -199,7 +207,7 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
     shapes = jax.eval_shape(whole, data, key, cells)
     shapes = dataclasses.replace(shapes, data=jax.eval_shape(lambda d: d, data))
     model_start = jit_once(lambda data, key: start_values(found, data, key))
-    params = model_start(data, key)
+    params = model_start(start_data(found, source), key)
     layout = build_layout(program, values, cells)
     layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={})
     blocks = choose(problem, params, shapes, asked(program, options))
