@@ -128,8 +128,24 @@ class Reader(Messenger):
         if self.drop_nan and observed and not auxiliary and jnp.issubdtype(jnp.result_type(value), jnp.floating):
             value, seen = without_nan(base, value)
             mask = seen if mask is None else mask & seen
+        if observed and not auxiliary:
+            refuse_misshapen(msg["name"], jnp.shape(value), msg["fn"].shape())
         frames = tuple(msg["cond_indep_stack"])
         return Record(msg["name"], msg["fn"], base, mask, taken, value, observed, auxiliary, msg["scale"], frames)
+
+
+def refuse_misshapen(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise where an observed value does not fit the plates and events of its site."""
+    try:
+        fits = jnp.broadcast_shapes(shape, expected) == tuple(expected)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise DataError(
+            name,
+            problem=f"its data have shape {shape}, its plates and event have shape {tuple(expected)}",
+            mend="make the plate's size the number of rows (numpyro.plate(name, len(data))), and check the data's axes",
+        )
 
 
 def without_nan(base: Any, value: Any) -> tuple[Any, Any]:
@@ -151,18 +167,20 @@ def placeholder(name: str, fn: Any, truncated) -> Any:
         return fn.sample(jax.random.key(0))
 
 
-def run_model(model: Callable, call: Callable, reader: Reader, inputs: Mapping) -> Reader:
-    """Run the model under the reader, turning its own failures into errors that name the site."""
+def run_model(
+    model: Callable, call: Callable, reader: Reader, inputs: Mapping, outputs: Callable[[Reader], dict]
+) -> dict:
+    """Run the model under the reader and return its `outputs`; the model's failures become errors that name the site."""
     args, kwargs = call([inputs[k] for k in inputs if k[0] == "data"])
     try:
         # what NumPyro would validate is checked on the host, where it compiles nothing
         with numpyro.validation_enabled(False), handlers.seed(rng_seed=inputs["key", 0]), reader:
             model(*args, **kwargs)
+            return outputs(reader)
     except (*NOT_CONCRETE, ModelError, PlanError, DataError):
         raise
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
         raise _explain(error, reader.last, args, kwargs) from error
-    return reader
 
 
 def _explain(error: Exception, where: str, args, kwargs) -> ValueError:
@@ -175,6 +193,14 @@ def _explain(error: Exception, where: str, args, kwargs) -> ValueError:
             where,
             problem=f"the model fails here: {error}; argument {which} is a Python list",
             mend="pass jnp.asarray(...)",
+        )
+    if "size of plate" in str(error):
+        return DataError(where, problem="a plate here has no rows", mend="pass at least one row of data")
+    if "truth value" in str(error).lower():
+        return ModelError(
+            where,
+            problem=f"Python code at or after this site branches on an array ({error})",
+            mend="use jnp.where, or index a table by the latent, instead of `if` on its value",
         )
     return ModelError(
         where,

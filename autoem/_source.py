@@ -64,8 +64,8 @@ class Source:
         def run(inputs):
             reader = Reader(inputs, self.truncated, self.drop_nan)
             call = (lambda _: self.call([jnp.asarray(x) for x in self.data])) if self.concrete else self.call
-            kept.append(run_model(self.model, call, reader, inputs))
-            return outputs(reader)
+            kept.append(reader)
+            return run_model(self.model, call, reader, inputs, outputs)
 
         graph = trace_graph(run, {**self.data_inputs(), ("key", 0): jax.random.key(0), **extra})
         return kept[-1], graph

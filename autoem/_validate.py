@@ -99,13 +99,17 @@ def check_finite(name: str, value: np.ndarray, hidden: np.ndarray, events: int) 
         return
     first = tuple(int(i) for i in np.argwhere(wrong)[0])
     nan = int(np.isnan(value).sum())
-    what = f"{nan} entries are NaN" if nan else f"{int(wrong.sum())} entries are infinite"
+    what = f"{counted(nan)} NaN" if nan else f"{counted(int(wrong.sum()))} infinite"
     mend = (
         'EM(model, missing="marginalize") to leave them out exactly, or drop those rows'
         if nan
         else "drop or correct them"
     )
     raise DataError(name, problem=f"{what} (first at {list(first)})", mend=mend)
+
+
+def counted(count: int) -> str:
+    return "1 entry is" if count == 1 else f"{count:,} entries are"
 
 
 def check_support(name: str, record: Record, value: np.ndarray, hidden: np.ndarray, events: int) -> None:

@@ -77,7 +77,7 @@ def follow(graph: Graph, eqn: Equation, inputs: list, values: Mapping) -> list[n
     if name in MATRIX:
         return _matrix(eqn, inputs)
     if name in ("custom_jvp_call", "custom_vjp_call"):
-        return _call(eqn, inputs, values)
+        return _call(graph, eqn, inputs, values)
     if all(
         broadcasts(np.shape(a.value if isinstance(a, Constant) else a.aval), eqn.outputs[0].shape) for a in eqn.inputs
     ):
@@ -121,6 +121,8 @@ def _gather(graph: Graph, eqn: Equation, inputs: list, values: Mapping) -> np.nd
     if operand is not None:
         if any(i is not None for i in index):
             return np.full(out.shape, merge_axes(operand, tuple(range(operand.ndim))))
+        if not graph.needs_of(eqn.inputs[1:]) <= set(values):  # an index that is not data may point anywhere
+            return np.full(out.shape, merge_axes(operand, tuple(range(operand.ndim))))
         at = graph.evaluate_atoms(list(eqn.inputs[1:]), values)
         integral = {**eqn.params, "fill_value": NONE} if "fill_value" in eqn.params else eqn.params
         picked = np.asarray(dataclasses.replace(eqn, params=integral).apply([jnp.asarray(operand), *at])[0])
@@ -163,8 +165,12 @@ def _matrix(eqn: Equation, inputs: list) -> list[np.ndarray]:
     ]
 
 
-def _call(eqn: Equation, inputs: list, values: Mapping[Any, Any]) -> list[np.ndarray]:
+def _call(graph: Graph, eqn: Equation, inputs: list, values: Mapping[Any, Any]) -> list[np.ndarray]:
     inner = graph_of(eqn.params["call_jaxpr"])
     ids = {v: i for v, i in zip(inner.inputs.values(), inputs, strict=True) if i is not None}
-    walk(inner, inner.equations, ids, {})
+    known = {}
+    for key, atom, i in zip(inner.inputs, eqn.inputs, inputs, strict=True):
+        if i is None and graph.needs_of([atom]) <= set(values):
+            known[key] = graph.evaluate_atoms([atom], values)[0]
+    walk(inner, inner.equations, ids, known)
     return [_or_none(ids.get(o) if isinstance(o, Variable) else None, o) for o in inner.outputs.values()]

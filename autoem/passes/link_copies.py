@@ -119,5 +119,7 @@ def _scatter(eqn, inputs):
 
 @RULES.of("dynamic_update_slice")
 def _update_slice(eqn, inputs):
+    if not all(isinstance(i, Known) for i in inputs[2:]):
+        raise Declined("it is used as an index")
     index = [i.value for i in inputs[2:]]
     return _together(inputs[:2], lambda parts: eqn.apply([*parts, *index])[0])
