@@ -6,6 +6,7 @@ In: a model, the values of its parameters and latents (numbers or tracers), and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -82,8 +83,12 @@ def unwrap(fn: Any) -> tuple[Any, Any, int]:
 class Reader(Messenger):
     """Records every site, giving parameters and latents the values in `inputs`, or placeholders."""
 
-    def __init__(self, inputs: Mapping, truncated: Mapping[str, tuple[int, int]], drop_nan: bool):
+    def __init__(
+        self, inputs: Mapping, truncated: Mapping[str, tuple[int, int]], drop_nan: bool, concrete: bool = False
+    ):
         self.inputs, self.truncated, self.drop_nan = inputs, truncated, drop_nan
+        # where the model reads the data's values in Python, what does not depend on parameters is computed at once
+        self.context = jax.ensure_compile_time_eval if concrete else contextlib.nullcontext
         self.records: dict[str, Record] = {}
         self.params: dict[str, tuple[Any, Any]] = {}
         self.frames: dict[str, tuple[int, int]] = {}
@@ -170,11 +175,11 @@ def placeholder(name: str, fn: Any, truncated) -> Any:
 def run_model(
     model: Callable, call: Callable, reader: Reader, inputs: Mapping, outputs: Callable[[Reader], dict]
 ) -> dict:
-    """Run the model under the reader and return its `outputs`; the model's failures become errors that name the site."""
+    """Run the model under the reader and return its `outputs`; the model's failures become errors naming the site."""
     args, kwargs = call([inputs[k] for k in inputs if k[0] == "data"])
     try:
         # what NumPyro would validate is checked on the host, where it compiles nothing
-        with numpyro.validation_enabled(False), handlers.seed(rng_seed=inputs["key", 0]), reader:
+        with numpyro.validation_enabled(False), handlers.seed(rng_seed=inputs["key", 0]), reader, reader.context():
             model(*args, **kwargs)
             return outputs(reader)
     except (*NOT_CONCRETE, ModelError, PlanError, DataError):

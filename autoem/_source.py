@@ -60,10 +60,11 @@ class Source:
     def read(self, extra: Mapping, outputs: Callable[[Reader], dict]) -> tuple[Reader, Graph]:
         """Trace the model with `extra` inputs given; `outputs` says what of the reader the graph returns."""
         kept: list[Reader] = []
+        numbers = [jnp.asarray(x) for x in self.data] if self.concrete else []
 
         def run(inputs):
-            reader = Reader(inputs, self.truncated, self.drop_nan)
-            call = (lambda _: self.call([jnp.asarray(x) for x in self.data])) if self.concrete else self.call
+            reader = Reader(inputs, self.truncated, self.drop_nan, self.concrete)
+            call = (lambda _: self.call(numbers)) if self.concrete else self.call
             kept.append(reader)
             return run_model(self.model, call, reader, inputs, outputs)
 

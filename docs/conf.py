@@ -39,6 +39,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # an attribute that is a property too is listed once
 
 
 def render_examples() -> None:

@@ -232,7 +232,7 @@ def _add_latent(draft: _Draft) -> None:
 
 def _add_observed(draft: _Draft) -> None:
     level, name = draft.pick(_levels(draft)), f"y{len(draft.nodes)}"
-    family = draft.pick(FAMILIES if level == draft.layout.levels[-1] else FOR_FEW)
+    family = draft.pick(FAMILIES if level == "rows" else FOR_FEW)
     build, words = _arguments(draft, level, FAMILIES[family], most=2)
     if draft.chance(0.03) and level == "rows" and draft.sizes_of:
         build = _neighbourly(draft, build)

@@ -130,7 +130,9 @@ def row_cells(program: Program, site: Site, latent: Latent, values: Mapping) -> 
     Axes have size one where all rows agree.
     """
     atom = program.full.outputs[site.name, "elem"]
-    ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, values)
+    # an index may read other latents' values (a table picked by the site's own): any of their states will do
+    states = {("latent", n): np.zeros(v.shape, int) for (k, n), v in program.full.inputs.items() if k == "latent"}
+    ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, {**states, **values})
     ids = ids.reshape((1,) * (len(site.axes) - ids.ndim) + ids.shape)
     ids = np.broadcast_to(ids, site.shape)
     for i, axis in enumerate(site.axes):

@@ -164,9 +164,17 @@ class Factor:
     def cells(self, values: Mapping[Any, Any], rows: Rows) -> Any:
         """What the parameters are to this factor: `(eta, A)`, or the table itself."""
         if self.family is None:
-            return self.argument("elem", values)
+            return self.argument("elem", self._inside(values) if self.is_prior else values)
         eta, log_normalizer = self.family.natural(self.arguments(values, rows))
         return eta, log_normalizer
+
+    def _inside(self, values: Mapping[Any, Any]) -> Mapping[Any, Any]:
+        """A probability of zero or one, taken a hair inside: its prior's density would be 0 times log 0."""
+        if not self.site.support.startswith(("Simplex", "UnitInterval")):
+            return values
+        value = values["param", self.name]
+        info = jnp.finfo(value.dtype)
+        return {**values, ("param", self.name): jnp.clip(value, info.tiny, 1 - info.eps)}
 
     def table(self, cells: Any, rows: Rows) -> Table:
         """Log density over the factor's latents and kept plates; linear in `cells`."""

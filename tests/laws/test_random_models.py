@@ -71,7 +71,7 @@ def _check(model: RandomModel) -> None:
 
 def _ran_away(result: autoem.EMResult) -> bool:
     """Whether a scale went to nothing or a shape to infinity: there all digits of the density are lost."""
-    return any(np.abs(value).max() > 1e5 for value in result.params.values())
+    return "collapsed" in result.status or any(np.abs(value).max() > 1e5 for value in result.params.values())
 
 
 def _run(instance: Instance, params: dict, max_steps: int) -> autoem.EMResult:
