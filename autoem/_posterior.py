@@ -6,6 +6,7 @@ the recorded elimination backwards.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -17,7 +18,7 @@ from jax import Array
 from autoem._build import Build
 from autoem._errors import PlanError
 from autoem._jaxpr import jit_once
-from autoem._named import Named, named
+from autoem._named import Named, add, named
 from autoem.e_step.elimination import Layout, Step, Table, eliminate, log_sum_exp, maximum, route_to_rows
 from autoem.e_step.tables import log_density_constant
 from autoem.ir import Latent
@@ -192,25 +193,45 @@ class Posterior:
             out[whole] = jnp.where(hidden, out[name], observed)
         return out
 
-    def _per_datum(self, params, bundle: Bundle) -> Array:
-        parts: list[Table] = []
-        layout = self._layout(bundle)
-        eliminate(self._tables(params, bundle), layout, parts=parts)
-        plate = datum_plate(self._built)
-        total = jnp.zeros(layout.sizes[plate] if plate else ())
-        for part in parts:
-            kept = part.value.sum(a for a in part.value.axes if a != plate)
-            absent = [layout.sizes[p] for p in part.plates if p not in part.value.axes and p != plate]
-            total = total + spread(kept, plate) * float(np.prod(absent, dtype=float))
-        for factor in self._built.kernel.likelihood_factors:
-            constant = log_density_constant(factor, bundle.rows[factor.name])
+    @functools.cached_property
+    def datum_plate(self) -> str | None:
+        """The plate whose rows are the independent data: the largest that all parts of the likelihood have, or None."""
+        found: list[frozenset[str]] = []
+
+        def run(params, bundle):
+            found[:] = [part.plates for part in self._parts(params, bundle)]
+            return ()
+
+        jax.eval_shape(run, self._params, self._bundle)
+        shared = frozenset.intersection(*found) if found else frozenset()
+        sizes = self._built.kernel.layout.sizes
+        return max(shared, key=lambda p: (sizes[p], p)) if shared else None
+
+    def _parts(self, params, bundle: Bundle) -> list[Table]:
+        """Independent contributions to the log-likelihood, before their sum over plates; constants included."""
+        kernel, parts, tables = self._built.kernel, [], []
+        cells = kernel.problem.cells(params, bundle)
+        for factor in kernel.likelihood_factors:
+            rows = bundle.rows[factor.name]
+            if not factor.latents:  # no latent varies along its plates, but the data do
+                factor = dataclasses.replace(factor, kept=factor.site.plates, plates=frozenset(factor.site.plates))
+            table = factor.table(cells[factor.name], rows)
+            constant = log_density_constant(factor, dataclasses.replace(rows, weight=rows.scale))
             if constant is not None:
-                total = total + spread(constant.sum(a for a in constant.axes if a != plate), plate)
+                constant = constant.sum(a for a in constant.axes if a not in factor.kept)
+                table = dataclasses.replace(table, value=add(table.value, constant))
+            tables.append(table)
+        eliminate(tables, self._layout(bundle), parts=parts)
+        return parts
+
+    def _per_datum(self, params, bundle: Bundle) -> Array:
+        sizes, plate = self._built.kernel.layout.sizes, self.datum_plate
+        total = jnp.zeros(sizes[plate] if plate else ())
+        for part in self._parts(params, bundle):
+            kept = part.value.sum(a for a in part.value.axes if a != plate)
+            absent = [sizes[p] for p in part.plates if p not in part.value.axes and p != plate]
+            total = total + (kept.to((plate,)) if plate else kept.array) * float(np.prod(absent, dtype=float))
         return total
-
-
-def spread(value: Named, plate: str | None) -> Array:
-    return value.to((plate,)) if plate else value.array
 
 
 def zeros(built: Build, names: tuple[str, ...]) -> Named:
@@ -232,29 +253,3 @@ def pick(scores: Named, latent: str, chosen: Named) -> Named:
     shape = jnp.broadcast_shapes(table.shape[1:], index.shape[1:])
     table = jnp.broadcast_to(table, (table.shape[0], *shape))
     return Named(jnp.take_along_axis(table, jnp.broadcast_to(index, (1, *shape)).astype(int), axis=0)[0], rest)
-
-
-def datum_plate(built: Build) -> str | None:
-    """The plate whose rows are the data: the largest that every likelihood factor stands in.
-
-    None where there is none.
-    """
-    factors = [f for f in built.kernel.likelihood_factors if f.site.role != "latent"] or list(
-        built.kernel.likelihood_factors
-    )
-    shared = (
-        set.intersection(*(set(f.site.plates) | set(f.route.target if f.route else ()) for f in factors))
-        if factors
-        else set()
-    )
-    routed = {p for f in factors if f.route for p in f.route.source}
-    shared = {p for p in shared if all(_survives(f, p, built) for f in factors)} - (routed - shared)
-    return max(shared, key=lambda p: (built.program.plates[p].size, p)) if shared else None
-
-
-def _survives(factor, plate: str, built: Build) -> bool:
-    """Whether the factor's contribution still has an axis for `plate` once every latent that it reads is summed out."""
-    plates_of = built.kernel.layout.plates_of
-    home = [frozenset(factor.route.target)] if factor.route else []
-    home += [plates_of[z.name] for z in factor.latents if not (factor.route and z.name in factor.route.latents)]
-    return all(plate in h for h in home) and (bool(home) or plate in factor.site.plates)

@@ -16,7 +16,7 @@ from numpyro.infer import Predictive
 from autoem._build import Build
 from autoem._fit import State
 from autoem._plan import Plan
-from autoem._posterior import Posterior, datum_plate
+from autoem._posterior import Posterior
 from autoem._stderr import StandardErrors, standard_errors
 from autoem._stop import CONVERGED, SENTENCES
 from autoem._trace import Source
@@ -148,9 +148,9 @@ class EMResult:
 
     @property
     def num_data(self) -> int:
-        """Rows of the data's plate."""
+        """Rows of the data's plate: the number of independent data."""
         built = self._context.built
-        plate = datum_plate(built)
+        plate = self.posterior().datum_plate
         if plate is not None:
             return built.program.plates[plate].size
         sizes = [
