@@ -180,7 +180,8 @@ def data_of_cells(program: Program, factors: tuple[Factor, ...]) -> list[int]:
     for name in program.latents:
         if (name, "mask") in program.full.outputs:
             seen = (name.removesuffix("_unobserved") + "_observed", "value")
-            keys |= program.full.needs((name, "mask"), *([seen] if seen in program.full.outputs else []))
+            other = (seen[0], "mask")
+            keys |= program.full.needs((name, "mask"), *(k for k in (seen, other) if k in program.full.outputs))
     return sorted(k[1] for k in keys if k[0] == "data")
 
 

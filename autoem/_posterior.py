@@ -157,8 +157,9 @@ class Posterior:
                 and f"{whole}_observed" in program.sites
                 and (name, "mask") in program.full.outputs
             ):
-                observed, hidden = program.full.evaluate([(f"{whole}_observed", "value"), (name, "mask")], values)
-                out[name] = whole, observed, jnp.broadcast_to(hidden, latent.shape)
+                keys = [(f"{whole}_observed", "value"), (f"{whole}_observed", "mask")]
+                observed, seen = program.full.evaluate(keys, values)
+                out[name] = whole, observed, ~jnp.broadcast_to(seen, latent.shape)
         return out
 
     def _merged(self, marginals: Mapping[str, Array]) -> dict[str, Array]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import jax
@@ -214,7 +214,9 @@ def _explain(error: Exception, where: str, args, kwargs) -> ValueError:
     )
 
 
-def outputs_of(records: Mapping[str, Record], latents: Mapping[str, Any]) -> dict:
+def outputs_of(
+    records: Mapping[str, Record], latents: Container[str], truncated: Mapping[str, tuple[int, int]]
+) -> dict:
     """Everything that later stages ask of a site, as arrays."""
     out = {}
     for name, r in records.items():
@@ -228,7 +230,7 @@ def outputs_of(records: Mapping[str, Record], latents: Mapping[str, Any]) -> dic
             for arg in (*family.args, *family.fixed):
                 out[name, f"arg:{arg}"] = jnp.asarray(getattr(r.base, arg))
         if name in latents:
-            out[name, "low"], out[name, "high"] = (jnp.asarray(b) for b in latents[name])
+            out[name, "low"], out[name, "high"] = (jnp.asarray(b) for b in bounds(name, r.base, truncated))
         if r.mask is not None:
             out[name, "mask"] = jnp.asarray(r.mask)
         if r.scale is not None:

@@ -55,10 +55,10 @@ def trace(
 def _trace(model: Callable, source: Source) -> tuple[Program, Discovery, Source]:
     found = source.discover()
     plates = read_plates(found)
-    latents, limits = read_latents(found, source)
+    latents = read_latents(found, source)
 
     def outputs(reader: Reader) -> dict:
-        return outputs_of(reader.records, limits)
+        return outputs_of(reader.records, latents, source.truncated)
 
     reader, full = source.read(full_inputs(found, latents, compact=False), outputs)
     graph, compact = full, dict.fromkeys(latents, False)
@@ -109,9 +109,9 @@ def read_plates(found: Discovery) -> dict[str, Plate]:
     return plates
 
 
-def read_latents(found: Discovery, source: Source) -> tuple[dict[str, Latent], dict[str, tuple[Any, Any]]]:
+def read_latents(found: Discovery, source: Source) -> dict[str, Latent]:
     """Discrete latents with their supports, whose bounds are computed from the data."""
-    latents, limits = {}, {}
+    latents = {}
     for name, r in found.records.items():
         if r.observed or not r.base.support.is_discrete:
             continue
@@ -122,13 +122,12 @@ def read_latents(found: Discovery, source: Source) -> tuple[dict[str, Latent], d
             )
         values = {("data", i): jnp.asarray(x) for i, x in enumerate(source.data) if ("data", i) in needs}
         low, high = (np.asarray(v) for v in found.graph.evaluate([(name, "low"), (name, "high")], values))
-        limits[name] = (low, high)
         states = enumerate_states(name, int(low.min()), int(high.max()), tuple(r.fn.event_shape))
         batch = tuple(r.fn.batch_shape)
         axes = r.axes[: len(batch)]
         bounded = bool(low.min() < low.max() or high.min() < high.max())
         latents[name] = Latent(name, states, axes, batch, bounded, r.mask is not None)
-    return latents, limits
+    return latents
 
 
 def read_site(r: Record, latents: Mapping[str, Latent]) -> Site:

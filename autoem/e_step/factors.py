@@ -116,7 +116,7 @@ def find_route(program: Program, site: Site, routed: list[Latent], values: Mappi
             problem=f"reads the cells of {sorted(found)} by different indices",
             mend="no exact elimination of bounded cost exists for this; index them by the same array",
         )
-    varying = [i for i in range(first.ndim) if first.shape[i] > 1]
+    varying = [i for i, a in enumerate(site.axes) if not a.startswith("#")]
     source = tuple(site.axes[i] for i in varying)
     shape = tuple(s for a, s in zip(target, routed[0].shape, strict=True) if not a.startswith("#"))
     names = tuple(a for a in target if not a.startswith("#"))
@@ -137,7 +137,7 @@ def row_cells(program: Program, site: Site, latent: Latent, values: Mapping) -> 
     ids = np.broadcast_to(ids, site.shape)
     for i, axis in enumerate(site.axes):
         first = np.take(ids, [0], i)
-        if axis.startswith("#") or (ids == first).all():
+        if axis.startswith("#"):
             ids = first if (ids == first).all() else np.full_like(first, SEVERAL)
     if (ids == SEVERAL).any():
         raise ModelError(

@@ -122,8 +122,15 @@ def _gather(graph: Graph, eqn: Equation, inputs: list, values: Mapping) -> np.nd
         if any(i is not None for i in index):
             return np.full(out.shape, merge_axes(operand, tuple(range(operand.ndim))))
         if not graph.needs_of(eqn.inputs[1:]) <= set(values):  # an index that is not data may point anywhere
-            return np.full(out.shape, merge_axes(operand, tuple(range(operand.ndim))))
-        at = graph.evaluate_atoms(list(eqn.inputs[1:]), values)
+            searched = (
+                eqn.params["dimension_numbers"].start_index_map
+                if eqn.primitive.name == "gather"
+                else range(operand.ndim)
+            )
+            operand = np.broadcast_to(merge_axes(operand, tuple(searched), keepdims=True), operand.shape)
+            at = [jnp.zeros(np.shape(a.value) if isinstance(a, Constant) else a.shape, int) for a in eqn.inputs[1:]]
+        else:
+            at = graph.evaluate_atoms(list(eqn.inputs[1:]), values)
         integral = {**eqn.params, "fill_value": NONE} if "fill_value" in eqn.params else eqn.params
         picked = np.asarray(dataclasses.replace(eqn, params=integral).apply([jnp.asarray(operand), *at])[0])
         result = np.where(picked < 0, np.where(picked == SEVERAL, SEVERAL, NONE), picked)
