@@ -21,7 +21,7 @@ from autoem._lower import Kernel
 from autoem._named import Named
 from autoem._plan import Plan, make_plan
 from autoem._trace import Discovery, Source, trace
-from autoem.e_step.factors import build_factors, build_layout, prepare
+from autoem.e_step.factors import TURN_UP_TO, build_factors, build_layout, prepare
 from autoem.e_step.strategies import AbstractEStep, Exact, Truncated
 from autoem.e_step.tables import Factor, log_density_constant
 from autoem.ir import Program
@@ -29,6 +29,8 @@ from autoem.m_step.choose import choose
 from autoem.m_step.problem import Bundle, Problem
 from autoem.m_step.strategies import AbstractMStep
 from autoem.passes.classify import classify
+
+LARGE = 1_000_000  # entries of the data from which their preparation is compiled well rather than fast
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +63,9 @@ class Build:
     alike: tuple[str, ...] = ()
 
     def __post_init__(self):
-        self._prepare = jit_once(lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells))
+        large = sum(np.size(x) for x in self.source.data) >= LARGE
+        compiled = jax.jit if large else jit_once  # over many rows it runs long enough to be worth compiling well
+        self._prepare = compiled(lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells))
 
     @property
     def program(self) -> Program:
@@ -155,7 +159,8 @@ def passed_on(program: Program, factors: tuple[Factor, ...]) -> dict[str, int]:
         plain = f.family is not None and f.site.role == "observed" and not f.site.masked and not f.coefficients
         if plain and isinstance(atom, Variable) and atom in by_variable and all(s > 1 for s in f.site.shape):
             events = len(atom.shape) - f.family.event_dim  # type: ignore[union-attr]
-            if atom.shape[:events] == f.site.shape:
+            large = atom.aval.size * atom.aval.dtype.itemsize > TURN_UP_TO  # smaller data are turned, which copies them
+            if large and atom.shape[:events] == f.site.shape:
                 out[f.name] = by_variable[atom]
     return out
 

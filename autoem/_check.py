@@ -19,7 +19,7 @@ from autoem._errors import ModelError
 from autoem._posterior import Posterior
 from autoem._stderr import free_entries, move
 from autoem._trace import Source
-from autoem._verify import by_model, noise_for, random_params, verify
+from autoem._verify import by_model, host_params, noise_for, verify
 from autoem.m_step._base import CLOSED_FORM
 from autoem.m_step.problem import Bundle, graph_values
 
@@ -56,7 +56,7 @@ def run_checks(em: EM, built: Build, source: Source, key: Array, args: tuple, kw
     """Run every test."""
     bundle = built.whole_bundle(source, key)
     start = built.start(source, key)
-    params = random_params(built, start, noise_for(built, start))
+    params = host_params(built, start, noise_for(built, start))
     checks = [check_tables(built), check_brute_force(built, params, bundle), *check_m_step(built, params, bundle)]
     checks.append(check_stationary(em, built, key, args, kwargs))
     return Report(tuple(checks))

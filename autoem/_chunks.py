@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,7 +22,8 @@ from autoem.e_step.tables import Factor, Rows
 from autoem.ir import Program
 from autoem.m_step.problem import Bundle, Params, Problem
 
-CHUNK = 1024
+CHUNK_BYTES = 256 * 1024  # features and tables of one chunk: they should stay in a core's second-level cache
+MIN_CHUNK, MAX_CHUNK = 256, 2048
 SHARD_FROM = 32_768  # rows: below this the exchange between devices costs more than it saves
 
 
@@ -99,7 +101,7 @@ def spread_rows(bundle: Bundle, chunks: Chunks | None) -> Bundle:
 def plan_chunks(program: Program, problem: Problem, layout: Layout, params: Params, bundle: Bundle) -> Chunks | None:
     """Whether rows may be taken in chunks: every latent in the plate, every cell the same for all of its rows."""
     factors = [f for f in problem.factors.values() if not f.is_prior]
-    plates = [p for p in program.plates.values() if p.size > 2 * CHUNK]
+    plates = [p for p in program.plates.values() if p.size > MAX_CHUNK]
     if not plates or bundle.cells or any(s is not None for s in bundle.scales.values()):
         return None
     plate = max(plates, key=lambda p: p.size)
@@ -113,4 +115,17 @@ def plan_chunks(program: Program, problem: Problem, layout: Layout, params: Para
         if any(leaf.ndim > where and leaf.shape[where] > 1 for leaf in jax.tree.leaves(cells[f.name])):
             return None
     devices = len(jax.local_devices()) if plate.size >= SHARD_FROM else 1
-    return Chunks(plate.name, plate.size, CHUNK, devices)
+    itemsize = jnp.result_type(float).itemsize
+    rows = CHUNK_BYTES / itemsize / sum(entries_of(f, cells[f.name]) for f in factors)
+    size = int(np.clip(2 ** round(np.log2(rows)), MIN_CHUNK, MAX_CHUNK))
+    return Chunks(plate.name, plate.size, size, devices)
+
+
+def entries_of(factor: Factor, cells: Any) -> int:
+    """Numbers that one row needs while a chunk is worked on: its features, and its table over the latents."""
+    states = int(np.prod([z.num_states for z in factor.latents], dtype=int))
+    if factor.family is None or factor.own:
+        return states
+    eta = cells[0]
+    counts = int(np.prod(eta.shape[len(factor.parents) : -1], dtype=int)) if factor.site.masked else 1
+    return states + counts + int(np.prod(eta.shape[len(factor.parents) :], dtype=int))

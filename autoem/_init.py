@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpyro.distributions import constraints
 
 from autoem._build import Build
 from autoem._errors import DataError, PlanError
@@ -25,6 +26,7 @@ from autoem._trace import Source
 from autoem.e_step.elimination import route_to_rows
 from autoem.e_step.tables import Factor
 from autoem.ir import Latent
+from autoem.m_step.choose import kind_of
 from autoem.m_step.problem import Bundle, Params, make_layout
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
 
@@ -92,11 +94,26 @@ def start_value(built: Build, name: str, value: Any) -> Array:
     # a file holds seven digits: a simplex that misses one by that much is meant as one
     if "Simplex" in str(param.constraint) and np.allclose(array.sum(-1), 1, atol=1e-4):
         array = array / array.sum(-1, keepdims=True)
-    if not bool(np.all(np.asarray(param.constraint(jnp.asarray(array))))):
+    if not inside(param.constraint, array):
         raise DataError(
             name, problem=f"its start value lies outside {param.constraint}", mend="give a value inside its constraint"
         )
     return jnp.asarray(array)
+
+
+def inside(constraint: Any, array: np.ndarray) -> bool:
+    """Whether a value satisfies a constraint; the usual ones in NumPy, since each JAX operation would be compiled."""
+    kind = kind_of(constraint)
+    if kind == "real":
+        return True
+    if kind in ("positive", "unit"):
+        return bool((array >= 0).all() and (kind == "positive" or (array <= 1).all()))
+    if kind == "simplex":
+        return bool((array >= 0).all() and np.allclose(array.sum(-1), 1, atol=1e-6))
+    if constraint is constraints.positive_definite:
+        symmetric = np.allclose(array, np.swapaxes(array, -1, -2), atol=1e-6)
+        return bool(symmetric and (np.linalg.eigvalsh(array) > 0).all())
+    return bool(np.all(np.asarray(constraint(jnp.asarray(array)))))
 
 
 def responsibilities(built: Build, name: str, value: Any) -> Named:

@@ -154,7 +154,11 @@ def inline(closed, env: dict[Any, Atom], equations: list[Equation]) -> list[Atom
 
 
 # one-shot programs: what compiling saves by optimising them is less than what it costs
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 
 
 def jit_once(function: Callable) -> Callable:

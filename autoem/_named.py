@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -60,8 +61,61 @@ def multiply(a: Named, b: Named) -> Named:
     return Named(a.to(axes) * b.to(axes), axes)
 
 
+def arranged(x: Named, axes: Sequence[str]) -> Named:
+    """`x` with those of its axes that are in `axes` last and in that order."""
+    order = tuple(a for a in x.axes if a not in axes) + tuple(a for a in axes if a in x.axes)
+    return Named(x.to(order), order)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A contraction of two factors as `left @ right`: rows and columns of the result have names."""
+
+    left: Array
+    right: Array
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def result(self, keep: Sequence[str], value: Array) -> Named:
+        order = tuple(x for x in keep if x in self.rows + self.columns)
+        return Named(Named(value.reshape(self.shape), self.rows + self.columns).to(order), order)
+
+
+def as_product(keep: Sequence[str], a: Named, b: Named) -> Product | None:
+    """The contraction of `a` and `b` as a matrix product, where the axes of `b` need not be transposed for it."""
+    a = arranged(a, b.axes)
+    shared = [x for x in a.axes if x in b.axes]
+    rows, columns = (tuple(x for x in f.axes if x not in shared) for f in (a, b))
+    if set(shared) & set(keep) or not {*rows, *columns} <= set(keep):
+        return None
+    if a.axes != (*rows, *shared) or b.axes != (*shared, *columns):
+        return None
+    inner = int(np.prod([b.size(x) for x in shared], dtype=int))
+    shape = (*(a.size(x) for x in rows), *(b.size(x) for x in columns))
+    return Product(a.array.reshape(-1, inner), b.array.reshape(inner, -1), rows, columns, shape)
+
+
+def contract_sum(keep: Sequence[str], *pairs: tuple[Named, Named]) -> Named:
+    """Sum of the contractions of `pairs`: one matrix product for all where they have the same rows and columns."""
+    products = [as_product(keep, a, b) for a, b in pairs]
+    first = products[0]
+    if first is None or any(
+        p is None or (p.rows, p.columns, p.shape) != (first.rows, first.columns, first.shape) for p in products
+    ):
+        return add(*(contract(keep, a, b) for a, b in pairs))
+    left = jnp.concatenate([p.left for p in products], 1)
+    right = jnp.concatenate([p.right for p in products], 0)
+    return first.result(keep, left @ right)
+
+
 def contract(keep: Sequence[str], *factors: Named) -> Named:
     """Product of `factors`, summed over every axis not in `keep`; of `keep` those axes remain that some factor has."""
+    # the largest factor stays as it lies: the others are transposed to the order of its axes, which costs nothing
+    largest = max(factors, key=lambda f: f.array.size)
+    factors = tuple(f if f is largest else arranged(f, largest.axes) for f in factors)
+    if len(factors) == 2 and largest is factors[1] and (product := as_product(keep, *factors)) is not None:
+        return product.result(keep, product.left @ product.right)
     letters = {a: chr(ord("a") + i) for i, a in enumerate(union(*(f.axes for f in factors)))}
     out = tuple(a for a in keep if a in letters)
     spec = ",".join("".join(letters[a] for a in f.axes) for f in factors)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpyro.distributions import constraints
 
 from autoem._build import Build
 from autoem._errors import ModelError
@@ -40,7 +41,13 @@ def verify(built: Build) -> tuple[str, ...]:
     key, source = jax.random.key(20), built.source
     bundle = built.whole_bundle(source, key)
     start = built.start(source, key)
-    ours, theirs, size, spread = jit_once(lambda *a: compare(built, *a))(start, noise_for(built, start), bundle, key)
+    # the same program at two points: at random parameters for the densities, at the start for what tells states apart
+    program = jit_once(lambda *a: compare(built, *a))
+    chosen = random_states(built, source)
+    noise = noise_for(built, start)
+    ours, theirs, size, _ = program(host_params(built, start, noise), noise, bundle, chosen)
+    still = jax.tree.map(np.zeros_like, noise)
+    spread = program({n: np.asarray(v) for n, v in start.items()}, still, bundle, chosen)[3]
     eps = float(jnp.finfo(jnp.result_type(float)).eps)
     for name in ours:
         a, b, s = float(ours[name]), float(theirs[name]), float(size[name])
@@ -55,10 +62,45 @@ def verify(built: Build) -> tuple[str, ...]:
     return tuple(n for n, v in spread.items() if float(v) <= 100 * eps)
 
 
-def compare(built: Build, start, noise, bundle: Bundle, key: Array):
-    """Densities at random parameters, and how far the states differ at the start; one compiled program."""
-    params = random_params(built, start, noise)
-    return *densities(built, params, bundle, key), state_spreads(built, start, bundle)
+def compare(built: Build, params, noise, bundle: Bundle, chosen):
+    """Densities at `params`, and how far the states differ there; one compiled program."""
+    params = {n: moved(built.program.params[n], v, noise[n]) for n, v in params.items()}
+    return *densities(built, params, bundle, chosen), state_spreads(built, params, bundle)
+
+
+def moved(param, value: Array, noise: Array) -> Array:
+    """Parameters whose constraint is none of the usual ones are moved in free coordinates, inside the program."""
+    value = jnp.asarray(value)
+    if kind_of(param.constraint) != "other":
+        return value
+    new = to_constrained(param, to_unconstrained(param, value) + 0.1 * noise)
+    return jnp.where(jnp.isfinite(new).all(), new, value)
+
+
+def host_params(built: Build, start: Mapping[str, Array], noise: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Parameters away from the start, so that no symmetry of it hides an error; in NumPy, which compiles nothing."""
+    return {n: away(built.program.params[n].constraint, np.asarray(v), noise[n]) for n, v in start.items()}
+
+
+def away(constraint, value: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    kind = kind_of(constraint)
+    if kind == "real":
+        return (value + 0.3 * noise).astype(value.dtype)
+    if kind == "positive":
+        return (np.where(value > 0, value, 1) * np.exp(0.3 * noise)).astype(value.dtype)
+    if kind == "unit":
+        return (1 / (1 + np.exp(-noise))).astype(value.dtype)
+    if kind == "simplex":
+        weight = np.exp(noise)
+        return (weight / weight.sum(-1, keepdims=True)).astype(value.dtype)
+    if kind == "matrix":
+        d = value.shape[-1]
+        stretch = np.exp(0.1 * noise[..., :d])[..., :, None]
+        # rows (and for a positive definite matrix columns) stretched at random: it stays what it is
+        return (
+            value * stretch * (np.swapaxes(stretch, -1, -2) if constraint is constraints.positive_definite else 1)
+        ).astype(value.dtype)
+    return value
 
 
 def noise_for(built: Build, start: Mapping[str, Array]) -> dict[str, np.ndarray]:
@@ -66,29 +108,13 @@ def noise_for(built: Build, start: Mapping[str, Array]) -> dict[str, np.ndarray]
     rng = np.random.default_rng(20)
     out = {}
     for name, value in start.items():
-        free = jax.eval_shape(lambda v, name=name: to_unconstrained(built.program.params[name], v), value)
-        kind = kind_of(built.program.params[name].constraint)
-        out[name] = rng.normal(size=free.shape if kind in ("matrix", "other") else value.shape)
-    return out
-
-
-def random_params(built: Build, start: Mapping[str, Array], noise: Mapping[str, Any]) -> dict[str, Array]:
-    """Parameters away from the start, so that no symmetry of it hides an error."""
-    out = {}
-    for name, value in start.items():
-        param = built.program.params[name]
-        shift, kind = jnp.asarray(noise[name], value.dtype), kind_of(param.constraint)
-        if kind == "real":
-            out[name] = value + 0.3 * shift
-        elif kind == "positive":
-            out[name] = jnp.where(value > 0, value, 1) * jnp.exp(0.3 * shift)
-        elif kind == "unit":
-            out[name] = jax.nn.sigmoid(shift)
-        elif kind == "simplex":
-            out[name] = jax.nn.softmax(shift, axis=-1)
-        else:
-            moved = to_constrained(param, to_unconstrained(param, value) + 0.1 * shift)
-            out[name] = jnp.where(jnp.isfinite(moved).all(), moved, value)
+        param, kind = built.program.params[name], kind_of(built.program.params[name].constraint)
+        shape = value.shape
+        if kind == "matrix":
+            shape = shape[:-1]
+        if kind == "other":
+            shape = jax.eval_shape(lambda v, param=param: to_unconstrained(param, v), value).shape
+        out[name] = rng.normal(size=shape)
     return out
 
 
@@ -124,13 +150,12 @@ def shrunken(source: Source, plate_size: int) -> tuple[tuple, dict] | None:
     return source.call(data) if cut else None
 
 
-def densities(built: Build, params, bundle: Bundle, key: Array) -> tuple[dict, dict, dict]:
+def densities(built: Build, params, bundle: Bundle, chosen: Mapping[str, Array]) -> tuple[dict, dict, dict]:
     """Log density of every site by its table and by the model.
 
     With it comes the sum of absolute values that sets the rounding.
     """
     program, values = built.program, graph_values(bundle, params)
-    chosen = {n: random_states(built, n, values, jax.random.fold_in(key, i)) for i, n in enumerate(program.latents)}
     for n, index in chosen.items():
         latent = program.latents[n]
         values["latent", n] = jnp.asarray(latent.states)[index]
@@ -141,15 +166,17 @@ def densities(built: Build, params, bundle: Bundle, key: Array) -> tuple[dict, d
     return ours, theirs, size
 
 
-def random_states(built: Build, name: str, values: Mapping, key: Array) -> Array:
-    """A state for every cell of a latent, inside its own bounds."""
-    latent = built.program.latents[name]
-    index = jax.random.randint(key, latent.shape, 0, latent.num_states)
-    if not latent.bounded:
-        return index
-    low, high = built.program.full.evaluate([(name, "low"), (name, "high")], values)
-    first = latent.states.ravel()[0]
-    return jnp.clip(index, low - first, high - first)
+def random_states(built: Build, source: Source) -> dict[str, np.ndarray]:
+    """A state for every cell of every latent, inside its own bounds."""
+    rng, out = np.random.default_rng(20), {}
+    for name, latent in built.program.latents.items():
+        out[name] = rng.integers(0, latent.num_states, latent.shape)
+        if latent.bounded:
+            values = {("data", i): x for i, x in built.data(source).items()}
+            low, high = built.program.full.evaluate([(name, "low"), (name, "high")], values)
+            first = latent.states.ravel()[0]
+            out[name] = np.clip(out[name], np.asarray(low) - first, np.asarray(high) - first)
+    return out
 
 
 def by_model(built: Build, factor: Factor, values: Mapping[Any, Any]) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ Where a factor reads a latent of other plates, the route from rows to cells is f
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +17,15 @@ from jax import Array
 
 from autoem._errors import ModelError
 from autoem._jaxpr import Constant, Graph
-from autoem._named import Named, named
+from autoem._named import Named, arranged, named
 from autoem.e_step.elimination import Layout, Route, route_to_rows
 from autoem.e_step.regression import REGRESSION, design, find_coefficients
 from autoem.e_step.tables import Factor, Rows
 from autoem.families import Family
 from autoem.ir import Latent, Program, Site
 from autoem.passes.cells import NONE, SEVERAL, cells_read
+
+TURN_UP_TO = 256 * 2**20  # bytes: larger data are not copied but turned chunk by chunk, which costs up to a fifth
 
 
 def plates_of(latent: Latent) -> frozenset[str]:
@@ -159,7 +162,7 @@ def prepare(factor: Factor, program: Program, values: Mapping, cells: Mapping) -
         inside=bounds_mask(factor, values) if factor.own and factor.latents[0].bounded else None,
     )
     if rows.mask is not None:
-        rows = dataclasses.replace(rows, mask=Named(rows.mask.array.astype(float), rows.mask.axes))
+        rows = dataclasses.replace(rows, mask=Named(rows.mask.array.astype(jnp.int8), rows.mask.axes))
     if factor.own and rows.mask is not None:
         events = [a for a in rows.mask.axes if a.startswith("#")]
         rows = dataclasses.replace(rows, mask=rows.mask.sum(events))
@@ -255,7 +258,23 @@ def observed_rows(factor: Factor, graph: Graph, values: Mapping, rows: Rows) -> 
     shape = tuple(site.shape[i] for i in kept) + raw.shape[rank:]
     value = raw if raw.shape == shape else raw.reshape(shape)  # what is not touched is passed on without a copy
     axes = (*(site.axes[i] for i in kept), *(f"event{i}" for i in range(raw.ndim - rank)))
-    return dataclasses.replace(rows, value=Named(value, axes))
+    value, small = narrow(value, site.support)
+    rows = dataclasses.replace(rows, value=Named(value, axes))
+    if value.nbytes > TURN_UP_TO:
+        return rows
+    turned = factor.observations(rows)
+    if small:
+        turned = Named(turned.array.astype(jnp.int8), turned.axes)
+    mask = None if rows.mask is None else arranged(rows.mask, turned.axes)
+    fixed = {k: arranged(f, turned.axes) for k, f in (rows.fixed or {}).items()}
+    return dataclasses.replace(rows, value=turned, mask=mask, fixed=fixed, ready=True)
+
+
+def narrow(values: Array, support: str) -> tuple[Array, bool]:
+    """Small whole numbers as bytes: every step reads them all, and memory is what it waits for."""
+    bounds = re.fullmatch(r"IntegerInterval\(lower_bound=0, upper_bound=(\d{1,2})\)", support)
+    small = support == "Boolean()" or bounds is not None
+    return (values.astype(jnp.int8), True) if small else (values, False)
 
 
 def observed_values(factor: Factor, graph: Graph, values: Mapping) -> Array:

@@ -18,10 +18,11 @@ import numpy as np
 from jax import Array
 
 from autoem._jaxpr import Graph, Variable
-from autoem._named import Named, add, contract, multiply, named, union
+from autoem._named import Named, add, contract, contract_sum, multiply, named, union
 from autoem.e_step.elimination import Route, Table
 from autoem.e_step.regression import squared_residuals
 from autoem.families import Family
+from autoem.families._arrays import as_float
 from autoem.ir import Latent, Site
 
 FEATURE = "·"  # axis of the sufficient statistics
@@ -29,9 +30,10 @@ FEATURE = "·"  # axis of the sufficient statistics
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """What a factor needs of the data, made once: values with the event axes first and the rows last, mask, constants.
+    """What a factor needs of the data, made once: values, mask, constants.
 
-    `weight` says how often each row counts; `scale` the same relative to the factor's innermost latent.
+    `weight` says how often each row counts; `scale` the same relative to the factor's innermost latent. `ready` says that
+    the value is standardised and turned already, once for all steps.
     """
 
     value: Named | None = None
@@ -43,9 +45,10 @@ class Rows:
     base: Named | None = None
     centre: Array | None = None
     spread: Array | None = None
+    ready: bool = False
 
 
-jax.tree_util.register_dataclass(Rows, [f.name for f in dataclasses.fields(Rows)], [])
+jax.tree_util.register_dataclass(Rows, [f.name for f in dataclasses.fields(Rows) if f.name != "ready"], ["ready"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -188,21 +191,30 @@ class Factor:
         eta = named(cells[0][..., None, :], (*self.cell_axes, "", FEATURE))
         if FEATURE not in eta.axes:
             eta = Named(eta.array[..., None], (*eta.axes, FEATURE))
-        normalizer = named(cells[1], self.cell_axes)
+        constants = named(-cells[1], self.cell_axes)
         keep = self._keep(rows)
+        if self.own:
+            out = add(contract(keep, eta, self.features(rows)), self._constants(keep, constants))
+            return self._bounded(out if rows.base is None else add(out, rows.base), rows)
         x = self.observations(rows)
         if self.coefficients and rows.mask is None and set(x.axes[1:]) <= set(keep):
             value = squared_residuals(keep, eta, x, lambda: self.features(rows), FEATURE)
-        else:
-            value = contract(keep, eta, self.features(rows))
-        count = None if self.own else rows.mask
-        present = {*normalizer.axes, *keep, *(count.axes if count is not None else ())}
-        normalizer = contract(keep, normalizer, *([] if count is None else [count]))
-        normalizer = repeated(normalizer, self._repeats(present))
-        out = add(value, Named(-normalizer.array, normalizer.axes))
-        if self.own:
-            out = self._bounded(out if rows.base is None else add(out, rows.base), rows)
-        return out
+            return add(value, self._constants(keep, constants))
+        features = self.features(rows)
+        return contract_sum(keep, (eta, features), self._counted(keep, constants, features, rows))
+
+    def _constants(self, keep: tuple[str, ...], value: Named) -> Named:
+        """A term of every cell, summed over what is not kept."""
+        return repeated(contract(keep, value), self._repeats({*value.axes, *keep}))
+
+    def _counted(self, keep: tuple[str, ...], value: Named, features: Named, rows: Rows) -> tuple[Named, Named]:
+        """A term of every cell and how often each row has it: a pair to contract beside the features."""
+        if rows.mask is not None:
+            count = Named(as_float(rows.mask.array), rows.mask.axes)
+            return repeated(value, self._repeats({*value.axes, *keep, *count.axes})), count
+        once = set(value.axes).isdisjoint(features.axes)
+        plates = tuple(a for a in features.axes if a in keep) if once else ()
+        return self._constants(keep, value), Named(jnp.ones([features.size(a) for a in plates]), plates)
 
     def _keep(self, rows: Rows) -> tuple[str, ...]:
         scaled = rows.scale.axes if rows.scale is not None else ()
@@ -229,7 +241,7 @@ class Factor:
         """Values with event axes first and the longest kept plate last, standardised."""
         value, events = rows.value, self._family.event_dim
         assert value is not None
-        if self.own:
+        if self.own or rows.ready:
             return value
         batch = value.axes[: len(value.axes) - events]
         array = value.array
