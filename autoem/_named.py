@@ -98,15 +98,12 @@ def as_product(keep: Sequence[str], a: Named, b: Named) -> Product | None:
 
 def contract_sum(keep: Sequence[str], *pairs: tuple[Named, Named]) -> Named:
     """Sum of the contractions of `pairs`: one matrix product for all where they have the same rows and columns."""
-    products = [as_product(keep, a, b) for a, b in pairs]
-    first = products[0]
-    if first is None or any(
-        p is None or (p.rows, p.columns, p.shape) != (first.rows, first.columns, first.shape) for p in products
-    ):
+    products = [p for p in (as_product(keep, a, b) for a, b in pairs) if p is not None]
+    if len(products) < len(pairs) or len({(p.rows, p.columns, p.shape) for p in products}) > 1:
         return add(*(contract(keep, a, b) for a, b in pairs))
     left = jnp.concatenate([p.left for p in products], 1)
     right = jnp.concatenate([p.right for p in products], 0)
-    return first.result(keep, left @ right)
+    return products[0].result(keep, left @ right)
 
 
 def contract(keep: Sequence[str], *factors: Named) -> Named:

@@ -32,8 +32,8 @@ FEATURE = "·"  # axis of the sufficient statistics
 class Rows:
     """What a factor needs of the data, made once: values, mask, constants.
 
-    `weight` says how often each row counts; `scale` the same relative to the factor's innermost latent. `ready` says that
-    the value is standardised and turned already, once for all steps.
+    `weight` says how often each row counts; `scale` the same relative to the factor's innermost latent. `ready` says
+    that the value is standardised and turned already, once for all steps.
     """
 
     value: Named | None = None
