@@ -21,8 +21,9 @@ from tests.random_sites import FAMILIES, FOR_FEW, LATENTS, LINKS, Maker, Reads, 
 from tests.simulate import simulate
 
 LIMIT = 20_000  # completions of a small instance
-SMALL = {"rows": 4, "outer": 2, "groups": 2}
-LARGE = {"rows": 60, "outer": 8, "groups": 8}
+SMALL = {"rows": 4, "outer": 2, "groups": 2, "tops": 2}
+LARGE = {"rows": 60, "outer": 8, "groups": 8, "tops": 3}
+PARENT = {"rows": "groups", "groups": "tops"}  # which plate a plate's index leads to
 
 
 class Node(NamedTuple):
@@ -50,17 +51,19 @@ class Layout:
             )
             shapes = explicit if self.explicit else implicit
         else:
-            shapes = {"rows": (rows,), "groups": (sizes["groups"],)}
+            shapes = {"rows": (rows,), "groups": (sizes["groups"],), "tops": (sizes["tops"],)}
         return {"all": (), **shapes}[level]
 
     def readable(self, level: str) -> tuple[str, ...]:
+        if self.name in ("gather", "chain"):
+            return "all", level, PARENT.get(level, level)
         return self.levels[: self.levels.index(level) + 1]
 
     def plate(self, level: str, sizes: dict[str, int]) -> contextlib.AbstractContextManager:
         if level == "all":
             return contextlib.nullcontext()
-        dims = {"outer": -2, "rows": -1, "groups": -1}
-        return numpyro.plate(level, sizes[level], dim=dims[level] if self.explicit else None)
+        dim = -2 if level == "outer" else -1
+        return numpyro.plate(level, sizes[level], dim=dim if self.explicit else None)
 
     def enter(self, level: str, sizes: dict[str, int]) -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
@@ -105,14 +108,16 @@ class _Draft(Sketch):
         self.layout = Layout(*self.pick([
             ("none", ("all",)), *[("rows", ("all", "rows"), False)] * 3, ("rows", ("all", "rows"), True),
             ("nested", ("all", "outer", "rows"), False), *[("nested", ("all", "outer", "rows"), True)] * 2,
-            *[("gather", ("all", "groups", "rows"), self.chance(0.5))] * 3,
+            *[("gather", ("all", "groups", "rows"), self.chance(0.5))] * 2,
+            ("chain", ("all", "tops", "groups", "rows"), self.chance(0.5)),
         ]))  # fmt: skip
         self.sizes_of: dict[str, tuple[str, int]] = {}
         self.nodes: list[Node] = []
         self.partly: set[str] = set()
         self.refusal: str | None = None
         self.masked = self.layout.name != "none" and self.chance(0.15)
-        self.weighted = self.layout.name in ("rows", "gather") and self.chance(0.12)
+        self.weighted = self.layout.name in ("rows", "gather", "chain") and self.chance(0.12)
+        self.second_index = self.layout.name in ("gather", "chain") and self.chance(0.1)
 
 
 def random_model(seed: int, most_latents: int = 4, most_observed: int = 3) -> RandomModel:
@@ -188,16 +193,19 @@ def _merged(draft: _Draft, sizes: tuple[int, int]) -> tuple[tuple[int, ...], Cal
     return options[how]
 
 
-def _get(draft: _Draft, level: str, names: tuple[str, ...], latents: dict, data: Values) -> tuple:
+def _get(draft: _Draft, level: str, names: tuple[str, ...], latents: dict, data: Values, index: str) -> tuple:
     """The latents as they are read at a level: rows read a group's latent through the group's index."""
-    through = draft.layout.name == "gather" and level == "rows"
-    grouped = {name for name in names if through and draft.sizes_of[name][0] == "groups"}
-    return tuple(latents[name][data["group"]] if name in grouped else latents[name] for name in names)
+    through = PARENT.get(level) if draft.layout.name in ("gather", "chain") else None
+    grouped = {name for name in names if draft.sizes_of[name][0] == through}
+    return tuple(latents[name][data[index]] if name in grouped else latents[name] for name in names)
 
 
 def _arguments(draft: _Draft, level: str, maker: Maker, most: int) -> tuple[Callable, str]:
     """A closure that builds the distribution, and words for it. Each argument reads latents of its own choice."""
-    parts, words = [], []
+    parts, words, index = [], [], f"index of {level}"
+    if draft.second_index and level == "rows" and draft.chance(0.5):
+        index = "second index"
+        draft.refusal = "rows read the groups by two indices"
     shared = _reads(draft, level, most)
     for kind, event in maker.arguments:
         reads = shared if draft.chance(0.7) else _reads(draft, level, 1)
@@ -206,7 +214,8 @@ def _arguments(draft: _Draft, level: str, maker: Maker, most: int) -> tuple[Call
         words.append(f"{how}[{','.join(reads.names)}]")
 
     def build(values: Values, latents: dict, data: Values) -> dist.Distribution:
-        arguments = [link(values, r.index(*_get(draft, level, r.names, latents, data)), data) for r, link in parts]
+        read = [r.index(*_get(draft, level, r.names, latents, data, index)) for r, _ in parts]
+        arguments = [link(values, i, data) for i, (_, link) in zip(read, parts, strict=True)]
         return maker.make(*arguments)
 
     return build, " ".join(words)
@@ -307,8 +316,11 @@ def _around(draft: _Draft, level: str, data: Values) -> Iterator[None]:
 
 def _inputs(draft: _Draft, sizes: dict[str, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
     data = {name: make(rng, draft.layout.shape(level, sizes)) for name, (level, make) in draft.inputs.items()}
-    if draft.layout.name == "gather":
-        data["group"] = rng.permutation(np.arange(sizes["rows"]) % sizes["groups"])
+    for level in set(PARENT) & set(draft.layout.levels):
+        if PARENT[level] in draft.layout.levels:
+            data[f"index of {level}"] = rng.permutation(np.arange(sizes[level]) % sizes[PARENT[level]])
+    if draft.second_index:
+        data["second index"] = rng.integers(sizes["groups"], size=sizes["rows"])
     if draft.masked:
         data["kept"] = rng.random(draft.layout.shape(draft.layout.levels[-1], sizes)) < 0.75
     return data
@@ -332,7 +344,9 @@ def _weighted(draft: _Draft, sizes: dict[str, int], model: Callable, data: dict,
     weights = rng.integers(1, 3, sizes["rows"])
     row_of = np.repeat(np.arange(sizes["rows"]), weights)
     levels = {name: level for name, (level, _) in draft.inputs.items()} | {n.name: n.level for n in draft.nodes}
-    levels |= {"group": "rows", "kept": "rows"} | {f"{n}_seen": draft.sizes_of[n][0] for n in draft.partly}
+    levels |= {"index of rows": "rows", "second index": "rows", "index of groups": "groups", "kept": "rows"} | {
+        f"{n}_seen": draft.sizes_of[n][0] for n in draft.partly
+    }
     repeated = {name: value[row_of] if levels[name] == "rows" else value for name, value in data.items()}
     longer = _model(draft, {**sizes, "rows": len(row_of)})
     return Instance(model, ({**data, "weights": weights},), (longer, (repeated,)), row_of)

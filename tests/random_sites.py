@@ -294,7 +294,7 @@ FAMILIES = {
     "poisson": _of(dist.Poisson, "positive"),
     "zip": _of(dist.ZeroInflatedPoisson, "unit", "positive"),
     "negative binomial": _of(dist.NegativeBinomial2, "positive", "positive"),
-    "geometric": _of(lambda p: dist.Geometric(probs=p), "unit"),
+    "geometric": _of(lambda a: dist.Geometric(logits=a), "real"),  # by probs, NumPyro has no density at 1
     "exponential": _of(dist.Exponential, "positive"),
     "gamma": _of(dist.Gamma, "positive", "positive"),
     "inverse gamma": _of(dist.InverseGamma, "positive", "positive"),

@@ -135,7 +135,7 @@ SAMPLERS: dict[type, Callable] = {
     dist.InverseGamma: lambda rng, d, shape: 1 / rng.gamma(np.asarray(d.concentration), 1 / np.asarray(d.rate), shape),
     dist.Weibull: lambda rng, d, shape: np.asarray(d.scale) * rng.weibull(np.asarray(d.concentration), shape),
     dist.DiscreteUniform: lambda rng, d, shape: rng.integers(np.asarray(d.low), np.asarray(d.high) + 1, shape),
-    discrete.GeometricProbs: lambda rng, d, shape: rng.geometric(np.asarray(d.probs), shape) - 1,
+    discrete.GeometricLogits: lambda rng, d, shape: rng.geometric(np.asarray(d.probs), shape) - 1,
     discrete.BernoulliProbs: _bernoulli,
     discrete.BernoulliLogits: _bernoulli,
     discrete.BinomialProbs: _binomial,
