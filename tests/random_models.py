@@ -344,9 +344,8 @@ def _weighted(draft: _Draft, sizes: dict[str, int], model: Callable, data: dict,
     weights = rng.integers(1, 3, sizes["rows"])
     row_of = np.repeat(np.arange(sizes["rows"]), weights)
     levels = {name: level for name, (level, _) in draft.inputs.items()} | {n.name: n.level for n in draft.nodes}
-    levels |= {"index of rows": "rows", "second index": "rows", "index of groups": "groups", "kept": "rows"} | {
-        f"{n}_seen": draft.sizes_of[n][0] for n in draft.partly
-    }
+    levels |= {"index of rows": "rows", "second index": "rows", "index of groups": "groups", "kept": "rows"}
+    levels |= {f"{name}_seen": draft.sizes_of[name][0] for name in draft.partly}
     repeated = {name: value[row_of] if levels[name] == "rows" else value for name, value in data.items()}
     longer = _model(draft, {**sizes, "rows": len(row_of)})
     return Instance(model, ({**data, "weights": weights},), (longer, (repeated,)), row_of)
