@@ -18,7 +18,7 @@ from autoem._init import starts
 from autoem._plan import Plan
 from autoem._progress import Progress
 from autoem._result import EMResult, Restarts, make_result
-from autoem._stop import Stop
+from autoem._stop import INTERRUPTED, Stop
 from autoem._trace import Source
 from autoem._validate import validate
 from autoem._verify import LARGE, shrunken, verify
@@ -124,7 +124,7 @@ class EM:
         return make_result(self, built, source, bundle, state, notes, args, kwargs)
 
     def check(self, rng_key: Array, *args, **kwargs) -> Report:
-        """Test the derivation on this model and data: tables, marginals, gradients, and a refit of simulated data.
+        """Test the derivation on this model and data: tables, marginals and gradients.
 
         Raises:
             ModelError, PlanError, DataError: as `plan`.
@@ -179,10 +179,19 @@ class EM:
                 ended = run_loop(advance, stacked, bundle, self.stop, first, bar.report)
                 states = [jax.tree.map(lambda x, i=i: x[i], ended) for i in range(len(begin))]
             else:
-                states = [run_loop(advance, s, bundle, self.stop, first, bar.report) for s in states]
+                states = list(one_by_one(advance, states, bundle, self.stop, first, bar.report))
         objectives = np.array([float(s.objective) for s in states])
         best = int(np.argmax(np.where(np.isnan(objectives), -np.inf, objectives)))
         return states[best], Restarts.of(states, best)
+
+
+def one_by_one(advance: Callable, states: list[State], bundle: Bundle, stop: Stop, first: int, report: Callable):
+    """Run each start to its end; an interrupt ends the fit, not the start alone."""
+    for state in states:
+        ended = run_loop(advance, state, bundle, stop, first, report)
+        yield ended
+        if int(ended.status) == INTERRUPTED:
+            return
 
 
 def as_key(key: Any) -> Array:

@@ -14,6 +14,7 @@ from jax import Array
 from numpyro.infer import Predictive
 
 from autoem._build import Build
+from autoem._errors import DataError
 from autoem._fit import State
 from autoem._plan import Plan
 from autoem._posterior import Posterior
@@ -114,6 +115,13 @@ class EMResult:
         if not args and not kwargs:
             args, kwargs = context.args, context.kwargs
         built, source = context.em._derive(args, kwargs)
+        for name, param in built.program.params.items():
+            if param.shape != np.shape(self.params[name]):
+                raise DataError(
+                    name,
+                    problem=f"these data give it shape {param.shape}, the fit had {np.shape(self.params[name])}",
+                    mend="pass data with the columns, and the model the options, of the fit",
+                )
         return Posterior(built, self.params, built.plain_bundle(source, jax.random.key(0)))
 
     def score(self, *args, **kwargs) -> Array:
@@ -220,12 +228,15 @@ def make_result(
     state, restarts = ended
     odd = oddities(built, state.params) if np.isfinite(float(state.objective)) else ()
     sentence = SENTENCES[int(state.status)]
+    likelihood = float(state.log_likelihood)
+    if likelihood < -1e15:  # the finite stand-in for log 0
+        likelihood, sentence = float("-inf"), impossible(built, source, state.params)
     status = "; ".join([sentence, *odd])
     history = np.asarray(state.history)[: int(state.step) + 1]
     return EMResult(
         {n: v for n, v in state.params.items()},
-        float(state.log_likelihood),
-        float(state.objective),
+        likelihood,
+        float(state.objective) if np.isfinite(likelihood) else likelihood,
         history,
         int(state.step),
         int(state.status) == CONVERGED,
@@ -235,6 +246,15 @@ def make_result(
         built.plan,
         Context(em, built, source, args, kwargs),
     )
+
+
+def impossible(built: Build, source: Source, params: dict[str, Array]) -> str:
+    """The status of a fit whose start gives the data no probability."""
+    rows = np.atleast_1d(
+        np.asarray(Posterior(built, params, built.plain_bundle(source, jax.random.key(0))).log_likelihood)
+    )
+    where = f" (row {int(np.argmin(rows))})" if rows.size > 1 else ""
+    return f"stopped at the start: the data have probability zero there{where}; correct them or start elsewhere"
 
 
 def oddities(built: Build, params: dict[str, Array]) -> tuple[str, ...]:

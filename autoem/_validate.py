@@ -125,7 +125,7 @@ def check_support(name: str, record: Record, value: np.ndarray, hidden: np.ndarr
     example = np.broadcast_to(value, hidden.shape + value.shape[value.ndim - events :])[first]
     raise DataError(
         name,
-        problem=f"{int(wrong.sum())} values lie outside the support of "
+        problem=f"{int(wrong.sum())} of its values lie outside the support of "
         f"{type(record.base).__name__} ({describe(support)}); first at {list(first)}: {example}",
         mend="correct the data, or choose a distribution that can produce them",
     )

@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from numpyro.distributions import constraints
 
-from autoem._errors import PlanError
+from autoem._errors import ModelError, PlanError
 from autoem.e_step.tables import Factor
-from autoem.families import NoClosedForm, Opaque
+from autoem.families import Counting, Covariance, NoClosedForm, Opaque, Power
 from autoem.m_step import counting, covariance, location, power
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.counting import Count
@@ -31,7 +32,7 @@ from autoem.m_step.power import Scale
 from autoem.m_step.priors import COUNTS, NORMAL, POWERS, prior_of, readable
 from autoem.m_step.problem import Bundle, Params, Problem, Use, uses_of
 from autoem.m_step.strategies import AbstractMStep, ClosedForm, Fixed, Gradient, Newton
-from autoem.passes.link import Declined
+from autoem.passes.link import Declined, Linear
 
 MAX_NEWTON = 256
 T = TypeVar("T")
@@ -233,6 +234,7 @@ def choose(
         if isinstance(wish, Fixed):
             continue
         asked = Asked(name, kind_of(param.constraint), tuple(uses_of(name, factors)), problem, params, bundle)
+        refuse_unconstrained(asked)
         if isinstance(wish, Newton | Gradient):
             declined[name] = "asked for"
             continue
@@ -260,6 +262,40 @@ def with_profile(block: AbstractBlock, closed: Sequence[AbstractBlock], factors:
     }
     tied = [b for b in closed if isinstance(b, Scale) and shapes & {u.factor.name for u in b.uses}]
     return dataclasses.replace(block, profile=tuple(tied))
+
+
+def refuse_unconstrained(asked: Asked) -> None:
+    """Raise where a parameter that may take any value stands, unchanged, where only some values have a meaning."""
+    for use in asked.uses if asked.kind == "real" else ():
+        rule = use.factor._family.rules[use.argument] if use.argument else None
+        if not isinstance(rule, Counting | Power | Covariance) or (isinstance(rule, Counting) and rule.logits):
+            continue
+
+        def form(p, b, use=use):
+            return asked.problem.link(
+                use, lambda: {("param", asked.name): Linear(jnp.asarray(p[asked.name]))}, p, b
+            ).form
+
+        try:
+            copied = asked.read(form)
+        except Declined:
+            continue
+        if isinstance(copied, Linear) and copied.pure:
+            needed = needed_constraint(rule, use)
+            raise ModelError(
+                asked.name,
+                problem=f"it is unconstrained, but it is the {use.argument} of '{use.factor.name}', which is not",
+                mend=f'numpyro.param("{asked.name}", ..., constraint=constraints.{needed})',
+            )
+
+
+def needed_constraint(rule: Counting | Power | Covariance, use: Use) -> str:
+    """Name of the constraint that an argument's rule is for."""
+    if isinstance(rule, Power):
+        return "positive"
+    if isinstance(rule, Covariance):
+        return "lower_cholesky" if rule.form == "tril" else "positive_definite"
+    return "simplex" if use.event_dim else "unit_interval"
 
 
 def join_least_squares(

@@ -52,7 +52,11 @@ def refuse_unknown(program: Program, latent: tuple[str, ...], maximize: tuple[st
                 continue
             site = program.sites.get(name)
             if site is None or site.role not in ("parameter",):
-                known = [s.name for s in program.sites.values() if s.role in ("parameter", "latent")]
+                known = [
+                    s.name
+                    for s in program.sites.values()
+                    if s.role == "parameter" or (s.role == "latent" and option == "latent")
+                ]
                 what = "is no unobserved site" if site is None else f"is {site.role}, not an unobserved continuous site"
                 raise PlanError(
                     name, problem=f"{option}= names it, but it {what} of the model", mend=f"choose among {known}"
