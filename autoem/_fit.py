@@ -60,7 +60,8 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle) -> State:
     fell = ~first & (value < state.objective - stop.fall * eps * size)
     # a finite stand-in for log 0 is as good as minus infinity here
     bad = ~jnp.isfinite(value) | (value < -jnp.sqrt(jnp.finfo(value.dtype).max) / 2)
-    change = jnp.abs(value - state.objective)
+    # against the best value so far: at the limit of single precision the objective wavers without rising
+    change = value - jnp.max(jnp.where(jnp.isnan(state.history), -jnp.inf, state.history))
     # terms of either sign may cancel in the objective, but not in its rounding error
     rounding = 4 * eps * (size + kernel.num_rows)
     still = ~first & (change <= jnp.maximum(stop.tol * size, rounding)) & (stop.tol > 0)

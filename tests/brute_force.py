@@ -28,12 +28,16 @@ Values = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Latent:
-    """One discrete latent site: the values it may take, the shape of its cells, and which of them a mask takes out."""
+    """One discrete latent site: the values it may take, the shape of its cells, and which of them a mask takes out.
+
+    `ragged` says that some cells may take only some of the values.
+    """
 
     name: str
     support: np.ndarray
     shape: tuple[int, ...]
     masked_out: np.ndarray
+    ragged: bool
 
     @property
     def size(self) -> int:
@@ -147,7 +151,9 @@ class Oracle:
     def _log_density(self, params: Values, index: jax.Array) -> jax.Array:
         latents = {site.name: values[0] for site, values in self._decode(index[None])}
         trace = self._run({**params, **latents})
-        return jnp.asarray(sum(_log_prob(site) for name, site in trace.items() if name not in self._given))
+        total = jnp.asarray(sum(_log_prob(site) for name, site in trace.items() if name not in self._given))
+        inside = [jnp.all(trace[site.name]["fn"].support(latents[site.name])) for site in self.latents if site.ragged]
+        return jnp.where(jnp.all(jnp.array(inside)), total, -jnp.inf) if inside else total
 
     def _digits(self, index: Any) -> list[tuple[Latent, Any]]:
         """The completion's number written in mixed radix, one digit a cell: (len(index), cells) for each latent."""
@@ -228,7 +234,7 @@ def _latent(site: dict) -> Latent:
         raise ValueError(f"site '{name}' is scaled: give the oracle repeated rows instead")
     shape = np.shape(site["value"])
     mask = np.reshape(_mask(fn), np.shape(_mask(fn)) + (1,) * len(fn.event_shape))
-    return Latent(name, _support(fn), shape, ~np.broadcast_to(mask, shape))
+    return Latent(name, _support(fn), shape, ~np.broadcast_to(mask, shape), _is_ragged(fn))
 
 
 def _mask(fn: dist.Distribution) -> np.ndarray:
@@ -246,8 +252,16 @@ def _mask(fn: dist.Distribution) -> np.ndarray:
 def _support(fn: dist.Distribution) -> np.ndarray:
     while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
         fn = fn.base_dist
+    if _is_ragged(fn):
+        return np.arange(np.min(fn.support.lower_bound), np.max(fn.support.upper_bound) + 1)
     values = np.asarray(fn.enumerate_support(expand=False))
     return values.reshape(len(values), -1)[:, 0]
+
+
+def _is_ragged(fn: dist.Distribution) -> bool:
+    """Whether the cells' supports differ."""
+    ends = [getattr(fn.support, end, 0) for end in ("lower_bound", "upper_bound")]
+    return any(np.ndim(end) > 0 and np.min(end) < np.max(end) for end in ends)
 
 
 def constraints_of(model: Callable, params: Values, *args: Any, **kwargs: Any) -> dict[str, Any]:
