@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from autoem.e_step.tables import Factor
 from autoem.m_step._base import NEWTON, AbstractBlock
 from autoem.m_step.counting import latex_name
 from autoem.m_step.location import newton_direction
-from autoem.m_step.problem import Bundle, Params, Statistics
+from autoem.m_step.problem import Bundle, Params, Statistics, graph_values, inner
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
 
 
@@ -78,12 +79,65 @@ class NewtonBlock(AbstractBlock):
         def objective(v: Array) -> Array:
             return self.problem.q(completed(v), statistics, bundle, touched)
 
-        best = maximise(objective, flat, self.max_steps, self.tolerance)
+        kinks = [n for n in touched if is_kinked(self.problem.factors[n])]
+        if kinks:
+            smooth = [n for n in touched if n not in kinks]
+
+            def minorised(at: Array):
+                there = completed(at)
+
+                def bound(v: Array) -> Array:
+                    new = completed(v)
+                    rest = self.problem.q(new, statistics, bundle, smooth)
+                    parts = [quadratic_bound(self.problem.factors[n], new, there, statistics[n], bundle) for n in kinks]
+                    return rest + sum(parts, start=jnp.zeros(()))
+
+                return bound
+
+            best = climb(objective, minorised, flat, self.max_steps, self.tolerance)
+        else:
+            best = maximise(objective, flat, self.max_steps, self.tolerance)
         new = completed(best)
         # a parameter on its boundary has no finite coordinate: it stays there
         finite = jnp.isfinite(flat).all() & jnp.isfinite(best).all()
         names = (*self.names, *(n for b in self.profile for n in b.names))
         return {n: jnp.where(finite, new[n], params[n]) for n in names}, state
+
+
+def is_kinked(factor: Factor) -> bool:
+    """Whether the density has a corner in a free location, where Newton's method would stop too early."""
+    return factor.site.distribution == "Laplace" and factor.family is None
+
+
+def quadratic_bound(factor: Factor, params: Params, at: Params, statistics: Array, bundle: Bundle) -> Array:
+    """A smooth lower bound of a Laplace site's part of `Q`, equal to it at `at`.
+
+    It is that of `|r| <= (r^2 / d + d) / 2` with `d = |r(at)|`.
+
+    References:
+        Hunter and Lange 2000, "Quantile regression via an MM algorithm".
+    """
+    values, there = graph_values(bundle, params), graph_values(bundle, at)
+    x = jnp.asarray(factor.graph.evaluate([(factor.name, "value")], values)[0])
+    residual = x - factor.argument("arg:loc", values)
+    width = jnp.abs(x - factor.argument("arg:loc", there))
+    width = jnp.maximum(width, 1e-6 * width.mean() + jnp.finfo(width.dtype).tiny)
+    scale = factor.argument("arg:scale", values)
+    density = -jnp.log(2 * scale) - 0.5 * (residual**2 / width + width) / scale
+    return inner(statistics, jnp.broadcast_to(density, statistics.shape))
+
+
+def climb(objective, minorised, start: Array, rounds: int, tolerance: float) -> Array:
+    """Maximise a bound, move, bound anew; a round that does not raise the objective itself ends the climb."""
+
+    def round_(_, carry):
+        at, value = carry
+        new = maximise(minorised(at), at, 5, tolerance)
+        reached = objective(new)
+        better = reached > value
+        return jnp.where(better, new, at), jnp.where(better, reached, value)
+
+    return jax.lax.fori_loop(0, rounds, round_, (start, objective(start)))[0]
 
 
 def maximise(objective, start: Array, max_steps: int, tolerance: float) -> Array:

@@ -1,7 +1,7 @@
 """Law: whatever the model, autoem's answers are those of adding up every completion, and its steps never go down.
 
 The models come from a generator (`tests/random_models.py`), the truth from `tests/brute_force.py`, which shares no code
-with autoem. Some thirty small models run with the tests, a thousand larger ones under `-m slow`.
+with autoem. Two dozen small models run with the tests, a thousand larger ones under `-m slow`.
 """
 
 import jax
@@ -18,7 +18,7 @@ MOST_RUN_AWAY = 0.1  # the share whose step, on a handful of rows, leads to wher
 tally = {"run": 0, "refused": 0, "ran away": 0}
 
 
-@pytest.mark.parametrize("seed", range(32))
+@pytest.mark.parametrize("seed", range(24))
 def test_agrees_with_adding_up_every_completion(seed: int) -> None:
     model = random_model(seed, most_latents=2, most_observed=2)
     _check(model)
@@ -27,7 +27,7 @@ def test_agrees_with_adding_up_every_completion(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(32, 1032))
+@pytest.mark.parametrize("seed", range(24, 1024))
 def test_a_thousand_more(seed: int) -> None:
     model = random_model(seed)
     _check(model)
@@ -40,8 +40,8 @@ def test_a_thousand_more(seed: int) -> None:
 def test_few_are_left_out() -> None:
     """Runs after the models above, and counts those of this process."""
     print(tally)
-    assert tally["refused"] <= MOST_REFUSED * max(tally["run"], 32)
-    assert tally["ran away"] <= MOST_RUN_AWAY * max(tally["run"], 32)
+    assert tally["refused"] <= MOST_REFUSED * max(tally["run"], 24)
+    assert tally["ran away"] <= MOST_RUN_AWAY * max(tally["run"], 24)
 
 
 def _check(model: RandomModel) -> None:
