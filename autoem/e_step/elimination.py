@@ -181,12 +181,13 @@ def sum_out(tables, layout: Layout, leaf: frozenset[str], reduce, steps) -> list
     local = sorted({z for t in tables for z in t.latents if layout.plates_of[z] == leaf})
     if not local:
         return list(tables)
+    removed = list(local)
     while local:
         latent = min(local, key=lambda z: (joint_size(tables, z), z))
         local.remove(latent)
         holding = [t for t in tables if latent in t.latents]
         tables = [t for t in tables if latent not in t.latents] + [remove(holding, latent, reduce, steps)]
-    scale = multiplicity(tables, layout, leaf)
+    scale = multiplicity(tables, layout, removed)
     if scale is None:
         return tables
     return [dataclasses.replace(t, value=multiply(t.value, scale)) for t in tables]
@@ -224,9 +225,9 @@ def shared_route(tables: Sequence[Table], latents: frozenset[str]) -> Route | No
     return dataclasses.replace(first, latents=frozenset().union(*(r.latents for r in routes.values())))
 
 
-def multiplicity(tables, layout: Layout, leaf: frozenset[str]) -> Named | None:
+def multiplicity(tables, layout: Layout, removed: Sequence[str]) -> Named | None:
     """How often each row of the component counts, relative to the latents that remain."""
-    names = [z for z, plates in layout.plates_of.items() if plates == leaf and layout.scales.get(z) is not None]
+    names = [z for z in removed if layout.scales.get(z) is not None]
     if not names:
         return None
     own = layout.scales[names[0]]

@@ -46,8 +46,48 @@ def build_factors(program: Program, values: Mapping[Any, Any]) -> tuple[tuple[Fa
         route = None
         if routed:
             route, cells[site.name] = find_route(program, site, routed, values)
+        refuse_random_weights(program, site)
         factors.append(build_factor(program, site, latents, route))
+    refuse_chained_routes(factors)
+    refuse_two_indices(factors, cells)
     return tuple(factors), cells
+
+
+def refuse_two_indices(factors: list[Factor], cells: Mapping[str, np.ndarray]) -> None:
+    """Raise where latents of the rows may tie together cells that two sites find by different indices."""
+    routed = [f for f in factors if f.route and any(z.name not in f.route.latents for z in f.latents)]
+    for a in routed:
+        for b in routed:
+            same_rows = a.route and b.route and a.route.source == b.route.source
+            if same_rows and not np.array_equal(cells[a.name], cells[b.name]):
+                raise ModelError(
+                    a.name,
+                    problem=f"it and '{b.name}' read latents of another plate by different indices beside latents of their own",
+                    mend="no exact elimination of bounded cost exists for this; index them by the same array",
+                )
+
+
+def refuse_random_weights(program: Program, site: Site) -> None:
+    """Raise where a mask or a scale depends on a latent or a parameter."""
+    for field in ("mask", "scale"):
+        if (site.name, field) in program.full.outputs and not is_data(program, (site.name, field)):
+            raise ModelError(
+                site.name,
+                problem=f"its {field} depends on a latent or a parameter",
+                mend="write the choice into the distribution (jnp.where on its arguments) or into a numpyro.factor",
+            )
+
+
+def refuse_chained_routes(factors: list[Factor]) -> None:
+    """Raise where the cells that one site finds by index find theirs by index in turn."""
+    for a in factors:
+        for b in factors:
+            if a.route and b.route and set(a.route.target) & set(b.route.source):
+                raise ModelError(
+                    a.name,
+                    problem=f"it reads latents by index whose own site '{b.name}' reads others by index",
+                    mend="nest the plates (numpyro.plate with dim=) instead of indexing twice",
+                )
 
 
 def read_latents(program: Program, site: Site) -> tuple[Latent, ...]:
