@@ -62,7 +62,7 @@ def refuse_two_indices(factors: list[Factor], cells: Mapping[str, np.ndarray]) -
             if same_rows and not np.array_equal(cells[a.name], cells[b.name]):
                 raise ModelError(
                     a.name,
-                    problem=f"it and '{b.name}' read latents of another plate by different indices beside latents of their own",
+                    problem=f"it and '{b.name}' read latents of another plate by different indices",
                     mend="no exact elimination of bounded cost exists for this; index them by the same array",
                 )
 

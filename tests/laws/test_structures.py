@@ -169,7 +169,7 @@ def _marked(name: str):
     return pytest.param(name, marks=pytest.mark.xfail(reason=NOT_YET[name])) if name in NOT_YET else name
 
 
-@pytest.mark.parametrize("name", map(_marked, CASES))
+@pytest.mark.parametrize("name", [_marked(name) for name in CASES])
 def test_agrees_with_adding_up_every_completion(name: str) -> None:
     model, args = CASES[name]
     _check(autoem.EM(model, init=PARAMS, **FIT), model, args)
