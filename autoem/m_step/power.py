@@ -62,6 +62,8 @@ class Scale(AbstractBlock):
         new = old + jnp.log(ratio) / self.degree if self.real else old * ratio ** (1 / self.degree)
         # b = 0 with a below zero is a scale that collapses; with nothing expected at all the old value stands
         collapsed = (d == 0) & (a < 0)
+        if self.degree > 0:  # a rate of which nothing was seen: its maximum is at zero
+            collapsed = collapsed | ((a == 0) & (d > 0))
         floor = jnp.log(jnp.finfo(old.dtype).tiny) if self.real else 0.0
         return {name: jnp.where(fine, new, jnp.where(collapsed, floor, old)).astype(old.dtype)}, state
 

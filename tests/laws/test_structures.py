@@ -290,3 +290,15 @@ def test_right_or_refused(model: Callable, args: tuple) -> None:
     except (autoem.ModelError, autoem.PlanError):
         return
     _check(em, model, args)
+
+
+def test_a_rate_of_which_nothing_was_seen() -> None:
+    """The maximum is at the boundary: staying at the start would be called converged, and wrong."""
+
+    def zeros(y):
+        rate = numpyro.param("rate", jnp.full(2, 0.5), constraint=dist.constraints.positive)
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.Poisson(rate).to_event(1), obs=y)
+
+    result = autoem.EM(zeros, init="model", progress=False).run(jax.random.key(0), np.array([[0, 3], [0, 1]]))
+    np.testing.assert_allclose(result.params["rate"], [0.0, 2.0], atol=1e-12)
