@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 
 from autoem._errors import PlanError
-from autoem._named import Named, add, multiply
+from autoem._named import Named, add, multiply, union
 
 SOURCE = "Obermeyer et al. 2019 (plated variable elimination); Darwiche 2003 (marginals as derivatives)"
 
@@ -160,7 +160,7 @@ def innermost(tables: Sequence[Table]) -> frozenset[str]:
     targets = [frozenset(t.route.target) for t in tables if t.route]
     free = [o for o in ordinals if not any(o < p for p in ordinals)]
     unreached = [o for o in free if not any(o <= t or t <= o for t in targets if t)]
-    sources = [o for o in free if any(t.route and t.plates == o for t in tables)]
+    sources = [o for o in unreached if any(t.route and t.plates == o for t in tables)]
     return min(sources or unreached or free, key=lambda o: (-len(o), sorted(o)))
 
 
@@ -231,12 +231,14 @@ def multiplicity(tables, layout: Layout, removed: Sequence[str]) -> Named | None
     if not names:
         return None
     own = layout.scales[names[0]]
-    outer = [layout.scales[z] for t in tables for z in t.latents if layout.scales.get(z) is not None]
-    if own is None or not outer or outer[0] is None:
+    above = [(z, t.route) for t in tables for z in t.latents if layout.scales.get(z) is not None]
+    if own is None or not above:
         return own
-    axes = tuple(dict.fromkeys(own.axes + outer[0].axes))
-    above = outer[0].to(axes)
-    return Named(own.to(axes) / jnp.where(above == 0, 1, above), axes)
+    inner, route = max(above, key=lambda pair: len(layout.plates_of[pair[0]]))
+    scale = route_to_rows(layout.scales[inner], route, layout.cells)  # type: ignore[arg-type]
+    axes = union(own.axes, scale.axes)
+    lower = scale.to(axes)
+    return Named(own.to(axes) / jnp.where(lower == 0, 1, lower), axes)
 
 
 def total_of(table: Table, layout: Layout) -> Array:

@@ -48,7 +48,6 @@ def build_factors(program: Program, values: Mapping[Any, Any]) -> tuple[tuple[Fa
             route, cells[site.name] = find_route(program, site, routed, values)
         refuse_random_weights(program, site)
         factors.append(build_factor(program, site, latents, route))
-    refuse_chained_routes(factors)
     refuse_two_indices(factors, cells)
     return tuple(factors), cells
 
@@ -76,18 +75,6 @@ def refuse_random_weights(program: Program, site: Site) -> None:
                 problem=f"its {field} depends on a latent or a parameter",
                 mend="write the choice into the distribution (jnp.where on its arguments) or into a numpyro.factor",
             )
-
-
-def refuse_chained_routes(factors: list[Factor]) -> None:
-    """Raise where the cells that one site finds by index find theirs by index in turn."""
-    for a in factors:
-        for b in factors:
-            if a.route and b.route and set(a.route.target) & set(b.route.source):
-                raise ModelError(
-                    a.name,
-                    problem=f"it reads latents by index whose own site '{b.name}' reads others by index",
-                    mend="nest the plates (numpyro.plate with dim=) instead of indexing twice",
-                )
 
 
 def read_latents(program: Program, site: Site) -> tuple[Latent, ...]:

@@ -266,6 +266,10 @@ class Factor:
 
     def _bounded(self, value: Named, rows: Rows) -> Named:
         """A latent's own table: impossible states have no density, and a cell that a mask takes out counts once."""
+        own = self.latents[0]
+        if own.name not in value.axes and own.num_states > 1:  # a flat density still has a term for every state
+            flat = jnp.broadcast_to(value.array, (own.num_states, *value.array.shape))
+            value = Named(flat, (own.name, *value.axes))
         if rows.inside is not None:
             value = choose(rows.inside, value, -jnp.inf)
         if rows.mask is not None:

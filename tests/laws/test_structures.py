@@ -159,17 +159,7 @@ CASES: dict[str, tuple[Callable, tuple]] = {
 }
 
 
-NOT_YET = {
-    "chain of plates": "indexing twice is refused",
-    "never read": "the likelihood of each datum misses a latent that nothing reads",
-}
-
-
-def _marked(name: str):
-    return pytest.param(name, marks=pytest.mark.xfail(reason=NOT_YET[name])) if name in NOT_YET else name
-
-
-@pytest.mark.parametrize("name", [_marked(name) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_agrees_with_adding_up_every_completion(name: str) -> None:
     model, args = CASES[name]
     _check(autoem.EM(model, init=PARAMS, **FIT), model, args)
@@ -232,7 +222,6 @@ def scaled_groups(weight, index, y):
         _normal("y", _loc()[_flips("z", 0.2 + 0.5 * a[index])], y)
 
 
-@pytest.mark.xfail(reason="weights of groups beside weights of their rows, found by index", raises=TypeError)
 def test_a_group_with_its_rows_repeated() -> None:
     index, y, weight = np.array([0, 0, 1, 1]), Y[:4], np.array([2.0, 3.0])
     each = [
