@@ -59,13 +59,13 @@ class Build:
     factors: tuple[Factor, ...]
     limits: dict[str, np.ndarray]
     model_start: Callable[[dict, Array], dict[str, Array]]
-    seeding: Callable | None = None
+    seeding: dict[bool, Callable] = dataclasses.field(default_factory=dict)
     alike: tuple[str, ...] = ()
 
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
-        compiled = jax.jit if large else jit_once  # over many rows it runs long enough to be worth compiling well
-        self._prepare = compiled(lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells))
+        self.compiled = jax.jit if large else jit_once  # over many rows it runs long enough to be worth compiling well
+        self._prepare = self.compiled(lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells))
 
     @property
     def program(self) -> Program:

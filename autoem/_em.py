@@ -18,7 +18,7 @@ from autoem._init import starts
 from autoem._plan import Plan
 from autoem._progress import Progress
 from autoem._result import EMResult, Restarts, make_result
-from autoem._stop import INTERRUPTED, Stop
+from autoem._stop import DIVERGED, FELL, INTERRUPTED, Stop
 from autoem._trace import Source
 from autoem._validate import validate
 from autoem._verify import LARGE, shrunken, verify
@@ -26,6 +26,7 @@ from autoem.e_step.strategies import AbstractEStep
 from autoem.m_step.problem import Bundle
 from autoem.m_step.strategies import AbstractMStep
 
+ONE_THREAD_UP_TO = 4 << 20  # bytes of the rows: below, one kernel after the other is faster than several at once
 VMAP_UP_TO = 4_000_000  # entries of the rows times restarts: beyond, restarts run one after the other
 
 
@@ -41,7 +42,8 @@ class EM:
         m_step: None (choose and say why), a strategy from `autoem.m_step`, or a dict of them by parameter.
         latent: names of continuous sites to integrate rather than maximise.
         maximize: names of continuous sites to maximise whatever their place in the model.
-        restarts: number of starts, at least 1; the best end point is the result, and every one is kept in it.
+        restarts: number of starts, at least 1; the best end point is the result, and every one is kept in it. A start
+            that broke down (a likelihood without bound) is the result only where all did.
         init: where to start. "auto": the model's own values, unless they treat the states of a latent alike (a saddle
             point of EM), then responsibilities seeded from the data. "model": the model's own values. "random": seeded
             from the data. A dict: values by parameter name (the others as in "auto"), or, by latent name,
@@ -169,7 +171,9 @@ class EM:
         together = len(begin) > 1 and entries * len(begin) <= VMAP_UP_TO
         loop = (id(built), together)
         if loop not in self._loops:
-            self._loops[loop] = compile_loop(built.kernel, self.stop, together)
+            read = sum(x.nbytes for x in jax.tree.leaves(bundle.rows))
+            small = read * (len(begin) if together else 1) <= ONE_THREAD_UP_TO
+            self._loops[loop] = compile_loop(built.kernel, self.stop, together, small)
         advance = self._loops[loop]
         first = int(np.clip(2e7 / max(entries, 1), 1, 200))
         states = [initial_state(built.kernel, p, self.stop) for p in begin]
@@ -180,9 +184,14 @@ class EM:
                 states = [jax.tree.map(lambda x, i=i: x[i], ended) for i in range(len(begin))]
             else:
                 states = list(one_by_one(advance, states, bundle, self.stop, first, bar.report))
-        objectives = np.array([float(s.objective) for s in states])
-        best = int(np.argmax(np.where(np.isnan(objectives), -np.inf, objectives)))
+        best = max(range(len(states)), key=lambda i: merit(states[i]))
         return states[best], Restarts.of(states, best)
+
+
+def merit(state: State) -> tuple[bool, float]:
+    """What a start's end point is worth: a likelihood that grew without bound until it broke is worth least."""
+    value = float(state.objective)
+    return int(state.status) not in (FELL, DIVERGED), -np.inf if np.isnan(value) else value
 
 
 def one_by_one(advance: Callable, states: list[State], bundle: Bundle, stop: Stop, first: int, report: Callable):

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from autoem._jaxpr import jit_small
 from autoem._lower import Kernel
-from autoem._stop import CONVERGED, DIVERGED, FELL, INTERRUPTED, LIMIT, RUNNING, Stop
+from autoem._stop import CONVERGED, DIVERGED, FELL, INTERRUPTED, LIMIT, ROUNDED, RUNNING, Stop
 from autoem.m_step.problem import Bundle, Params
 
 SECONDS_BETWEEN_LOOKS = 0.25
@@ -42,11 +43,12 @@ class State(NamedTuple):
 
 def initial_state(kernel: Kernel, params: Params, stop: Stop) -> State:
     """The state before the first E-step."""
-    dtype = jnp.result_type(float)
-    history = jnp.full(stop.max_steps + 1, jnp.nan, dtype)
-    nothing = jnp.array(-jnp.inf, dtype)
-    zero = jnp.zeros((), int)
-    params = {n: jnp.asarray(v) for n, v in params.items()}
+    real, whole = jnp.result_type(float), jnp.result_type(int)
+    # in NumPy, which compiles and dispatches nothing
+    history: Any = np.full(stop.max_steps + 1, np.nan, real)
+    nothing: Any = np.array(-np.inf, real)
+    zero: Any = np.zeros((), whole)
+    params = dict(params)
     return State(params, params, nothing, nothing, history, zero, zero, zero, kernel.init_states(params))
 
 
@@ -67,7 +69,7 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle) -> State:
     still = ~first & (change <= jnp.maximum(stop.tol * size, rounding)) & (stop.tol > 0)
     flat = jnp.where(still, state.flat + 1, 0)
     status = jnp.where(state.step >= stop.max_steps, LIMIT, RUNNING)
-    status = jnp.where(flat >= stop.patience, CONVERGED, status)
+    status = jnp.where(flat >= stop.patience, jnp.where(rounding > stop.tol * size, ROUNDED, CONVERGED), status)
     status = jnp.where(fell, FELL, status)
     status = jnp.where(bad, DIVERGED, status)
     back = (fell | bad) & ~first
@@ -91,7 +93,7 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle) -> State:
     )
 
 
-def compile_loop(kernel: Kernel, stop: Stop, vmapped: bool) -> Callable[[State, Bundle, int], State]:
+def compile_loop(kernel: Kernel, stop: Stop, vmapped: bool, small: bool) -> Callable[[State, Bundle, int], State]:
     """`advance(state, bundle, limit)`: steps until the fit ends or `limit` steps are done."""
 
     def advance(state: State, bundle: Bundle, limit) -> State:
@@ -99,7 +101,8 @@ def compile_loop(kernel: Kernel, stop: Stop, vmapped: bool) -> Callable[[State, 
             lambda s: (s.status == RUNNING) & (s.step < limit), lambda s: em_step(kernel, stop, s, bundle), state
         )
 
-    return jax.jit(jax.vmap(advance, in_axes=(0, None, None)) if vmapped else advance)
+    compiled = jit_small if small else jax.jit
+    return compiled(jax.vmap(advance, in_axes=(0, None, None)) if vmapped else advance)
 
 
 def run_loop(

@@ -2,15 +2,18 @@
 
 In: a build and its data. Out: a list of parameter dicts, one a start, and notes on how they came about. A seeded start
 is an M-step from responsibilities, so it works for any model: k-means++ on the observed values where a latent's rows
-have some, random responsibilities elsewhere.
+have some, random responsibilities elsewhere. Every other restart is seeded from a few random rows for each state: less
+often good, but not blind to what distance does not show (two lines that cross).
 
 References:
-    Arthur and Vassilvitskii 2007, "k-means++: the advantages of careful seeding".
+    Arthur and Vassilvitskii 2007, "k-means++: the advantages of careful seeding". McLachlan and Peel 2000, "Finite
+    mixture models", section 2.12 (random starts).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +24,7 @@ from numpyro.distributions import constraints
 
 from autoem._build import Build
 from autoem._errors import DataError, PlanError
+from autoem._jaxpr import jit_once
 from autoem._named import Named, multiply, named
 from autoem._trace import Source
 from autoem.e_step.elimination import route_to_rows
@@ -31,12 +35,14 @@ from autoem.m_step.problem import Bundle, Params, make_layout
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
 
 SOFT = 0.9  # weight of the seeded state; the rest is shared, so that no state starts empty
+FEW = 3  # rows for each state where a start is seeded from a few
+SEEDED = "started from seeded responsibilities"
 
 
 def starts(
     built: Build, source: Source, bundle: Bundle, init: str | Mapping[str, Any], restarts: int, key: Array
 ) -> tuple[list[dict[str, Array]], tuple[str, ...]]:
-    """`restarts` start points.
+    """`restarts` start points, and what is to be said of them.
 
     Raises:
         PlanError: a dict names something that the model does not have.
@@ -45,27 +51,57 @@ def starts(
     base = built.start(source, key)
     given = dict(init) if isinstance(init, Mapping) else {}
     weights = {n: responsibilities(built, n, v) for n, v in given.items() if n in built.program.latents}
-    base.update({n: start_value(built, n, v) for n, v in given.items() if n not in built.program.latents})
+    fixed = {n: start_value(built, n, v) for n, v in given.items() if n not in built.program.latents}
+    base.update(fixed)
+    plain = functools.cache(lambda: whole(built, source, key, bundle))
+    alike = alike_at(built, base, plain, fixed) if fixed else built.alike
     notes: tuple[str, ...] = ()
-    plain = bundle
-    if weights or restarts > 1 or init == "random" or (init == "auto" and built.alike):
-        plain = whole(built, source, key, bundle)
-    if weights:
-        first = seeded(built, base, plain, key, weights)
-    elif init == "random":
-        first = seeded(built, base, plain, key)
-    elif init == "auto" and built.alike:
-        first = seeded(built, base, plain, key)
-        notes = (
-            f"the model's own start treats the states of {', '.join(built.alike)} alike: "
-            "started from seeded responsibilities",
-        )
+    if weights or init == "random":
+        first = seeded(built, base, plain(), key, weights)
+    elif init != "model" and alike:
+        first = {**seeded(built, base, plain(), key), **fixed}
+        notes = (f"the model's own start treats the states of {', '.join(alike)} alike: {SEEDED}",)
     else:
         first = base
-    out = [first]
-    for i in range(1, restarts):
-        out.append(seeded(built, base, plain, jax.random.fold_in(key, i)))
-    return out, notes
+    if (init == "model" and alike) or (fixed and alike and alike_at(built, first, plain, fixed)):
+        notes = (f"the start given treats the states of {', '.join(alike)} alike, and so does every step from there",)
+    rest = [seeded(built, base, plain(), jax.random.fold_in(key, i), few=i % 2 == 1) for i in range(1, restarts)]
+    return [first, *rest], notes
+
+
+def alike_at(built: Build, params: Params, bundle: Callable[[], Bundle], given: Mapping[str, Array]) -> tuple[str, ...]:
+    """Latents whose states nothing tells apart at `params`; computed only where the given values suggest it."""
+    counts = {z.num_states for z in built.program.latents.values() if z.num_states > 1}
+    values = [np.asarray(v) for v in given.values()]
+    by_state = [same_along(v, i) for v in values for i, size in enumerate(v.shape) if size in counts]
+    twins = any(np.array_equal(a, b) for i, a in enumerate(values) for b in values[:i])
+    if not all(by_state) or not (by_state or twins or built.alike):
+        return ()
+    return no_spread(jit_once(lambda p, b: state_spreads(built, p, b))(dict(params), bundle()))
+
+
+def same_along(value: np.ndarray, axis: int) -> bool:
+    """Whether an axis repeats one slice."""
+    return bool((value == np.take(value, [0], axis)).all())
+
+
+def no_spread(spread: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the latents whose spread is no more than rounding."""
+    return tuple(n for n, v in spread.items() if float(v) <= 100 * float(jnp.finfo(jnp.result_type(float)).eps))
+
+
+def state_spreads(built: Build, params: Params, bundle: Bundle) -> dict[str, Array]:
+    """How far the states of each latent differ in any factor but its own prior; zero at a saddle point of EM."""
+    cells = built.kernel.problem.cells(params, bundle)
+    out: dict[str, list[Array]] = {}
+    for f in built.kernel.likelihood_factors:
+        table = f.table(cells[f.name], bundle.rows[f.name]).value
+        for z in f.latents:
+            if z.name == f.name or z.num_states < 2:
+                continue
+            rows = table.to((z.name, *(a for a in table.axes if a != z.name)))
+            out.setdefault(z.name, []).append(jnp.max(jnp.abs(rows - rows[:1]) / (1 + jnp.abs(rows[:1]))))
+    return {n: jnp.max(jnp.stack(s)) for n, s in out.items()}
 
 
 def whole(built: Build, source: Source, key: Array, bundle: Bundle) -> Bundle:
@@ -73,7 +109,7 @@ def whole(built: Build, source: Source, key: Array, bundle: Bundle) -> Bundle:
     return built.plain_bundle(source, key) if built.plan.chunks else bundle
 
 
-def start_value(built: Build, name: str, value: Any) -> Array:
+def start_value(built: Build, name: str, value: Any) -> Any:
     """A user's start value, checked."""
     if name not in built.program.params:
         names = sorted([*built.program.params, *built.program.latents])
@@ -98,7 +134,7 @@ def start_value(built: Build, name: str, value: Any) -> Array:
         raise DataError(
             name, problem=f"its start value lies outside {param.constraint}", mend="give a value inside its constraint"
         )
-    return jnp.asarray(array)
+    return array
 
 
 def inside(constraint: Any, array: np.ndarray) -> bool:
@@ -133,23 +169,28 @@ def responsibilities(built: Build, name: str, value: Any) -> Named:
 
 
 def seeded(
-    built: Build, params: Params, bundle: Bundle, key: Array, given: Mapping[str, Named] | None = None
+    built: Build,
+    params: Params,
+    bundle: Bundle,
+    key: Array,
+    given: Mapping[str, Named] | None = None,
+    few: bool = False,
 ) -> dict[str, Array]:
     """Parameters after an M-step from seeded responsibilities; jittered instead where the model has no latents."""
     if not built.program.latents:
         return jittered(built, params, key)
-    if built.seeding is None:
+    if few not in built.seeding:
 
         def run(params, bundle, key, given):
-            weights = {**random_weights(built, bundle, key), **given}
+            weights = {**random_weights(built, bundle, key, few), **given}
             statistics = expected_under(built, params, bundle, weights)
             states = built.kernel.init_states(params)
             first, states = built.kernel.maximise(params, statistics, bundle, states)
-            return built.kernel.maximise(first, statistics, bundle, states)[0]
+            new = built.kernel.maximise(first, statistics, bundle, states)[0]
+            return {n: jnp.where(jnp.isfinite(v).all(), v, params[n]) for n, v in new.items()}
 
-        built.seeding = jax.jit(run)
-    new = built.seeding(dict(params), bundle, key, dict(given or {}))
-    return {n: jnp.where(jnp.isfinite(v).all(), v, params[n]) for n, v in new.items()}
+        built.seeding[few] = built.compiled(run)
+    return built.seeding[few](dict(params), bundle, key, dict(given or {}))
 
 
 def jittered(built: Build, params: Params, key: Array) -> dict[str, Array]:
@@ -161,19 +202,23 @@ def jittered(built: Build, params: Params, key: Array) -> dict[str, Array]:
     return out
 
 
-def random_weights(built: Build, bundle: Bundle, key: Array) -> dict[str, Named]:
-    """Responsibilities of every latent: k-means++ where rows have values, random where they have none."""
+def random_weights(built: Build, bundle: Bundle, key: Array, few: bool) -> dict[str, Named]:
+    """Responsibilities of every latent.
+
+    k-means++ where rows have values, random where they have none; or, with `few`, weight on a few random rows alone.
+    """
     out = {}
     for i, latent in enumerate(built.program.latents.values()):
-        own = jax.random.fold_in(key, i)
-        features = row_features(built, bundle, latent)
-        if features is not None and features.shape[0] > latent.num_states:
-            labels = plus_plus(own, features, latent.num_states)
-            weight = SOFT * jax.nn.one_hot(labels, latent.num_states) + (1 - SOFT) / latent.num_states
-            weight = weight.reshape(*latent.shape, latent.num_states)
+        own, k, cells = jax.random.fold_in(key, i), latent.num_states, int(np.prod(latent.shape))
+        features = None if few else row_features(built, bundle, latent)
+        if few and cells >= 2 * FEW * k:
+            chosen = jax.random.choice(own, cells, (FEW * k,), replace=False)
+            weight = jnp.full((cells, k), 1e-3 / k).at[chosen, jnp.arange(FEW * k) % k].set(1.0)
+        elif features is not None and cells > k:
+            weight = SOFT * jax.nn.one_hot(plus_plus(own, features, k), k) + (1 - SOFT) / k
         else:
-            weight = jax.random.dirichlet(own, jnp.ones(latent.num_states), latent.shape)
-        out[latent.name] = named(weight, (*latent.axes, latent.name))
+            weight = jax.random.dirichlet(own, jnp.ones(k), latent.shape)
+        out[latent.name] = named(weight.reshape(*latent.shape, k), (*latent.axes, latent.name))
     return out
 
 

@@ -17,6 +17,7 @@ from numpyro.distributions import constraints
 
 from autoem._build import Build
 from autoem._errors import ModelError
+from autoem._init import no_spread, state_spreads
 from autoem._jaxpr import jit_once
 from autoem._named import multiply, named
 from autoem._posterior import pick
@@ -59,7 +60,7 @@ def verify(built: Build) -> tuple[str, ...]:
                 mend="let the site read each latent only at its own row (z, or z[group]), "
                 "without z.shape or mixing rows",
             )
-    return tuple(n for n, v in spread.items() if float(v) <= 100 * eps)
+    return no_spread(spread)
 
 
 def compare(built: Build, params, noise, bundle: Bundle, chosen):
@@ -116,20 +117,6 @@ def noise_for(built: Build, start: Mapping[str, Array]) -> dict[str, np.ndarray]
             shape = jax.eval_shape(lambda v, param=param: to_unconstrained(param, v), value).shape
         out[name] = rng.normal(size=shape)
     return out
-
-
-def state_spreads(built: Build, params, bundle: Bundle) -> dict[str, Array]:
-    """How far the states of each latent differ in any factor but its own prior; zero at a saddle point of EM."""
-    cells = built.kernel.problem.cells(params, bundle)
-    out: dict[str, list[Array]] = {}
-    for f in built.kernel.likelihood_factors:
-        table = f.table(cells[f.name], bundle.rows[f.name]).value
-        for z in f.latents:
-            if z.name == f.name or z.num_states < 2:
-                continue
-            rows = table.to((z.name, *(a for a in table.axes if a != z.name)))
-            out.setdefault(z.name, []).append(jnp.max(jnp.abs(rows - rows[:1]) / (1 + jnp.abs(rows[:1]))))
-    return {n: jnp.max(jnp.stack(s)) for n, s in out.items()}
 
 
 SMALL = 64
