@@ -28,7 +28,7 @@ from autoem.ir import Program
 from autoem.m_step.choose import choose
 from autoem.m_step.problem import Bundle, Problem
 from autoem.m_step.strategies import AbstractMStep
-from autoem.passes.classify import classify
+from autoem.passes.classify import classify, nearest
 
 LARGE = 1_000_000  # entries of the data from which their preparation is compiled well rather than fast
 
@@ -65,7 +65,9 @@ class Build:
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
         self.compiled = jax.jit if large else jit_once  # over many rows it runs long enough to be worth compiling well
-        self._prepare = self.compiled(lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells))
+        self._prepare = self.compiled(
+            lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells)
+        )
 
     @property
     def program(self) -> Program:
@@ -237,22 +239,23 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
         for name in wish if isinstance(wish, Mapping) else ():
             if name not in names:
                 kind = "latent" if option == "e_step" else "parameter"
-                mend = f"choose among {sorted(names)}"
-                raise PlanError(name, problem=f"{option}= names it, but the model has no such {kind}", mend=mend)
+                problem = f"{option}= names it, but the model has no such {kind}"
+                raise PlanError(name, problem=problem, mend=nearest(name, names))
     steps = options.e_step.values() if isinstance(options.e_step, Mapping) else [options.e_step]
     for step in steps:
         if step is not None and not isinstance(step, Exact | Truncated):
             raise PlanError(
                 "e_step", problem=f"{step!r} is no E-step strategy", mend="use autoem.e_step.Exact() or Truncated(...)"
             )
+    steps = options.m_step.values() if isinstance(options.m_step, Mapping) else [options.m_step]
+    for step in steps:
+        if step is not None and not isinstance(step, AbstractMStep):
+            mend = "use autoem.m_step.ClosedForm(), Newton(), Gradient(...) or Fixed()"
+            raise PlanError("m_step", problem=f"{step!r} is no M-step strategy", mend=mend)
 
 
 def notes_of(program: Program, options: Options) -> tuple[str, ...]:
-    notes = [
-        f"'{p.name}' is {p.reason}; EM(model, latent=[\"{p.name}\"]) asks to integrate it instead"
-        for p in program.params.values()
-        if p.prior and "maximize=" not in p.reason
-    ]
+    notes = [f"'{p.name}' is {p.reason}" for p in program.params.values() if p.prior and "maximize=" not in p.reason]
     for name, (low, high) in options.truncated().items():
         notes.append(f"'{name}' is summed over {low} ... {high} only; mass outside is left out of the likelihood")
     return tuple(notes)

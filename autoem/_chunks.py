@@ -101,11 +101,12 @@ def spread_rows(bundle: Bundle, chunks: Chunks | None) -> Bundle:
 def plan_chunks(program: Program, problem: Problem, layout: Layout, params: Params, bundle: Bundle) -> Chunks | None:
     """Whether rows may be taken in chunks: every latent in the plate, every cell the same for all of its rows."""
     factors = [f for f in problem.factors.values() if not f.is_prior]
-    plates = [p for p in program.plates.values() if p.size > MAX_CHUNK]
+    times = {t for c in program.chains for t in (c.time, c.bulk)}
+    plates = [p for p in program.plates.values() if p.size > MAX_CHUNK and p.name not in times]
     if not plates or bundle.cells or any(s is not None for s in bundle.scales.values()):
         return None
     plate = max(plates, key=lambda p: p.size)
-    if any(plate.name not in layout.plates_of[n] for n in program.latents):
+    if any(plate.name not in layout.plates_of[n] for n in program.every_latent):
         return None
     if any(plate.name not in f.site.axes for f in factors):
         return None

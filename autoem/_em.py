@@ -83,6 +83,9 @@ class EM:
             raise ValueError(f"EM(missing={missing!r}): missing must be 'error' or 'marginalize'")
         if isinstance(init, str) and init not in ("auto", "model", "random"):
             raise ValueError(f"EM(init={init!r}): init must be 'auto', 'model', 'random' or a dict")
+        for option, number in (("restarts", restarts), ("max_steps", max_steps), ("patience", patience)):
+            if not isinstance(number, int | np.integer):
+                raise TypeError(f"EM({option}={number!r}): {option} must be a whole number")
         if restarts < 1:
             raise ValueError(f"EM(restarts={restarts}): restarts must be at least 1")
         names = [latent] if isinstance(latent, str) else latent, [maximize] if isinstance(maximize, str) else maximize
@@ -205,9 +208,12 @@ def one_by_one(advance: Callable, states: list[State], bundle: Bundle, stop: Sto
 
 def as_key(key: Any) -> Array:
     """A JAX random key, or a clear refusal."""
-    if isinstance(key, jax.Array) and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape == (2,)):
-        return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and not key.shape:
+        return key
+    if isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.shape == (2,):
+        return jax.random.wrap_key_data(key)
+    found = f"an array of shape {key.shape}" if isinstance(key, jax.Array) else type(key).__name__
     raise DataError(
-        "rng_key", problem=f"the first argument must be a JAX random key, not {type(key).__name__}",
-        mend="em.run(jax.random.key(0), *args)",
+        "rng_key", problem=f"the first argument must be one JAX random key, not {found}",
+        mend="em.run(jax.random.key(0), *args)", kind="argument",
     )  # fmt: skip

@@ -7,10 +7,8 @@ an error: it is a status of the result (see `EMResult.status`).
 
 
 class _Located(ValueError):
-    kind = "site"
-
-    def __init__(self, where: str, *, problem: str, mend: str):
-        super().__init__(f"{self.kind} '{where}': {problem}\n  mend: {mend}")
+    def __init__(self, where: str, *, problem: str, mend: str, kind: str = "site"):
+        super().__init__(f"{kind} '{where}': {problem}\n  mend: {mend}")
         self.where, self.problem, self.mend = where, problem, mend
 
 

@@ -27,12 +27,14 @@ from autoem._errors import DataError, PlanError
 from autoem._jaxpr import jit_once
 from autoem._named import Named, multiply, named
 from autoem._trace import Source
+from autoem.e_step.along_time import at, since
 from autoem.e_step.elimination import route_to_rows
 from autoem.e_step.tables import Factor
-from autoem.ir import Latent
+from autoem.ir import Latent, at_lag, at_step
 from autoem.m_step.choose import kind_of
 from autoem.m_step.problem import Bundle, Params, make_layout
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
+from autoem.passes.classify import nearest
 
 SOFT = 0.9  # weight of the seeded state; the rest is shared, so that no state starts empty
 FEW = 3  # rows for each state where a start is seeded from a few
@@ -112,12 +114,15 @@ def whole(built: Build, source: Source, key: Array, bundle: Bundle) -> Bundle:
 def start_value(built: Build, name: str, value: Any) -> Any:
     """A user's start value, checked."""
     if name not in built.program.params:
-        names = sorted([*built.program.params, *built.program.latents])
-        raise PlanError(
-            name, problem="init= names it, but the model has no such parameter or latent", mend=f"choose among {names}"
-        )
+        names = [*built.program.params, *built.program.latents]
+        problem = "init= names it, but the model has no such parameter or latent"
+        raise PlanError(name, problem=problem, mend=nearest(name, names))
     param = built.program.params[name]
-    array = np.asarray(value, dtype=param.dtype)
+    try:
+        array = np.asarray(value, dtype=param.dtype)
+    except (TypeError, ValueError):
+        mend = f"give an array of shape {param.shape}"
+        raise DataError(name, problem=f"its start value {value!r} is no array of numbers", mend=mend) from None
     if array.shape != param.shape:
         try:
             array = np.broadcast_to(array, param.shape)
@@ -165,6 +170,8 @@ def responsibilities(built: Build, name: str, value: Any) -> Named:
         raise DataError(
             name, problem="its responsibilities do not sum to one over the last axis", mend="normalise them"
         )
+    chain = built.program.chain_of(name)
+    array = array[::-1] if chain is not None and chain.reverse else array
     return named(array / array.sum(-1, keepdims=True), (*latent.axes, name))
 
 
@@ -268,6 +275,7 @@ def expected_under(built: Build, params: Params, bundle: Bundle, weights: Mappin
     """Expected statistics if the latents were independent with probabilities `weights`."""
     problem, layout = built.kernel.problem, make_layout(built.kernel.layout, bundle)
     cells = problem.cells(params, bundle)
+    weights = {**weights, **weights_in_pieces(built, weights)}
     out = {}
     for name, factor in problem.factors.items():
 
@@ -287,4 +295,21 @@ def expected_under(built: Build, params: Params, bundle: Bundle, weights: Mappin
         cotangent = weight.sum(a for a in weight.axes if a not in value.axes).to(value.axes) * repeats
         _, pull = jax.vjp(table, cells[name])
         out[name] = pull(jnp.broadcast_to(cotangent, value.array.shape).astype(value.array.dtype))[0]
+    return out
+
+
+def weights_in_pieces(built: Build, weights: Mapping[str, Named]) -> dict[str, Named]:
+    """Responsibilities along a chain, for each of the pieces that its sites read."""
+    out = {}
+    for chain in built.program.chains:
+        for name in chain.lags:
+            whole = weights[name]
+            steps = [h for h in range(-chain.ending, chain.lag) if -chain.length <= h < chain.length]
+            out |= {at_step(name, h): at(whole, chain.time, h) for h in steps}
+            for i in range(chain.lag + 1):
+                later = since(whole, chain.time, chain.lag - i)
+                count = chain.length - chain.lag
+                axes = tuple(chain.bulk if a == chain.time else a for a in later.axes)
+                cut = [slice(0, count) if a == chain.bulk else slice(None) for a in axes]
+                out[at_lag(name, i)] = Named(later.array[tuple(cut)], axes)
     return out

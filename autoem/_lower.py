@@ -147,7 +147,8 @@ class Kernel:
         def value(cells):
             tables = self.tables(cells, rows, factors)
             scales = {n: slice_named(s, chunks.plate, 0, length) for n, s in bundle.scales.items()}
-            return eliminate(tables, Layout(self.layout.plates_of, sizes, scales, {}))
+            layout = dataclasses.replace(self.layout, sizes=sizes, scales=scales, cells={})
+            return eliminate(tables, layout)
 
         if not gradient:
             return value(cells), None

@@ -118,3 +118,14 @@ def contract(keep: Sequence[str], *factors: Named) -> Named:
     spec = ",".join("".join(letters[a] for a in f.axes) for f in factors)
     result = jnp.einsum(f"{spec}->{''.join(letters[a] for a in out)}", *(f.array for f in factors))
     return Named(result, out)
+
+
+def pick(scores: Named, axis: str, chosen: Named) -> Named:
+    """Fix one axis of `scores` at the chosen entries."""
+    if axis not in scores.axes:
+        return scores
+    rest = tuple(dict.fromkeys((*(a for a in scores.axes if a != axis), *chosen.axes)))
+    table, index = scores.to((axis, *rest)), chosen.to(rest)[None]
+    shape = jnp.broadcast_shapes(table.shape[1:], index.shape[1:])
+    table = jnp.broadcast_to(table, (table.shape[0], *shape))
+    return Named(jnp.take_along_axis(table, jnp.broadcast_to(index, (1, *shape)).astype(int), axis=0)[0], rest)

@@ -15,10 +15,11 @@ import numpy as np
 from autoem._chunks import Chunks
 from autoem._errors import PlanError
 from autoem._render import citations_of, plan_html, plan_latex, plan_text
-from autoem.e_step.elimination import Layout, Step, eliminate
+from autoem.e_step.elimination import ChainStep, Layout, Step, eliminate
 from autoem.ir import Program
 from autoem.m_step._base import AbstractBlock
-from autoem.m_step.problem import Bundle, Params, Problem, make_layout
+from autoem.m_step.problem import Bundle, Params, Problem, make_layout, uses_of
+from autoem.passes.classify import nearest
 
 MEMORY_LIMIT = 16 << 30
 
@@ -119,7 +120,7 @@ class Plan:
 
 def known(name: str, names: Sequence[str]) -> str:
     if name not in names:
-        raise KeyError(f"{name!r} is not among {list(names)}")
+        raise KeyError(f"the model has no {name!r}: {nearest(name, names)}")
     return name
 
 
@@ -146,15 +147,18 @@ def make_plan(
             problem=f"summing it out exactly needs a table of {human(cost.bytes)} (order {', '.join(cost.order)})",
             mend="reduce the number of states or of parents of one site, or split the data's rows",
         )
+    idle = tuple(
+        f"nothing observed depends on '{n}': is a use of it forgotten?" for n in problem.params if unread(n, problem)
+    )
     return Plan(
         program, problem, layout, blocks, chunks, tuple(latent_rows(program, problem, layout)),
-        tuple(parameter_rows(program, problem, blocks)), cost, (*program.notes, *notes),
+        tuple(parameter_rows(program, problem, blocks)), cost, (*program.notes, *notes, *idle),
     )  # fmt: skip
 
 
 def measure(problem: Problem, layout: Layout, chunks: Chunks | None, params: Params, bundle: Bundle) -> Cost:
     """Run the elimination on shapes alone."""
-    steps: list[Step] = []
+    steps: list[Step | ChainStep] = []
     sizes: list[int] = []
 
     def run(p, b):
@@ -165,7 +169,7 @@ def measure(problem: Problem, layout: Layout, chunks: Chunks | None, params: Par
         return eliminate(tables, make_layout(layout, b), steps=steps)
 
     itemsize = jax.eval_shape(run, dict(params), bundle).dtype.itemsize
-    joint = [int(s.joint.array.size) for s in steps] or sizes or [0]
+    joint = [s.entries for s in steps] or sizes or [0]
     held = joint
     if chunks is not None:
         held = [int(j * chunks.size * chunks.devices / chunks.rows) for j in joint]
@@ -176,10 +180,16 @@ def latent_rows(program: Program, problem: Problem, layout: Layout):
     for name, latent in program.latents.items():
         plates = tuple(a for a in latent.axes if not a.startswith("#"))
         cells = int(np.prod([layout.sizes[p] for p in plates], dtype=int))
-        readers = [f for f in problem.factors.values() if name in {z.name for z in f.latents}]
-        partners = sorted({z.name for f in readers for z in f.latents} - {name})
+        names = {name, *pieces_of(program, name)}
+        readers = [f for f in problem.factors.values() if names & {z.name for z in f.latents}]
+        partners = sorted({base_of(program, z.name) for f in readers for z in f.latents} - {name})
         reason = f"{latent.num_states} states" + (f" x {cells:,} cells" if cells > 1 else "")
+        if chain := next((c for c in program.chains if name in c.variables), None):
+            reason += f", carried along {chain.length:,} steps: forward and backward messages in scaled probabilities"
         reason += ", summed out together with " + ", ".join(partners) if partners else ", each cell on its own"
+        rows = sorted({p for f in readers for p in f.site.plates})
+        if cells == 1 and rows:
+            reason += f"; one value for all rows of {', '.join(rows)}"
         if any(f.route and name in f.route.latents for f in readers):
             reason += "; rows of another plate find their cell by index"
         if not all(f.compact for f in readers):
@@ -187,15 +197,35 @@ def latent_rows(program: Program, problem: Problem, layout: Layout):
         yield LatentRow(name, "exact", latent.num_states, plates, cells, reason)
 
 
+def pieces_of(program: Program, name: str) -> set[str]:
+    """Names of the pieces of a latent that a chain carries."""
+    return {p for p in program.pieces if base_of(program, p) == name}
+
+
+def base_of(program: Program, piece: str) -> str:
+    """The latent that a piece belongs to."""
+    names = [n for c in program.chains for n in c.lags]
+    return next((n for n in names if piece.startswith((f"{n}@", f"{n}["))), piece)
+
+
 def parameter_rows(program: Program, problem: Problem, blocks: Sequence[AbstractBlock]):
     by_name: Mapping[str, AbstractBlock] = {n: b for b in blocks for n in b.names}
     for name, param in problem.params.items():
         block = by_name.get(name)
+        if unread(name, problem):
+            reason = "nothing observed depends on it, so it stays at its start value"
+            yield ParameterRow(name, "fixed", "", reason, param.shape, param.prior, "")
+            continue
         if block is None:
             yield ParameterRow(name, "fixed", "", "held at its start value", param.shape, param.prior, "")
             continue
         prior = program.sites[param.prior].distribution if param.prior else None
         yield ParameterRow(name, block.strategy, block.update, block.reason, param.shape, prior, block.source)
+
+
+def unread(name: str, problem: Problem) -> bool:
+    """Whether nothing depends on a parameter, not even a prior."""
+    return problem.params[name].prior is None and not uses_of(name, list(problem.factors.values()))
 
 
 def human(count: float) -> str:

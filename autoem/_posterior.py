@@ -18,11 +18,22 @@ from jax import Array
 from autoem._build import Build
 from autoem._errors import PlanError
 from autoem._jaxpr import jit_once
-from autoem._named import Named, add, named
-from autoem.e_step.elimination import Layout, Step, Table, eliminate, log_sum_exp, maximum, route_to_rows
+from autoem._named import Named, add, named, pick
+from autoem.e_step.along_time import add_paths, filtered_path, in_pieces, read_chain
+from autoem.e_step.elimination import (
+    ChainStep,
+    Layout,
+    Step,
+    Table,
+    eliminate,
+    log_sum_exp,
+    maximum,
+    route_to_rows,
+)
 from autoem.e_step.tables import log_density_constant
-from autoem.ir import Latent
+from autoem.ir import Chain, Latent, at_lag
 from autoem.m_step.problem import Bundle, make_layout
+from autoem.passes.classify import nearest
 
 
 class Marginals(dict):
@@ -73,9 +84,7 @@ class Posterior:
         program = self._built.program
         for name in names:
             if name not in program.latents:
-                raise PlanError(
-                    name, problem="is no latent of the model", mend=f"choose among {sorted(program.latents)}"
-                )
+                raise PlanError(name, problem="is no latent of the model", mend=nearest(name, program.latents))
         plates = [self._built.kernel.layout.plates_of[n] for n in names]
         inner = max(plates, key=len)
         if len(set(names)) < len(names) or any(not p <= inner for p in plates):
@@ -115,6 +124,54 @@ class Posterior:
         keys = jax.random.split(rng_key, num_samples)
         return self._values(jit_once(jax.vmap(run, in_axes=(0, None, None)))(keys, self._params, self._bundle))
 
+    def pairs(self, name: str) -> Array:
+        """Joint probabilities of a chain's latent at each step and the next, `(steps - 1, *plates, states, states)`.
+
+        The first of the two state axes is the earlier step's.
+
+        Raises:
+            PlanError: the latent is not carried from one step to the next.
+        """
+        chain = self._chain(name)
+        now, before = at_lag(name, 0), at_lag(name, 1)
+        table = zeros(self._built, (before, now))
+        slope = jit_once(lambda u, p, b: jax.grad(lambda v: self._log_z({"": v}, p, b))(u))(
+            table, self._params, self._bundle
+        )
+        latent = self._built.program.pieces[now]
+        shape = (*latent.shape, latent.num_states, latent.num_states)
+        out = jnp.broadcast_to(slope.to((*latent.axes, before, now)), shape)
+        return flipped(out / out.sum((-2, -1), keepdims=True), chain)
+
+    def filtered(self, name: str) -> Array:
+        """Probabilities of a chain's latent at each step given what was seen up to it, `(steps, *plates, states)`.
+
+        Raises:
+            PlanError: the latent is not carried along a chain of order one, or another latent stands above the chain.
+        """
+        chain = self._chain(name)
+        if chain.lag > 1:
+            mend = "marginals[name] gives the smoothed probabilities"
+            raise PlanError(name, problem="filtering is done for chains of order one", mend=mend)
+
+        def run(params, bundle) -> Named:
+            steps: list[Step | ChainStep] = []
+            eliminate(self._tables(params, bundle), self._layout(bundle), steps=steps)
+            return filtered_path(next(s for s in steps if isinstance(s, ChainStep) and s.chain is chain), name)
+
+        latent = self._built.program.latents[name]
+        out = jit_once(lambda p, b: run(p, b).to((*latent.axes, name)))(self._params, self._bundle)
+        return flipped(jnp.broadcast_to(out, (*latent.shape, latent.num_states)), chain)
+
+    def _chain(self, name: str) -> Chain:
+        """The chain that carries a latent."""
+        chains = self._built.program.chains
+        for chain in chains:
+            if name in chain.variables:
+                return chain
+        names = [n for c in chains for n in c.variables]
+        raise PlanError(name, problem="is no latent that a scan carries on", mend=f"choose among {names}")
+
     @functools.cached_property
     def log_likelihood(self) -> Array:
         return jit_once(self._per_datum)(self._params, self._bundle)
@@ -136,12 +193,13 @@ class Posterior:
         plates_of = self._built.kernel.layout.plates_of
         for value in extra.values():
             latents = frozenset(a for a in value.axes if a in plates_of)
-            tables.append(Table(value, latents, frozenset().union(*(plates_of[z] for z in latents))))
+            table = Table(value, latents, frozenset().union(*(plates_of[z] for z in latents)))
+            tables += in_pieces(table, self._built.program)
         return eliminate(tables, self._layout(bundle))
 
     def _shaped(self, slope: Named, latent: Latent) -> Array:
         out = jnp.broadcast_to(slope.to((*latent.axes, latent.name)), (*latent.shape, latent.num_states))
-        return out / out.sum(-1, keepdims=True)
+        return flipped(out / out.sum(-1, keepdims=True), self._built.program.chain_of(latent.name))
 
     def _partly_observed(self) -> dict[str, tuple[str, Array, Array]]:
         """Sites that `obs_mask` split.
@@ -171,21 +229,27 @@ class Posterior:
         return out
 
     def _backward(self, params, bundle: Bundle, reduce: Callable, choose: Callable) -> dict[str, Array]:
-        steps: list[Step] = []
+        steps: list[Step | ChainStep] = []
         layout = self._layout(bundle)
         eliminate(self._tables(params, bundle), layout, reduce, steps)
         chosen: dict[str, Named] = {}
         for i, step in enumerate(reversed(steps)):
+            if isinstance(step, ChainStep):
+                chosen.update(read_chain(step, chosen, reduce, lambda t, s, i=i: choose(len(steps) * (t + 1) + i, s)))
+                add_paths(chosen, self._built.program.chains)
+                continue
             scores = step.joint
             for other in sorted(step.latents):
                 route = step.route if step.route and other in step.route.latents else None
                 scores = pick(scores, other, route_to_rows(chosen[other], route, layout.cells))
-            latent = self._built.program.latents[step.latent]
+            latent = self._built.program.every_latent[step.latent]
             full = jnp.broadcast_to(scores.to((step.latent, *latent.axes)), (latent.num_states, *latent.shape))
             chosen[step.latent] = named(choose(i, full), latent.axes)
+            add_paths(chosen, self._built.program.chains)
+        program = self._built.program
         return {
-            z: jnp.broadcast_to(v.to(self._built.program.latents[z].axes), self._built.program.latents[z].shape)
-            for z, v in chosen.items()
+            n: flipped(jnp.broadcast_to(chosen[n].to(z.axes), z.shape), program.chain_of(n))
+            for n, z in program.latents.items()
         }
 
     def _values(self, indices: Mapping[str, Array]) -> dict[str, Array]:
@@ -235,22 +299,16 @@ class Posterior:
         return total
 
 
+def flipped(array: Array, chain: Chain | None) -> Array:
+    """A path in the order of the data, where its scan runs in reverse."""
+    return array[::-1] if chain is not None and chain.reverse else array
+
+
 def zeros(built: Build, names: tuple[str, ...]) -> Named:
     """A table of zeros over latents, with an axis for each of the innermost one's plates."""
     program, plates_of = built.program, built.kernel.layout.plates_of
-    latents = [program.latents[n] for n in names]
+    latents = [program.every_latent[n] for n in names]
     deepest = max(latents, key=lambda z: len(plates_of[z.name]))
     axes = (*names, *(a for a in deepest.axes if a in plates_of[deepest.name]))
     sizes = [z.num_states for z in latents] + [program.plates[a].size for a in axes[len(names) :]]
     return Named(jnp.zeros(sizes), axes)
-
-
-def pick(scores: Named, latent: str, chosen: Named) -> Named:
-    """Fix the axis `latent` of `scores` at the chosen states."""
-    if latent not in scores.axes:
-        return scores
-    rest = tuple(dict.fromkeys((*(a for a in scores.axes if a != latent), *chosen.axes)))
-    table, index = scores.to((latent, *rest)), chosen.to(rest)[None]
-    shape = jnp.broadcast_shapes(table.shape[1:], index.shape[1:])
-    table = jnp.broadcast_to(table, (table.shape[0], *shape))
-    return Named(jnp.take_along_axis(table, jnp.broadcast_to(index, (1, *shape)).astype(int), axis=0)[0], rest)

@@ -1,4 +1,4 @@
-"""Run a NumPyro model once and record what each of its sites says. The only module that touches `numpyro.handlers`.
+"""Run a NumPyro model once and record what each of its sites says, by a handler of its own.
 
 In: a model, the values of its parameters and latents (numbers or tracers), and where NaN means "not seen". Out: a
 `Reader` with one `Record` a `sample` statement, the parameters and the plates; outputs are arrays by (site, field).
@@ -13,15 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpyro
+import numpy as np
 import numpyro.distributions as dist
-from numpyro import handlers
 from numpyro.primitives import Messenger
 
-from autoem._errors import DataError, ModelError, PlanError
+from autoem._errors import DataError, ModelError
 from autoem._support import bounds
 from autoem.families import Family, family_of
 
+CATEGORIES = (dist.CategoricalProbs, dist.CategoricalLogits)  # their density reads the value as an index
+WORDS = {"sample": "sample site", "param": "parameter", "plate": "plate", "deterministic": "deterministic site"}
 NOT_CONCRETE = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
@@ -33,7 +34,10 @@ NOT_CONCRETE = (
 
 @dataclasses.dataclass
 class Record:
-    """What one `sample` message said, before anything is decided."""
+    """What one `sample` message said, before anything is decided.
+
+    `given` is an observed value as the model passed it, where `value` is another array than that.
+    """
 
     name: str
     fn: Any
@@ -45,6 +49,7 @@ class Record:
     auxiliary: bool
     scale: Any
     frames: tuple[Any, ...]
+    given: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,27 +89,36 @@ class Reader(Messenger):
     """Records every site, giving parameters and latents the values in `inputs`, or placeholders."""
 
     def __init__(
-        self, inputs: Mapping, truncated: Mapping[str, tuple[int, int]], drop_nan: bool, concrete: bool = False
+        self,
+        inputs: Mapping,
+        truncated: Mapping[str, tuple[int, int]],
+        drop_nan: bool,
+        concrete: bool = False,
+        compact: bool = False,
+        read_scan: Callable[[Reader, dict], None] | None = None,
     ):
         self.inputs, self.truncated, self.drop_nan = inputs, truncated, drop_nan
+        self.compact, self.read_scan = compact, read_scan
         # where the model reads the data's values in Python, what does not depend on parameters is computed at once
         self.context = jax.ensure_compile_time_eval if concrete else contextlib.nullcontext
         self.records: dict[str, Record] = {}
         self.params: dict[str, tuple[Any, Any]] = {}
         self.frames: dict[str, tuple[int, int]] = {}
-        self.last = "(before the first site)"
+        self.kinds: dict[str, str] = {}
+        self.chains: list[Any] = []
+        self.last = ""
         super().__init__(None)
 
     def process_message(self, msg):
         kind, name = msg["type"], msg.get("name") or ""
         self.last = name or self.last
         if kind == "control_flow":
-            body = getattr(msg["args"][0], "__name__", "scan")
-            raise ModelError(
-                body,
-                problem="sites inside control flow (scan, cond) are not read yet",
-                mend="write the steps as separate sites in a Python loop, or as a plate where they are independent",
-            )
+            self.control_flow(msg)
+            return
+        if kind == "sample" and msg["is_observed"]:
+            refuse_odd(name, msg["value"])
+        if kind == "param":
+            refuse_unstarted(msg)
         if kind == "param" and ("param", name) in self.inputs:
             msg["value"] = self.inputs["param", name]
         if kind == "sample" and msg["value"] is None and not msg["is_observed"]:
@@ -116,27 +130,98 @@ class Reader(Messenger):
 
     def postprocess_message(self, msg):
         kind, name = msg["type"], msg.get("name") or ""
+        self.refuse_twofold(kind, name)
         if kind == "param":
             constraint = msg["kwargs"].get("constraint", dist.constraints.real)
             self.params[name] = (msg["value"], constraint)
         elif kind == "plate":
-            self.frames[name] = (msg["args"][0], msg["args"][1] or msg["args"][0])
+            size = (msg["args"][0], msg["args"][1] or msg["args"][0])
+            if self.frames.setdefault(name, size) != size:
+                sizes = f"{self.frames[name][1]} and {size[1]}"
+                mend = "give each of the plates its own name"
+                raise ModelError(name, problem=f"two plates of different sizes ({sizes}) have this name", mend=mend)
         elif kind == "sample":
-            if name in self.records:
-                raise ModelError(name, problem="two sample sites have this name", mend="give each site its own name")
             self.records[name] = self.record(msg)
+
+    def control_flow(self, msg: dict) -> None:
+        """A scan is read by `read_scan`; other control flow, and a scan inside a scan, are refused."""
+        body = getattr(msg["args"][0], "__name__", "scan")
+        if self.read_scan is None or len(msg["args"]) < 5:
+            raise ModelError(
+                body,
+                problem="sites inside a scan within a scan, or inside cond, are not read",
+                mend="write the inner steps as separate sites in a Python loop, or as a plate where they are "
+                "independent; for cond, jnp.where on the arguments of one site",
+            )
+        self.read_scan(self, msg)
+
+    def new_label(self, stem: str) -> str:
+        """A plate's name that no plate has yet."""
+        number = len(self.chains)
+        label = stem if not number else f"{stem}{number + 1}"
+        return label if label not in self.frames else f"{label}'"
+
+    def add(self, record: Record) -> None:
+        """Enter a site that was read elsewhere."""
+        self.refuse_twofold("sample", record.name)
+        self.records[record.name] = record
+
+    def refuse_twofold(self, kind: str, name: str) -> None:
+        """Raise where a site takes a name that another one has; a parameter or a plate may be entered again."""
+        if kind not in ("sample", "param", "plate", "deterministic"):
+            return
+        other = self.kinds.setdefault(name, kind)
+        if name in self.records or other != kind:
+            other = "two sample sites" if other == kind else f"a {WORDS[other]} and a {WORDS[kind]}"
+            raise ModelError(name, problem=f"{other} have this name", mend="give each site its own name")
 
     def record(self, msg) -> Record:
         base, mask, taken = unwrap(msg["fn"])
         auxiliary = bool(msg["infer"].get("is_auxiliary")) and isinstance(base, dist.Unit)
         value, observed = msg["value"], bool(msg["is_observed"])
+        given = value
         if self.drop_nan and observed and not auxiliary and jnp.issubdtype(jnp.result_type(value), jnp.floating):
             value, seen = without_nan(base, value)
             mask = seen if mask is None else mask & seen
+        if observed and isinstance(base, CATEGORIES) and jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            value = jnp.asarray(value).astype(int)  # whole numbers out of a table with NaN; checked to be whole later
         if observed and not auxiliary:
             refuse_misshapen(msg["name"], jnp.shape(value), msg["fn"].shape())
         frames = tuple(msg["cond_indep_stack"])
-        return Record(msg["name"], msg["fn"], base, mask, taken, value, observed, auxiliary, msg["scale"], frames)
+        return Record(
+            msg["name"], msg["fn"], base, mask, taken, value, observed, auxiliary, msg["scale"], frames,
+            None if given is value else given,
+        )  # fmt: skip
+
+
+def refuse_odd(name: str, value: Any) -> None:
+    """Raise where an observed value is nothing that a density can be taken of."""
+    kind = getattr(getattr(value, "dtype", None), "kind", "?")
+    if isinstance(value, jax.Array | int | float) or kind in "biuf":
+        return
+    mend = f'numpyro.sample("{name}", ..., obs=jnp.asarray(...)), or pass the model an array of numbers'
+    if kind in "USM" or (kind == "O" and isinstance(np.ravel(value)[0], str)):
+        mend = "encode them as numbers, for instance np.unique(values, return_inverse=True)[1] for labels"
+    elif kind == "O":
+        mend = "make them numbers, with NaN for what is missing: np.asarray(values, float)"
+    raise DataError(name, problem=f"its data are no array of numbers but {described(value)}", mend=mend)
+
+
+def refuse_unstarted(msg: Mapping) -> None:
+    """Raise where a parameter has no start value, or a constraint that is none."""
+    name, constraint = msg["name"], msg["kwargs"].get("constraint", dist.constraints.real)
+    if not isinstance(constraint, dist.constraints.Constraint):
+        raise ModelError(
+            name,
+            problem=f"constraint={constraint!r} is no constraint of NumPyro",
+            mend=f'numpyro.param("{name}", ..., constraint=numpyro.distributions.constraints.positive), or another',
+        )
+    if msg["args"] and msg["args"][0] is None:
+        raise ModelError(
+            name,
+            problem="this parameter has no initial value, which is what tells its shape",
+            mend=f'numpyro.param("{name}", jnp.ones(shape), constraint=...)',
+        )
 
 
 def refuse_misshapen(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -145,12 +230,19 @@ def refuse_misshapen(name: str, shape: tuple[int, ...], expected: tuple[int, ...
         fits = jnp.broadcast_shapes(shape, expected) == tuple(expected)
     except ValueError:
         fits = False
-    if not fits:
-        raise DataError(
-            name,
-            problem=f"its data have shape {shape}, its plates and event have shape {tuple(expected)}",
-            mend="make the plate's size the number of rows (numpyro.plate(name, len(data))), and check the data's axes",
-        )
+    if fits and 0 not in expected:
+        return
+    mend = "make the plate's size the number of rows (numpyro.plate(name, len(data))), and check the data's axes"
+    if 0 in expected:
+        mend = "pass at least one row, and one column"
+    elif not expected:
+        mend = f'put the site, and the latents of its rows, in a plate: with numpyro.plate("data", {shape[0]})'
+    elif shape == (*expected, 1):
+        mend = "the data are a column: pass data[:, 0]" if len(expected) == 1 else "pass data[..., 0]"
+    elif len(shape) == len(expected) + 1 and shape[:-1] == tuple(expected):
+        mend = f"give the site parameters for its {shape[-1]} columns and .to_event(1), or pass one column"
+    problem = f"its data have shape {shape}, its plates and event have shape {tuple(expected)}"
+    raise DataError(name, problem=problem, mend=mend)
 
 
 def without_nan(base: Any, value: Any) -> tuple[Any, Any]:
@@ -172,46 +264,14 @@ def placeholder(name: str, fn: Any, truncated) -> Any:
         return fn.sample(jax.random.key(0))
 
 
-def run_model(
-    model: Callable, call: Callable, reader: Reader, inputs: Mapping, outputs: Callable[[Reader], dict]
-) -> dict:
-    """Run the model under the reader and return its `outputs`; the model's failures become errors naming the site."""
-    args, kwargs = call([inputs[k] for k in inputs if k[0] == "data"])
-    try:
-        # what NumPyro would validate is checked on the host, where it compiles nothing
-        with numpyro.validation_enabled(False), handlers.seed(rng_seed=inputs["key", 0]), reader, reader.context():
-            model(*args, **kwargs)
-            return outputs(reader)
-    except (*NOT_CONCRETE, ModelError, PlanError, DataError):
-        raise
-    except (TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
-        raise _explain(error, reader.last, args, kwargs) from error
-
-
-def _explain(error: Exception, where: str, args, kwargs) -> ValueError:
-    listed = [i for i, a in enumerate(args) if isinstance(a, list)] + [
-        k for k, a in kwargs.items() if isinstance(a, list)
-    ]
-    if listed:
-        which = ", ".join(map(str, listed))
-        return DataError(
-            where,
-            problem=f"the model fails here: {error}; argument {which} is a Python list",
-            mend="pass jnp.asarray(...)",
-        )
-    if "size of plate" in str(error):
-        return DataError(where, problem="a plate here has no rows", mend="pass at least one row of data")
-    if "truth value" in str(error).lower():
-        return ModelError(
-            where,
-            problem=f"Python code at or after this site branches on an array ({error})",
-            mend="use jnp.where, or index a table by the latent, instead of `if` on its value",
-        )
-    return ModelError(
-        where,
-        problem=f"the model itself fails at or after this site: {type(error).__name__}: {error}",
-        mend="check that the arguments' shapes fit the plates; the model must also run as model(*args, **kwargs) alone",
-    )
+def described(x: Any) -> str:
+    """A value in a few words."""
+    kind = type(x).__name__
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
+    if isinstance(x, list | tuple | dict):
+        return f"a {kind} of {len(x)}"
+    return repr(x) if x is None or (isinstance(x, int | float | str) and len(repr(x)) < 30) else f"a {kind}"
 
 
 def outputs_of(
@@ -220,6 +280,9 @@ def outputs_of(
     """Everything that later stages ask of a site, as arrays."""
     out = {}
     for name, r in records.items():
+        if (ready := getattr(r, "ready", None)) is not None:
+            out.update({(name, field): array for field, array in ready.items()})
+            continue
         if r.auxiliary:
             out[name, "elem"] = jnp.asarray(r.base.log_factor)
         else:
@@ -231,6 +294,8 @@ def outputs_of(
                 out[name, f"arg:{arg}"] = jnp.asarray(getattr(r.base, arg))
         if name in latents:
             out[name, "low"], out[name, "high"] = (jnp.asarray(b) for b in bounds(name, r.base, truncated))
+        if r.given is not None:
+            out[name, "given"] = jnp.asarray(r.given)
         if r.mask is not None:
             out[name, "mask"] = jnp.asarray(r.mask)
         if r.scale is not None:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import html
+import re
 import textwrap
 from typing import TYPE_CHECKING
 
 from autoem.e_step.elimination import SOURCE as ELIMINATION_SOURCE
 
 if TYPE_CHECKING:
-    from autoem._plan import Plan
+    from autoem._plan import ParameterRow, Plan
 
 WIDTH = 110
+MANY = 6  # entries alike from which on they are not all printed
 
 
 def plan_text(plan: Plan) -> str:
     """Sites, then a line or two for each latent and each parameter."""
     lines = [f"Plan for {plan.program.name}", ""]
-    lines += ["  " + line for line in str(plan.program).splitlines()[1:]]
+    sites = [line for line in str(plan.program).splitlines()[1:] if not line.startswith("  note: ")]
+    lines += shortened([["  " + line] for line in sites])
     lines += ["", "  E-step"]
     if plan.latents:
         width = max(len(r.name) for r in plan.latents)
-        for r in plan.latents:
-            lines += _wrapped(f"    {r.name:<{width}}  {r.strategy}: ", r.reason)
+        lines += shortened([_wrapped(f"    {r.name:<{width}}  {r.strategy}: ", r.reason) for r in plan.latents])
         lines += [f"    cost: {plan.cost}"]
     else:
         lines += ["    no latents: the likelihood is maximised directly"]
@@ -33,14 +35,41 @@ def plan_text(plan: Plan) -> str:
         ]
     lines += ["", "  M-step"]
     width = max((len(r.name) for r in plan.parameters), default=0)
+    said: dict[str, str] = {}
     for r in plan.parameters:
-        lines += [f"    {r.name:<{width}}  {r.strategy}" + (f": {r.update}" if r.update else "")]
-        lines += _wrapped("    " + " " * width + "  ", r.reason)
+        said.setdefault(r.reason, r.name)
+    lines += shortened([_parameter(r, width, said[r.reason]) for r in plan.parameters])
+    if not plan.parameters:
+        lines += ["    no parameters: nothing to maximise"]
     if plan.notes:
-        lines += ["", "  Notes"]
-        for note in plan.notes:
-            lines += _wrapped("    - ", note)
+        lines += ["", "  Notes", *shortened([_wrapped("    - ", note) for note in plan.notes])]
     return "\n".join(lines)
+
+
+def _parameter(row: ParameterRow, width: int, first: str) -> list[str]:
+    """Its update, and why; a long reason that a parameter before it has too is not said again."""
+    head = f"    {row.name:<{width}}  {row.strategy}" + (f": {row.update}" if row.update else "")
+    again = first != row.name and len(row.reason) > WIDTH
+    return [head, *_wrapped("    " + " " * width + "  ", f"as '{first}'" if again else row.reason)]
+
+
+def shortened(entries: list[list[str]]) -> list[str]:
+    """The lines of all entries; of many that differ in the numbers of their names alone, the first two and the last."""
+    alike: dict[str, list[int]] = {}
+    for i, entry in enumerate(entries):
+        # a number that ends a name is one; shapes and counts are not
+        kind = re.sub(r"\s+", " ", re.sub(r"(?<=[A-Za-z_])\d+", "#", " ".join(entry)))
+        alike.setdefault(kind, []).append(i)
+    left_out = {i: len(group) - 3 for group in alike.values() if len(group) > MANY for i in group[2:-1]}
+    firsts = {group[2] for group in alike.values() if len(group) > MANY}
+    lines = []
+    for i, entry in enumerate(entries):
+        if i not in left_out:
+            lines += entry
+        elif i in firsts:
+            indent = len(entry[0]) - len(entry[0].lstrip())
+            lines += [" " * indent + f"... {left_out[i]} more alike"]
+    return lines
 
 
 def _wrapped(prefix: str, text: str) -> list[str]:

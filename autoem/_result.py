@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpyro.infer import Predictive
@@ -18,17 +19,23 @@ from autoem._errors import DataError
 from autoem._fit import State
 from autoem._plan import Plan
 from autoem._posterior import Posterior
-from autoem._stderr import StandardErrors, standard_errors
-from autoem._stop import CONVERGED, SENTENCES
+from autoem._stderr import StandardErrors, on_boundary, standard_errors
+from autoem._stop import CONVERGED, DIVERGED, FELL, ROUNDED, SENTENCES
 from autoem._trace import Source
+from autoem.e_step.tables import Rows
 from autoem.m_step.choose import kind_of
+from autoem.m_step.power import Scale
 from autoem.m_step.problem import Bundle
 
 if TYPE_CHECKING:
     from autoem._em import EM
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+SHOWN = 12  # starts that are printed
+MANY_PARAMS = 20  # parameters that are printed
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Restarts:
     """End point of every start.
 
@@ -58,6 +65,19 @@ class Restarts:
 
     def __len__(self) -> int:
         return len(self.status)
+
+    def __repr__(self) -> str:
+        """A line a start, the best marked; of many, the best ones."""
+        ranked = sorted(
+            range(len(self)), key=lambda i: (i != self.best, -np.nan_to_num(self.objective[i], nan=-np.inf))
+        )
+        lines = [f"Restarts: {len(self)}, the best is start {self.best}", "   start       objective  steps  status"]
+        for i in sorted(ranked[:SHOWN]):
+            mark = "*" if i == self.best else " "
+            steps = self.num_steps[i]
+            lines += [f" {mark} {i:>5}  {self.objective[i]:>14.6f}  {steps:>5}  {self.status[i].partition(':')[0]}"]
+        rest = len(self) - SHOWN
+        return "\n".join([*lines, f"   ... {rest} more"] if rest > 0 else lines)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=[
@@ -97,13 +117,23 @@ class EMResult:
         steps = f"{self.num_steps} step" + ("" if self.num_steps == 1 else "s")
         lines = [f"EM: {self.status}", f"log-likelihood {self.log_likelihood:.6f} after {steps}"]
         with np.printoptions(precision=5, suppress=True, threshold=24):
+            entries = []
             for name, value in self.params.items():
                 text = str(np.asarray(value)).replace("\n", "\n" + " " * (len(name) + 3))
-                lines.append(f"  {name} {text}")
+                entries.append(f"  {name} {text}".split("\n"))
+        more = len(entries) - MANY_PARAMS
+        lines += [line for entry in entries[:MANY_PARAMS] for line in entry]
+        lines += [f"  ... {more} more parameters"] if more > 0 else []
+        lines += [f"  note: {w}" for w in self.warnings if w not in self.status]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"EMResult(log_likelihood={self.log_likelihood:.6f}, num_steps={self.num_steps}, status={self.status!r})"
+        shapes = [f"{n} {list(np.shape(v))}" for n, v in self.params.items()]
+        more = [f"... {len(shapes) - MANY_PARAMS} more"] if len(shapes) > MANY_PARAMS else []
+        return (
+            f"EMResult(log_likelihood={self.log_likelihood:.6f}, num_steps={self.num_steps}, "
+            f"params: {', '.join([*shapes[:MANY_PARAMS], *more]) or 'none'}, status={self.status!r})"
+        )
 
     def posterior(self, *args, **kwargs) -> Posterior:
         """Posterior of the latents on the data given, or on the data of the fit where none are given.
@@ -226,7 +256,9 @@ def make_result(
 ) -> EMResult:
     """The result of the best start."""
     state, restarts = ended
-    odd = oddities(built, state.params) if np.isfinite(float(state.objective)) else ()
+    odd = oddities(built, state.params, bundle) if np.isfinite(float(state.objective)) else ()
+    if int(state.status) in (DIVERGED, FELL):
+        odd = tuple(dict.fromkeys((*odd, *cause(built, state, bundle))))
     sentence = SENTENCES[int(state.status)]
     likelihood = float(state.log_likelihood)
     if likelihood < -1e15:  # the finite stand-in for log 0
@@ -239,10 +271,10 @@ def make_result(
         float(state.objective) if np.isfinite(likelihood) else likelihood,
         history,
         int(state.step),
-        int(state.status) == CONVERGED,
+        int(state.status) in (CONVERGED, ROUNDED),
         status,
         restarts,
-        (*notes, *odd),
+        (*notes, *odd, *boundaries(built, state.params, odd)),
         built.plan,
         Context(em, built, source, args, kwargs),
     )
@@ -257,39 +289,100 @@ def impossible(built: Build, source: Source, params: dict[str, Array]) -> str:
     return f"stopped at the start: the data have probability zero there{where}; correct them or start elsewhere"
 
 
-def oddities(built: Build, params: dict[str, Array]) -> tuple[str, ...]:
-    """Empty components and collapsed scales of the end point, by site and component."""
+PRIOR = "give it a prior (a sample site in place of numpyro.param)"
+
+
+def oddities(built: Build, params: Mapping[str, Array], bundle: Bundle, bounded: bool = True) -> tuple[str, ...]:
+    """Collapsed scales and empty components, by site and component; of an unfinished step, what has no bound too."""
     out = []
+    mend = f"{PRIOR}, use fewer components, or other starts (restarts=)" if built.program.latents else PRIOR
     for name, value in params.items():
         param, v = built.program.params[name], np.asarray(value)
-        kind = kind_of(param.constraint)
+        kind, tiny = kind_of(param.constraint), np.finfo(v.dtype).eps
+        collapsed: Any = np.zeros(v.shape, bool)
+        lost: Any = ~np.isfinite(v) | ((np.abs(v) > 1e12) & (not bounded))
         if kind == "matrix" and np.isfinite(v).all():
-            low = np.linalg.svd(v, compute_uv=False)
-            ratio = low[..., -1] / np.maximum(low[..., 0], np.finfo(v.dtype).tiny)
-            flat = np.atleast_1d(ratio < 50 * np.finfo(v.dtype).eps)
-            if flat.any():
-                out.append(
-                    f"'{name}' collapsed to a singular matrix in component {where(flat)}: "
-                    "use fewer components or a prior"
-                )
-        if kind == "positive" and v.size and (v < 1e-12).any() and is_scale(built, name):
+            symmetric = np.allclose(v, np.swapaxes(v, -1, -2), atol=0)
+            spread = np.linalg.eigvalsh(v) if symmetric else np.linalg.svd(v, compute_uv=False)[..., ::-1]
+            # a step that broke the fit may leave rounding errors of the other components where a matrix was
+            largest = spread[..., -1] if bounded else np.sqrt(tiny) / (50 * tiny) * spread.max()
+            collapsed = np.asarray(spread[..., 0] <= 50 * tiny * np.maximum(largest, np.finfo(v.dtype).tiny))
+        elif (block := scale_block(built, name)) is not None:
+            collapsed = sunk(block, v, bundle) | (not bounded and kind == "positive" and v < np.sqrt(tiny) * v.max())
+        if kind == "matrix" and not bounded and lost.any():
+            collapsed = lost.any((-2, -1))
+        if collapsed.any():
+            what = "collapsed to a singular matrix" if kind == "matrix" else "collapsed to zero"
+            out.append(f"'{name}' {what}{component(built, name, collapsed)}, onto too few distinct data: {mend}")
+        elif lost.any():
+            out.append(f"'{name}' has no finite value{component(built, name, lost)}: {mend}")
+        if kind == "simplex" and name in mixing_weights(built) and v.ndim == 1 and (v < 1e-10).any():
             out.append(
-                f"'{name}' collapsed to zero in entry {where(np.atleast_1d(v < 1e-12))}: use a prior or share it"
+                f"component {where(np.asarray(v < 1e-10))} of '{name}' is empty: use fewer states or other starts"
             )
-        if kind == "simplex" and name in mixing_weights(built):
-            empty = np.atleast_1d(v < 1e-10)
-            if v.ndim == 1 and empty.any():
-                out.append(f"component {where(empty)} of '{name}' is empty: use fewer states or other starts")
     return tuple(out)
 
 
+def boundaries(built: Build, params: Mapping[str, Array], odd: Sequence[str]) -> tuple[str, ...]:
+    """Parameters with entries on the boundary of their domain, often rightly; those that are odd already excepted."""
+    out = []
+    for name in (n for b in built.kernel.blocks for n in b.names):
+        v = np.asarray(params[name])
+        edge = np.asarray(on_boundary(built.program.params[name], v))
+        if edge.any() and not any(f"'{name}'" in w for w in odd):
+            at = component(built, name, edge)
+            out.append(f"'{name}' is on its boundary{at}: no standard errors there; a prior would keep it off")
+    return tuple(out)
+
+
+def cause(built: Build, state: State, bundle: Bundle) -> tuple[str, ...]:
+    """What the step that ended the fit, made once more, did to the parameters or to the data's density."""
+    try:
+        statistics = jax.jit(built.kernel.expect)(state.params, bundle)[2]
+        moved = jax.jit(built.kernel.maximise)(state.params, statistics, bundle, state.optimizer)[0]
+    except (FloatingPointError, jax.errors.JaxRuntimeError):
+        return ()
+    return oddities(built, moved, bundle, bounded=False)
+
+
+def component(built: Build, name: str, mask: np.ndarray) -> str:
+    """Where a parameter is odd: the states of the latent that chooses among its entries, or the entries."""
+    if mask.ndim == 0:
+        return ""
+    readers = [f for f in built.kernel.likelihood_factors if name in f.params]
+    if mask.shape[0] not in {z.num_states for f in readers for z in f.latents}:
+        return f" in entry {where(mask)}"
+    states = np.asarray(mask.any(tuple(range(1, mask.ndim))))
+    return f" in component {where(states)}" + (f" (entry {where(mask)})" if mask.ndim > 1 else "")
+
+
 def where(mask: np.ndarray) -> str:
-    return ", ".join(str([int(j) for j in i]) if mask.ndim > 1 else str(int(i[0])) for i in np.argwhere(mask)[:5])
+    """Indices of what is true, the first few."""
+    found = np.argwhere(mask)
+    more = ", ..." if len(found) > 5 else ""
+    return ", ".join(str([int(j) for j in i]) if mask.ndim > 1 else str(int(i[0])) for i in found[:5]) + more
 
 
-def is_scale(built: Build, name: str) -> bool:
+def scale_block(built: Build, name: str) -> Scale | None:
+    """The block of a parameter that is a spread, or the logarithm of one."""
     block = next((b for b in built.kernel.blocks if name in b.names), None)
-    return getattr(block, "degree", 0) < 0
+    return block if isinstance(block, Scale) and block.degree < 0 else None
+
+
+def sunk(block: Scale, v: np.ndarray, bundle: Bundle) -> np.ndarray:
+    """Which spreads are no larger than what rounding leaves of squared deviations of the data."""
+    spread = np.exp(v * block.degree / -2) if block.real else np.maximum(v, 0) ** (block.degree / -2)
+    if not v.size or spread.min() > 1e-3 * spread.max() > 0 < v.ndim:
+        return np.zeros(v.shape, bool)
+    largest = max((magnitude(bundle.rows[u.factor.name]) for u in block.uses), default=0.0)
+    return np.asarray(spread < max(1e-12, 3 * np.sqrt(np.finfo(v.dtype).eps) * largest))
+
+
+def magnitude(rows: Rows) -> float:
+    """The largest deviation of a site's values from their centre; zero where its family does not standardise them."""
+    if rows.value is None or not rows.value.array.size or not rows.ready or rows.spread is None:
+        return 0.0
+    return float(jnp.abs(rows.value.array).max()) * float(jnp.max(rows.spread))
 
 
 def mixing_weights(built: Build) -> set[str]:

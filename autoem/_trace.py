@@ -17,10 +17,10 @@ import numpy as np
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._jaxpr import Constant, Graph
 from autoem._reader import NOT_CONCRETE, Reader, Record, outputs_of
-from autoem._source import Discovery, Source
+from autoem._source import Discovery, Source, line_in, model_name
 from autoem._support import enumerate_states
 from autoem.families import family_of
-from autoem.ir import Latent, Param, Plate, Program, Site, check
+from autoem.ir import Latent, Param, Plate, Program, Site, at_lag, at_step, check
 
 
 def trace(
@@ -45,38 +45,84 @@ def trace(
     try:
         return _trace(model, source)
     except NOT_CONCRETE as error:
+        line = line_in(model, error.__traceback__)
+        mend = "use jnp.where, or index a table by the latent, instead of `if`, `int(...)` or a Python loop over it"
+        if isinstance(error, jax.errors.TracerArrayConversionError):
+            mend = "use jnp in place of np there, and jnp.asarray(table)[z] for a NumPy table indexed by a latent"
         raise ModelError(
-            getattr(model, "__name__", "model"),
-            problem=f"Python code in the model branches on the value of a latent or parameter ({type(error).__name__})",
-            mend="use jnp.where, or index a table by the latent, instead of `if`, `int(...)` or a Python loop over it",
+            model_name(model),
+            problem="Python code in the model reads the value of a latent or parameter as a number, in "
+            f"{line or type(error).__name__}",
+            mend=mend,
         ) from error
 
 
 def _trace(model: Callable, source: Source) -> tuple[Program, Discovery, Source]:
     found = source.discover()
     plates = read_plates(found)
-    latents = read_latents(found, source)
+    found_latents = read_latents(found, source)
+    latents, pieces = with_paths(found, found_latents)
+    every = {**latents, **pieces}
 
     def outputs(reader: Reader) -> dict:
-        return outputs_of(reader.records, latents, source.truncated)
+        return outputs_of(reader.records, every, source.truncated)
 
     reader, full = source.read(full_inputs(found, latents, compact=False), outputs)
+    unused = unused_arguments(found, full, source)
+    refuse_unobserved(model, reader, unused)
     graph, compact = full, dict.fromkeys(latents, False)
     if latents:
         try:
-            _, graph = source.read(full_inputs(found, latents, compact=True), outputs)
-            compact = dict.fromkeys(latents, True)
+            _, graph = source.read(full_inputs(found, every, compact=True), outputs, compact=True)
+            compact = dict.fromkeys(every, True)
         except (*NOT_CONCRETE, ModelError, ValueError, TypeError):
+            if found.chains:
+                raise
             graph = full
-    sites = {n: read_site(r, latents) for n, r in reader.records.items()}
+    sites = {n: read_site(r, every) for n, r in reader.records.items()}
     params = {n: Param(n, full.inputs["param", n].shape, None, c) for n, (_, c) in found.params.items()}
-    name = getattr(model, "__name__", type(model).__name__)
     subsampled = any(size != sub for size, sub in found.frames.values())
     notes = ("the model reads the data's values in Python: new data compile anew",) if source.concrete else ()
     if subsampled:
         notes += ("a plate is subsampled: its rows are drawn once a run, each weighted by size / subsample_size",)
-    program = Program(name, sites, plates, latents, params, graph, full, compact, source.tree, notes, subsampled)
+    notes += tuple(f"argument '{n}' reaches no site: is obs={n} forgotten?" for n in unused)
+    program = Program(
+        model_name(model), sites, plates, latents, params, graph, full, compact, source.tree, notes, subsampled,
+        found.chains, pieces,
+    )  # fmt: skip
     return check(program), found, source
+
+
+def unused_arguments(found: Discovery, full: Graph, source: Source) -> list[str]:
+    """Names of the call's arguments that hold data, and of which nothing in the model depends on any."""
+    if source.concrete:
+        return []
+    read = full.needs(*full.outputs) | found.graph.needs(*found.graph.outputs)
+    used: dict[str, bool] = {}
+    for i in range(len(source.data)):
+        name = source.argument(i)
+        used[name] = used.get(name, False) or ("data", i) in read
+    return [name for name, some in used.items() if not some]
+
+
+def refuse_unobserved(model: Callable, reader: Reader, unused: list[str]) -> None:
+    """Raise where nothing is observed, or where an argument that nothing reads has the name of an unobserved site."""
+    hidden = [r.name for r in reader.records.values() if not r.observed]
+    for name in unused:
+        if name in hidden:
+            raise ModelError(
+                name,
+                problem=f"argument '{name}' reaches no observed site, and this site is not observed",
+                mend=f'numpyro.sample("{name}", ..., obs={name})',
+            )
+    if len(hidden) == len(reader.records):
+        sites = ", ".join(f"'{n}'" for n in hidden)
+        data = unused[0] if unused else "x"
+        raise ModelError(
+            model_name(model),
+            problem="the model observes nothing: " + (f"no site of {sites} has obs=" if hidden else "it has no site"),
+            mend=f'numpyro.sample("{hidden[-1] if hidden else data}", ..., obs={data})',
+        )
 
 
 def full_inputs(found: Discovery, latents: Mapping[str, Latent], compact: bool) -> dict:
@@ -86,8 +132,11 @@ def full_inputs(found: Discovery, latents: Mapping[str, Latent], compact: bool) 
         if key[0] == "init":
             shape = found.graph.shape(key)
             inputs["param", key[1]] = jax.ShapeDtypeStruct(shape, _dtype(found.graph, key))
+    times = {p for c in found.chains for p in (c.time, c.bulk)}
     for name, latent in latents.items():
-        batch = (1,) * len(latent.shape) if compact else latent.shape
+        batch = latent.shape
+        if compact:  # a step of a scan sees its latents without the time axis
+            batch = (1,) * (len(batch) - (bool(batch) and latent.axes[0] in times))
         inputs["latent", name] = jax.ShapeDtypeStruct(batch + latent.states.shape[1:], jnp.result_type(int))
     return inputs
 
@@ -105,7 +154,8 @@ def read_plates(found: Discovery) -> dict[str, Plate]:
                 plates.setdefault(label, Plate(label, size, implicit=True))
     for plate in plates.values():
         if plate.size == 0:
-            raise DataError(plate.name, problem="this plate is empty", mend="pass at least one row of data")
+            mend = "pass at least one row, and one column"
+            raise DataError(plate.name, problem="this plate is empty", mend=mend, kind="plate")
     return plates
 
 
@@ -123,11 +173,34 @@ def read_latents(found: Discovery, source: Source) -> dict[str, Latent]:
         values = {("data", i): jnp.asarray(x) for i, x in enumerate(source.data) if ("data", i) in needs}
         low, high = (np.asarray(v) for v in found.graph.evaluate([(name, "low"), (name, "high")], values))
         states = enumerate_states(name, int(low.min()), int(high.max()), tuple(r.fn.event_shape))
-        batch = tuple(r.fn.batch_shape)
+        batch = tuple(getattr(r, "batch_shape", r.fn.batch_shape))
         axes = r.axes[: len(batch)]
         bounded = bool(low.min() < low.max() or high.min() < high.max())
         latents[name] = Latent(name, states, axes, batch, bounded, r.mask is not None)
     return latents
+
+
+def with_paths(found: Discovery, latents: Mapping[str, Latent]) -> tuple[dict[str, Latent], dict[str, Latent]]:
+    """The model's latents, those of a chain as their paths along time; and the pieces that the chain's tables read."""
+    whole, pieces = dict(latents), {}
+    for chain in found.chains:
+        for name, lag in chain.lags.items():
+            known = next(latents[n] for n in (at_lag(name, 0), at_step(name, 0), name) if n in latents)
+            plates = known.axes if known.name == at_step(name, 0) else known.axes[1:]
+            shape = known.shape[len(known.axes) - len(plates) :]
+            for n in (at_lag(name, 0), *(at_step(name, h) for h in range(chain.lag))):
+                whole.pop(n, None)
+
+            def piece(n: str, time: str, steps: int, known=known, plates=plates, shape=shape) -> Latent:
+                axes, sizes = ((time, *plates), (steps, *shape)) if time else (plates, shape)
+                return Latent(n, known.states, axes, sizes, known.bounded, known.masked)
+
+            whole[name] = piece(name, chain.time, chain.length)
+            bulk = [at_lag(name, i) for i in range(max(chain.lag, lag) + 1)]
+            ends = [at_step(name, h) for h in (*range(chain.lag), *range(-chain.ending, 0))]
+            pieces |= {n: piece(n, chain.bulk, chain.length - chain.lag) for n in bulk}
+            pieces |= {n: piece(n, "", 1) for n in ends}
+    return whole, pieces
 
 
 def read_site(r: Record, latents: Mapping[str, Latent]) -> Site:

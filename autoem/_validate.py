@@ -6,7 +6,6 @@ first is. Checks run in NumPy on the host, so they compile nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,16 +30,17 @@ def validate(built: Build, source: Source, missing: str) -> None:
     """
     program = built.program
     observed = [s for s in program.sites.values() if s.role == "observed"]
-    keys = [(s.name, f) for s in observed for f in ("value", "mask") if (s.name, f) in program.full.outputs]
+    outputs = program.full.outputs
+    shown = {s.name: "given" if (s.name, "given") in outputs else "value" for s in observed}
+    keys = [(s.name, f) for s in observed for f in (shown[s.name], "mask") if (s.name, f) in outputs]
     keys = [k for k in keys if all(n[0] == "data" for n in program.full.needs(k))]
     values = host_values(program.full, keys, source)
     for site in observed:
-        if (site.name, "value") not in values:
+        if (site.name, shown[site.name]) not in values:
             continue
         record = built.found.records[site.name]
-        check_site(
-            site.name, record, values[site.name, "value"], values.get((site.name, "mask")), source, missing, site.shape
-        )
+        value, mask = values[site.name, shown[site.name]], values.get((site.name, "mask"))
+        check_site(site.name, record, value, mask, source, missing, site.shape)
 
 
 def host_values(graph: Graph, keys: list, source: Source) -> dict[Any, np.ndarray]:
@@ -105,7 +105,17 @@ def check_finite(name: str, value: np.ndarray, hidden: np.ndarray, events: int) 
         if nan
         else "drop or correct them"
     )
-    raise DataError(name, problem=f"{what} (first at {list(first)})", mend=mend)
+    where = f"first in {place(first)}" + ("" if nan else f": {value_at(value, first, hidden, events)}")
+    raise DataError(name, problem=f"{what} ({where})", mend=mend)
+
+
+def place(index: tuple[int, ...]) -> str:
+    """An index as a person reads it; counted from 0, as Python does."""
+    return f"row {index[0]}" if len(index) == 1 else f"entry {list(index)}"
+
+
+def value_at(value: np.ndarray, index: tuple[int, ...], hidden: np.ndarray, events: int) -> Any:
+    return np.broadcast_to(value, hidden.shape + value.shape[value.ndim - events :])[index]
 
 
 def counted(count: int) -> str:
@@ -122,11 +132,12 @@ def check_support(name: str, record: Record, value: np.ndarray, hidden: np.ndarr
     if not wrong.any():
         return
     first = tuple(int(i) for i in np.argwhere(wrong)[0])
-    example = np.broadcast_to(value, hidden.shape + value.shape[value.ndim - events :])[first]
+    count = int(wrong.sum())
     raise DataError(
         name,
-        problem=f"{int(wrong.sum())} of its values lie outside the support of "
-        f"{type(record.base).__name__} ({describe(support)}); first at {list(first)}: {example}",
+        problem=("1 of its values lies" if count == 1 else f"{count:,} of its values lie")
+        + f" outside the support of {type(record.base).__name__} ({describe(support)}); "
+        f"first in {place(first)}: {value_at(value, first, hidden, events)}",
         mend="correct the data, or choose a distribution that can produce them",
     )
 
@@ -159,10 +170,17 @@ def low_high_integer(support: Any) -> bool:
 
 
 def describe(support: Any) -> str:
-    bounds: Mapping = {b: getattr(support, b) for b in ("lower_bound", "upper_bound") if hasattr(support, b)}
-    if len(bounds) == 2 and not any(isinstance(b, Tracer) for b in bounds.values()):
-        return f"{bounds['lower_bound']} to {bounds['upper_bound']}"
-    return str(support)
+    """A support in words."""
+    whole = "whole numbers" if getattr(support, "is_discrete", False) else "numbers"
+    limits: list[Any] = [getattr(support, b, None) for b in ("lower_bound", "upper_bound")]
+    if support is constraints.boolean:
+        return "0 or 1"
+    if support is constraints.positive:
+        return "numbers above 0"
+    if all(b is None for b in limits) or any(isinstance(b, Tracer) or np.ndim(b) for b in limits):
+        return str(support)
+    low, high = limits
+    return f"{whole} from {low}" + ("" if high is None else f" to {high}")
 
 
 __all__ = ["INTEGRAL", "validate"]

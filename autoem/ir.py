@@ -91,6 +91,70 @@ class Latent:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Chain:
+    """A scan: the plate of its steps, and how far back they read its latents.
+
+    Attributes:
+        time: the plate of all steps; sites that read no latent of an earlier step stand in it.
+        bulk: the plate of the steps from `lag` on; sites that do stand in it, as `at_lag(name, 0)`, and as
+            `at_step(name, h)` for each of the first `lag` steps.
+        length: number of steps.
+        lag: how many steps back a site reads at most; zero where no step reads another.
+        lags: the same for each latent of the body.
+        ending: how many of the last steps the rest of the model may read.
+        reverse: whether the scan runs from the data's last step to its first; steps are counted as it runs.
+    """
+
+    time: str
+    bulk: str
+    length: int
+    lag: int
+    lags: Mapping[str, int]
+    ending: int = 0
+    reverse: bool = False
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The latents that later steps read."""
+        return tuple(n for n, lag in self.lags.items() if lag)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names under which tables that repeat along time hold those latents: paths, and values at a step."""
+        return frozenset(self.variables) | {at_lag(n, i) for n in self.variables for i in range(self.lags[n] + 1)}
+
+    @property
+    def previous(self) -> tuple[str, ...]:
+        """States of the steps before, as a step reads them."""
+        return tuple(at_lag(n, i) for n in self.variables for i in range(1, self.lags[n] + 1))
+
+    @property
+    def current(self) -> tuple[str, ...]:
+        """What they are to the next step, in the order of `previous`."""
+        return tuple(at_lag(n, i - 1) for n in self.variables for i in range(1, self.lags[n] + 1))
+
+    @property
+    def start(self) -> tuple[str, ...]:
+        """The states of the first steps that the first step after them reads, in the order of `previous`."""
+        return tuple(at_step(n, self.lag - i) for n in self.variables for i in range(1, self.lags[n] + 1))
+
+    @property
+    def end(self) -> tuple[str, ...]:
+        """The states of the last steps, in the order of `current`."""
+        return tuple(at_step(n, -i) for n in self.variables for i in range(1, self.lags[n] + 1))
+
+
+def at_lag(name: str, lag: int) -> str:
+    """A latent so many steps before a step."""
+    return f"{name}@{lag}"
+
+
+def at_step(name: str, step: int) -> str:
+    """A latent at one step, counted from the start or (negative) from the end."""
+    return f"{name}[{step}]"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Param:
     """Something that the M-step maximises: a `param` site, or a `sample` site with a prior (`prior` is its name)."""
 
@@ -123,6 +187,17 @@ class Program:
     data_tree: Any
     notes: tuple[str, ...] = ()
     subsampled: bool = False
+    chains: tuple[Chain, ...] = ()
+    pieces: Mapping[str, Latent] = dataclasses.field(default_factory=dict)
+
+    @property
+    def every_latent(self) -> dict[str, Latent]:
+        """The latents, and the pieces of those that are carried along a chain."""
+        return {**self.latents, **self.pieces}
+
+    def chain_of(self, latent: str) -> Chain | None:
+        """The scan that a latent is a path of."""
+        return next((c for c in self.chains if latent in c.lags), None)
 
     def __str__(self) -> str:
         lines = [f"program {self.name}"]

@@ -16,8 +16,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = """
     _errors _tree _named _jaxpr families
-    ir _support
+    ir _support _folding
     _reader
+    _scan
+    _steps
     _source
     _trace
     passes

@@ -15,7 +15,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,105 +24,18 @@ from jax import Array
 
 from autoem._errors import PlanError
 from autoem._named import Named, add, multiply, union
+from autoem.e_step.along_time import ChainStep, close, opened, renamed_ends
+from autoem.e_step.layout import Held, Layout, Route, Step, Table, route_to_rows
+from autoem.e_step.reductions import log_sum_exp, maximum
 
 SOURCE = "Obermeyer et al. 2019 (plated variable elimination); Darwiche 2003 (marginals as derivatives)"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Route:
-    """The way from the rows of a factor to the cells of latents in other plates: `z[group]`.
-
-    `cell[row]` is the flat number of the latent's cell; `source` names the plates of the rows, in the order of `cell`'s
-    axes, `target` those of the latents, `shape` their sizes.
-    """
-
-    latents: frozenset[str]
-    source: tuple[str, ...]
-    target: tuple[str, ...]
-    shape: tuple[int, ...]
-    site: str
-
-
-def route_to_rows(value: Named, route: Route | None, cells: Mapping[str, Array]) -> Named:
-    """A quantity of the cells that `route` leads to, as the rows see it."""
-    if route is None or not set(value.axes) & set(route.target):
-        return value
-    rest = tuple(a for a in value.axes if a not in route.target)
-    flat = value.to((*route.target, *rest))
-    flat = jnp.broadcast_to(flat, (*route.shape, *flat.shape[len(route.shape) :]))
-    flat = flat.reshape(-1, *flat.shape[len(route.shape) :])
-    return Named(flat[cells[route.site]], (*route.source, *rest))
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Log densities over `latents` and plates.
-
-    `plates` are the plates that it is repeated over, with an axis or not.
-    """
-
-    value: Named
-    latents: frozenset[str]
-    plates: frozenset[str]
-    route: Route | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One latent summed out: `joint` is the sum of all tables that held it, before the reduction."""
-
-    latent: str
-    joint: Named
-    latents: frozenset[str]
-    plates: frozenset[str]
-    route: Route | None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Layout:
-    """Where every latent lives: its plates, the sizes of all plates, and the multiplicity of its rows (None is one)."""
-
-    plates_of: Mapping[str, frozenset[str]]
-    sizes: Mapping[str, int]
-    scales: Mapping[str, Named | None]
-    cells: Mapping[str, Array]
-
-
-@jax.custom_jvp
-def _log_sum_exp(x: Array) -> Array:
-    return _log_sum_exp_jvp((x,), (x,))[0]
-
-
-@_log_sum_exp.defjvp
-def _log_sum_exp_jvp(primals, tangents):
-    # the derivative is written so that a row without any density has derivative zero rather than NaN, and so that the
-    # exponentials of the forward pass serve the backward pass
-    (x,), (dx,) = primals, tangents
-    top = jnp.max(x, axis=0, keepdims=True)
-    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
-    weight = jnp.exp(x - top)
-    total = weight.sum(axis=0, keepdims=True)
-    share = weight / jnp.where(total > 0, total, 1)
-    out = jnp.log(total) + top
-    tangent = jnp.sum(share * jnp.where(weight > 0, dx, 0), axis=0)
-    return out[0], tangent
-
-
-def log_sum_exp(x: Array) -> Array:
-    """`log sum exp` along the first axis, in nats; `-inf` entries and all-`-inf` columns are safe."""
-    return _log_sum_exp(x)
-
-
-def maximum(x: Array) -> Array:
-    """Largest entry along the first axis."""
-    return jnp.max(x, axis=0)
 
 
 def eliminate(
     tables: Sequence[Table],
     layout: Layout,
     reduce: Callable[[Array], Array] = log_sum_exp,
-    steps: list[Step] | None = None,
+    steps: list[Step | ChainStep] | None = None,
     parts: list[Table] | None = None,
 ) -> Array:
     """Log of the sum over all completions of the exponential of the sum of `tables`.
@@ -137,7 +50,8 @@ def eliminate(
     Raises:
         PlanError: latents of crossed plates meet in one table, which has no exact elimination of bounded cost.
     """
-    pending = list(tables)
+    pending = [renamed_ends(t, layout) for t in tables]
+    held: dict[str, list[Table]] = {}
     total = jnp.zeros(())
     while pending:
         leaf = innermost(pending)
@@ -145,12 +59,18 @@ def eliminate(
         pending = [t for t in pending if t.plates != leaf]
         for component in components(group, layout, leaf):
             remaining = sum_out(component, layout, leaf, reduce, steps)
+            if chain := layout.chain_at(leaf):
+                held.setdefault(chain.time, []).extend(t for t in remaining if t.latents & chain.names)
+                remaining = [t for t in remaining if not t.latents & chain.names]
             pending += [lift(t, layout, leaf) for t in remaining if t.latents]
             ended = [t for t in remaining if not t.latents]
             for table in ended:
                 total = total + total_of(table, layout)
             if parts is not None:
                 parts += ended
+        for chain in layout.chains:
+            if chain.time in held and not any({chain.time, chain.bulk} & t.plates for t in pending):
+                pending += opened(chain, held.pop(chain.time), layout)
     return total
 
 
@@ -177,13 +97,25 @@ def components(group: Sequence[Table], layout: Layout, leaf: frozenset[str]) -> 
 
 
 def sum_out(tables, layout: Layout, leaf: frozenset[str], reduce, steps) -> list[Table]:
-    """Remove every latent that lives in `leaf` itself from the tables of one component."""
-    local = sorted({z for t in tables for z in t.latents if layout.plates_of[z] == leaf})
+    """Remove every latent that lives in `leaf` itself from the tables of one component.
+
+    What is carried along a chain stays while its steps are apart, and is removed with the whole chain once they are
+    together; whatever else stands beside the chain's first steps is removed before it.
+    """
+    chain = layout.chain_at(leaf)
+    carried = chain.names if chain else frozenset()
+    local = {z for t in tables for z in t.latents if layout.plates_of[z] == leaf} - carried
     if not local:
         return list(tables)
-    removed = list(local)
+    removed = sorted(local)
     while local:
-        latent = min(local, key=lambda z: (joint_size(tables, z), z))
+        waiting = [t for t in tables if t.held]
+        free = local - frozenset().union(*(t.latents for t in waiting))
+        if not free:
+            tables, done = close(tables, waiting[0], reduce, steps)
+            local -= done
+            continue
+        latent = min(free, key=lambda z: (joint_size(tables, z), z))
         local.remove(latent)
         holding = [t for t in tables if latent in t.latents]
         tables = [t for t in tables if latent not in t.latents] + [remove(holding, latent, reduce, steps)]
@@ -199,7 +131,7 @@ def joint_size(tables: Sequence[Table], latent: str) -> int:
     return int(np.prod([s for a, s in sizes.items() if a != latent], dtype=float))
 
 
-def remove(tables: Sequence[Table], latent: str, reduce, steps: list[Step] | None) -> Table:
+def remove(tables: Sequence[Table], latent: str, reduce, steps: list[Step | ChainStep] | None) -> Table:
     """Sum `latent` out of the product of `tables`."""
     joint = add(*(t.value for t in tables))
     latents = frozenset().union(*(t.latents for t in tables)) - {latent}
@@ -284,3 +216,8 @@ def follow_route(table: Table, layout: Layout, route: Route) -> Table:
     cells = jax.ops.segment_sum(flat, layout.cells[route.site].ravel(), int(np.prod(route.shape)))
     value = jnp.moveaxis(cells, 0, -1).reshape(*rows.shape[: len(states)], *route.shape)
     return Table(Named(value, states + route.target), table.latents, target)
+
+
+__all__ = [
+    "ChainStep", "Held", "Layout", "Route", "Step", "Table", "eliminate", "log_sum_exp", "maximum", "route_to_rows",
+]  # fmt: skip

@@ -22,7 +22,8 @@ from autoem.e_step.elimination import Layout, Route, route_to_rows
 from autoem.e_step.regression import REGRESSION, design, find_coefficients
 from autoem.e_step.tables import Factor, Rows
 from autoem.families import Family
-from autoem.ir import Latent, Program, Site
+from autoem.families._arrays import as_float
+from autoem.ir import Latent, Program, Site, at_lag, at_step
 from autoem.passes.cells import NONE, SEVERAL, cells_read
 
 TURN_UP_TO = 256 * 2**20  # bytes: larger data are not copied but turned chunk by chunk, which costs up to a fifth
@@ -80,7 +81,8 @@ def refuse_random_weights(program: Program, site: Site) -> None:
 def read_latents(program: Program, site: Site) -> tuple[Latent, ...]:
     """Latents that the site's density reads, its own first."""
     own = (site.name,) if site.role == "latent" else ()
-    return tuple(program.latents[n] for n in (*own, *(p for p in site.parents if p in program.latents)))
+    every = program.every_latent
+    return tuple(every[n] for n in (*own, *(p for p in site.parents if p in every)))
 
 
 def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], route: Route | None) -> Factor:
@@ -114,7 +116,7 @@ def natural_family(program: Program, site: Site) -> tuple[Family | None, str]:
     if not isinstance(entry, Family):
         reason = entry.reason if entry else f"{site.distribution} is not in the family table"
         return None, reason
-    if site.role == "latent" and program.latents[site.name].bounded:
+    if site.role == "latent" and program.every_latent[site.name].bounded:
         return None, "its support differs between cells"
     if site.role != "latent" and not is_data(program, (site.name, "value")):
         return None, "its value depends on parameters or latents"
@@ -231,12 +233,13 @@ def relative_scale(factor: Factor, program: Program, values, cells: Mapping) -> 
     graph, own = program.full, (factor.name, "scale")
     inner = max(factor.latents, key=lambda z: len(plates_of(z)), default=None)
     mine = output(factor, graph, "scale", values)
-    if inner is None or (above := (inner.name, "scale")) not in graph.outputs:
+    if inner is None or (site := scaled_site(program, inner.name)) is None:
         return mine
+    above = (site, "scale")
     if own in graph.outputs and same(graph.outputs[own], graph.outputs[above]):
         return None
     mine = mine or Named(jnp.ones(()), ())
-    theirs = scale_of(graph.evaluate([above], values)[0], program.sites[inner.name])
+    theirs = scale_of(graph.evaluate([above], values)[0], program.sites[site])
     theirs = route_to_rows(theirs, factor.route, cells)
     both = tuple(dict.fromkeys((*mine.axes, *theirs.axes)))
     lower = theirs.to(both)
@@ -326,7 +329,7 @@ def without_hidden(raw: Array, seen: Array, rank: int) -> Array:
 
 def moments(raw: Array, site: Site) -> tuple[Array, Array]:
     """Mean and standard deviation over the plates, element by element of the event; a constant has spread one."""
-    over = tuple(i for i, a in enumerate(site.axes) if not a.startswith("#"))
+    over, raw = tuple(i for i, a in enumerate(site.axes) if not a.startswith("#")), as_float(raw)
     centre, variance = raw.mean(over, keepdims=True), raw.var(over, keepdims=True)
     return centre, jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 1.0)
 
@@ -334,9 +337,31 @@ def moments(raw: Array, site: Site) -> tuple[Array, Array]:
 def build_layout(program: Program, values: Mapping, cells: Mapping) -> Layout:
     """Where every latent lives and how often its rows count."""
     scales: dict[str, Named | None] = {}
-    for name in program.latents:
-        key = (name, "scale")
-        given = key in program.full.outputs
-        scales[name] = scale_of(program.full.evaluate([key], values)[0], program.sites[name]) if given else None
+    for name in program.every_latent:
+        site = scaled_site(program, name)
+        scales[name] = (
+            scale_of(program.full.evaluate([(site, "scale")], values)[0], program.sites[site]) if site else None
+        )
     sizes = {p.name: p.size for p in program.plates.values()}
-    return Layout({n: plates_of(z) for n, z in program.latents.items()}, sizes, scales, cells)
+    plates = {n: plates_of(z) for n, z in program.every_latent.items()}
+    refuse_scales_in_time(program, scales)
+    return Layout(plates, sizes, scales, cells, program.chains)
+
+
+def scaled_site(program: Program, name: str) -> str | None:
+    """The site whose scale is that of the latent `name`: its own, or another piece of the same path."""
+    bases = [n for c in program.chains for n in c.variables if name == n or name.startswith((f"{n}@", f"{n}["))]
+    names = [name, *(p for n in bases for p in (at_lag(n, 0), at_step(n, 0), n))]
+    return next((n for n in names if (n, "scale") in program.full.outputs), None)
+
+
+def refuse_scales_in_time(program: Program, scales: Mapping[str, Named | None]) -> None:
+    """Raise where the steps of a chain count differently often."""
+    for chain in program.chains:
+        for name in chain.variables:
+            if (scale := scales[name]) is not None and {chain.time, chain.bulk} & set(scale.axes):
+                raise ModelError(
+                    name,
+                    problem="its scale differs from step to step, and a path cannot count differently often at each",
+                    mend="scale whole sequences (one number for each), or mask steps",
+                )

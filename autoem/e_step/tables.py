@@ -249,7 +249,7 @@ class Factor:
             centre, spread = rows.centre, rows.spread
             if not events:
                 centre, spread = (named(m, self.site.axes).to(batch) for m in (centre, spread))
-            array = (array - centre) / spread
+            array = (as_float(array) - centre) / spread
         size = dict(zip(self.site.axes, self.site.shape, strict=True))
         order = sorted(batch, key=lambda a: (a in self.kept, size[a]))
         names = value.axes[len(batch) :]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 
 def as_float(x: ArrayLike) -> Array:
-    """`x` in its own floating dtype; integers and booleans in the default one."""
-    return jnp.asarray(x, jnp.result_type(float, x))
+    """`x` in the default floating dtype at least: single-precision data are squared in double, where that is on."""
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(float), jnp.result_type(x)))
 
 
 def rows(*statistics: ArrayLike) -> Array:
@@ -27,6 +29,12 @@ def clamp(probs: ArrayLike) -> Array:
     probs = as_float(probs)
     info = jnp.finfo(probs.dtype)
     return jnp.clip(probs, info.tiny, 1.0 - info.eps)
+
+
+def finite(logits: ArrayLike) -> Array:
+    """Log-odds, infinite ones as far out as `clamp` keeps probabilities off zero: infinity times 0 would be NaN."""
+    logits = as_float(logits)
+    return jnp.where(jnp.isinf(logits), -jnp.sign(logits) * math.log(jnp.finfo(logits.dtype).tiny), logits)
 
 
 def impossible(dtype: DTypeLike) -> float:

@@ -61,6 +61,27 @@ class Location(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
+class Direction(Rule):
+    r"""The argument is an angle and the objective, the other arguments held, is :math:`C \cos s + S \sin s`.
+
+    `resultant(t, n, args)` returns `(C, S)` shaped like the argument's batch; the maximum is at `s = atan2(S, C)`.
+    """
+
+    resultant: Callable[[Array, Array, Args], tuple[Array, Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Median(Rule):
+    r"""The argument is a location; each row's objective falls linearly away from it, at another slope on each side.
+
+    It is :math:`-a (x - s)` where `x` is above `s` and :math:`-b (s - x)` where it is below, with `(a, b) =
+    slopes(args)`: a median where they are equal, a quantile otherwise. Takes all of `args` and `fixed`.
+    """
+
+    slopes: Callable[[Args], tuple[Array, Array]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Covariance(Rule):
     """The argument is a positive definite matrix in the `form` 'covariance', 'precision' or 'tril' (Cholesky factor).
 
@@ -100,6 +121,8 @@ class Family:
         otherwise: for families with `fixed` attributes, the sentence for the plan where one of them is not data.
         sized_by: the argument whose last axis has the length `p` that `features` cannot read off the values (the number
             of categories); `features` finds it under "size". Empty where the values tell.
+        fixed_rules: for those of `fixed` that may be solved for where the site is evaluated row by row, how.
+        bounds: those of `args` and `fixed` that the support depends on; no parameter may stand in them.
         source: where the natural form and its maximum are derived.
     """
 
@@ -117,6 +140,8 @@ class Family:
     when: str | None = None
     otherwise: str = ""
     sized_by: str = ""
+    fixed_rules: Mapping[str, Rule] = dataclasses.field(default_factory=dict)
+    bounds: tuple[str, ...] = ()
 
     def __post_init__(self):
         if set(self.rules) != set(self.args):
@@ -137,13 +162,14 @@ class Opaque:
     """A distribution known to have no natural form in all its arguments; its own `log_prob` is used.
 
     `reason` is the sentence that the plan prints; `nearest` names the rewrite that would have a closed form, or is
-    empty.
+    empty. `bounded` says that its support depends on its arguments, all of them: no parameter may stand in them.
     """
 
     name: str
     reason: str
     nearest: str = ""
     source: str = ""
+    bounded: bool = False
 
 
 _REGISTRY: dict[type, list[Family | Opaque]] = {}

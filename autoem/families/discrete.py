@@ -4,6 +4,10 @@ Natural parameters are finite whatever the arguments, so that a statistic that i
 Bernoulli-like families are kept off 0 and 1 as NumPyro keeps them, and where NumPyro's log density is minus infinity (a
 hard zero of a simplex, a rate of zero) a very large negative number stands for it. Binomial-like families
 count successes and failures as two statistics, so that the number of trials may differ from row to row.
+
+What is certain thus has log density 0 at every closed boundary, by 0 log 0 = 0. NumPyro says otherwise there of a
+Geometric with probs 1 (minus infinity at 0), and of Binomial, Geometric, NegativeBinomial and Multinomial whose logits
+are infinite (NaN).
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 from jax.nn import log_sigmoid, log_softmax, softplus
-from jax.scipy.special import gammaln
+from jax.scipy.special import betaln, gammaln
 
-from autoem.families._arrays import as_float, clamp, columns, impossible, rows, safe_log
+from autoem.families._arrays import as_float, clamp, columns, finite, impossible, rows, safe_log
 from autoem.families._family import Args, Counting, Family, Power, register_family
 
 Counts = Callable[[Array, Array], tuple[Array, Array | None]]
+Base = Callable[[Array, Args], Array]
 
 _BROWN = "Brown 1986, Fundamentals of Statistical Exponential Families, chapter 1"
 _JOHNSON = "Johnson, Kemp and Kotz 2005, Univariate Discrete Distributions, chapters 3 to 5"
@@ -36,14 +41,14 @@ def _both(args: Args) -> tuple[Array, Array]:
         probs = clamp(args["probs"])
         eta = columns(jnp.log(probs), jnp.log1p(-probs))
     else:
-        logits = as_float(args["logits"])
+        logits = finite(args["logits"])
         eta = columns(log_sigmoid(logits), log_sigmoid(-logits))
     return eta, jnp.zeros_like(eta[..., 0])
 
 
 def _bernoulli(args: Args) -> tuple[Array, Array]:
     if "logits" in args:
-        logits = as_float(args["logits"])
+        logits = finite(args["logits"])
         return columns(logits), softplus(logits)
     probs = clamp(args["probs"])
     failure = jnp.log1p(-probs)
@@ -52,7 +57,7 @@ def _bernoulli(args: Args) -> tuple[Array, Array]:
 
 def _geometric(args: Args) -> tuple[Array, Array]:
     if "logits" in args:
-        logits = as_float(args["logits"])
+        logits = finite(args["logits"])
         return columns(log_sigmoid(-logits)), -log_sigmoid(logits)
     probs = clamp(args["probs"])
     return columns(jnp.log1p(-probs)), -jnp.log(probs)
@@ -77,6 +82,12 @@ def _negative_binomial_base(x: Array, fixed: Args) -> Array:
     return gammaln(total + x) - gammaln(total) - gammaln(x + 1)
 
 
+def _negative_binomial_base_by_beta(x: Array, fixed: Args) -> Array:
+    """As NumPyro has it where it is given probabilities: JAX's `betaln` errs by 1e-7, and densities are to agree."""
+    x, total = as_float(x), as_float(fixed["total_count"])
+    return -betaln(total, x + 1) - jnp.log(total + x)
+
+
 def _multinomial_base(x: Array, fixed: Args) -> Array:
     return gammaln(as_float(fixed["total_count"]) + 1) - gammaln(as_float(x) + 1).sum(0)
 
@@ -89,12 +100,15 @@ def _one_hot(x: Array, fixed: Args) -> Array:
     return jax.nn.one_hot(x, fixed["size"], axis=0, dtype=jnp.result_type(float))
 
 
-def _register(probs: type, logits: type, counts: Counts, *, arg_dim: int = 0, sized: bool = False, **fields) -> None:
+def _register(
+    probs: type, logits: type, counts: Counts, *, base: Base, probs_base: Base | None = None, arg_dim: int = 0,
+    sized: bool = False, **fields,
+) -> None:  # fmt: skip
     """One entry for the class that holds probabilities, one for the class that holds log-odds."""
-    for cls, arg in ((probs, "probs"), (logits, "logits")):
+    for cls, arg, h in ((probs, "probs", probs_base or base), (logits, "logits", base)):
         rules = {arg: Counting(counts, logits=arg == "logits")}
         sized_by = arg if sized else ""
-        register_family(cls, Family(args=(arg,), rules=rules, arg_dims=(arg_dim,), sized_by=sized_by, **fields))
+        register_family(cls, Family(args=(arg,), rules=rules, base=h, arg_dims=(arg_dim,), sized_by=sized_by, **fields))
 
 
 _register(
@@ -140,6 +154,7 @@ _register(
     features=lambda x, fixed: rows(x, fixed["total_count"]),
     natural=_both,
     base=_negative_binomial_base,
+    probs_base=_negative_binomial_base_by_beta,
     fixed=("total_count",),
     otherwise="total_count stands inside a gamma function of the count, so there is no natural form in it",
     source=_JOHNSON,

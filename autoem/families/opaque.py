@@ -72,7 +72,6 @@ _ENTRIES: tuple[tuple[type, str, str], ...] = (
         "the likelihood is greatest at the extremes of the data: pass low and high as data",
     ),
     (dist.DiscreteUniform, _SUPPORT, "write Categorical(probs), or pass low and high as data"),
-    (dist.Levy, _SUPPORT, "with a known loc, write InverseGamma(1/2, scale / 2) on x - loc"),
     # counts with more spread: a latent rate or probability
     (
         dist.BetaBinomial,
@@ -136,4 +135,4 @@ _ENTRIES: tuple[tuple[type, str, str], ...] = (
 )
 
 for _cls, _reason, _nearest in _ENTRIES:
-    register_family(_cls, Opaque(name=_cls.__name__, reason=_reason, nearest=_nearest))
+    register_family(_cls, Opaque(_cls.__name__, _reason, _nearest, bounded=_reason == _SUPPORT))

@@ -1,16 +1,15 @@
 """Choose how each parameter is maximised, and say why. The one resolver that both the plan prints and the run executes.
 
-In: the factors, the parameters and what the user asked for. Out: blocks in the order of their updates. Each rule tries
-the link of every place of a parameter and may decline; the reasons of those that declined are what the plan tells of a
-parameter without closed form. One parameter's refusal never moves another off its closed form: only those that refused
-are joined.
+In: the factors, the parameters and what the user asked for. Out: blocks in the order of their updates. The rules
+of `rules` may all decline; their reasons are what the plan tells of a parameter without closed form. One parameter's
+refusal never moves another off its closed form: only those that refused are joined.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,51 +17,23 @@ import numpy as np
 from jax.core import Tracer
 from numpyro.distributions import constraints
 
-from autoem._errors import ModelError, PlanError
+from autoem._errors import PlanError
 from autoem.e_step.tables import Factor
-from autoem.families import Counting, Covariance, NoClosedForm, Opaque, Power
-from autoem.m_step import counting, covariance, location, power
+from autoem.families import NoClosedForm
+from autoem.m_step import location
 from autoem.m_step._base import AbstractBlock
-from autoem.m_step.counting import Count
-from autoem.m_step.covariance import Scatter
 from autoem.m_step.gradient import GradientBlock
 from autoem.m_step.location import LeastSquares, Mean
 from autoem.m_step.newton import NewtonBlock
 from autoem.m_step.power import Scale
-from autoem.m_step.priors import COUNTS, NORMAL, POWERS, prior_of, readable
-from autoem.m_step.problem import Bundle, Params, Problem, Use, uses_of
+from autoem.m_step.problem import Bundle, Params, Problem, uses_of
+from autoem.m_step.refuse import refuse_bounds, refuse_unconstrained
+from autoem.m_step.rules import Asked, abstractly, closed_form
 from autoem.m_step.strategies import AbstractMStep, ClosedForm, Fixed, Gradient, Newton
-from autoem.passes.link import Declined, Linear
+from autoem.passes.link import Declined
 
 MAX_NEWTON = 256
-T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Asked:
-    """The question that every rule answers: a parameter, its places, and the point at which links are read."""
-
-    name: str
-    kind: str
-    uses: tuple[Use, ...]
-    problem: Problem
-    params: Params
-    bundle: Bundle
-
-    def read(self, question: Callable[[Params, Bundle], T]) -> T:
-        """Ask about a link under abstract evaluation: nothing is computed, only what JAX traces."""
-        return abstractly(question, self.params, self.bundle)
-
-
-def abstractly(question: Callable[[Params, Bundle], T], params: Params, bundle: Bundle) -> T:
-    answer: list[T] = []
-
-    def traced(p, b):
-        answer[:] = [question(p, b)]
-        return ()
-
-    jax.eval_shape(traced, dict(params), bundle)
-    return answer[0]
+INCOMPLETE = {"igamma", "igammac", "regularized_incomplete_beta"}  # JAX cannot differentiate them in every argument
 
 
 def kind_of(constraint) -> str:
@@ -90,132 +61,9 @@ def _bounds(constraint) -> tuple:
     return low, high
 
 
-def count_rule(asked: Asked) -> AbstractBlock:
-    """Normalised expected counts."""
-    kinds = {"simplex": ["simplex"], "unit": ["unit"], "real": ["log-odds", "log-weights"]}.get(asked.kind)
-    if kinds is None:
-        raise Declined("it is not a probability")
-    prior = prior_of(asked.name, asked.problem.factors)
-    if prior and (
-        asked.kind == "real"
-        or prior.site.distribution not in COUNTS
-        or not readable(prior, COUNTS[prior.site.distribution][0])
-    ):
-        raise Declined(f"its prior {prior.site.distribution} is not conjugate")
-    reasons = []
-    for kind in kinds:
-        try:
-            for use in asked.uses:
-                asked.read(lambda p, b, use=use, kind=kind: counting.accept(asked.problem, use, asked.name, kind, p, b))
-            return Count((asked.name,), asked.problem, why(asked, "counted"), asked.uses, kind)
-        except Declined as declined:
-            reasons.append(str(declined))
-    raise Declined(reasons[0])
-
-
-def power_rule(asked: Asked) -> AbstractBlock:
-    """Pooled power updates: scales and rates."""
-    if asked.kind not in ("positive", "real"):
-        raise Declined("it is not positive")
-    real = asked.kind == "real"
-    degrees = {asked.read(lambda p, b, u=u: power.accept(asked.problem, u, asked.name, real, p, b)) for u in asked.uses}
-    if len(degrees) != 1:
-        raise Declined(f"its places want different powers ({', '.join(f'{d:g}' for d in sorted(degrees))})")
-    (degree,) = degrees
-    prior = prior_of(asked.name, asked.problem.factors)
-    if prior:
-        entry = POWERS.get(prior.site.distribution)
-        if real or entry is None or not readable(prior, entry[0]) or entry[1] not in (None, degree):
-            raise Declined(f"its prior {prior.site.distribution} is not conjugate to it")
-    return Scale((asked.name,), asked.problem, why(asked, "a power of it scales"), asked.uses, degree, real)
-
-
-def location_rule(asked: Asked) -> AbstractBlock:
-    """Weighted means, or least squares where a place is affine in several entries."""
-    if asked.kind != "real":
-        raise Declined("it is constrained, so least squares may leave its domain")
-    prior = prior_of(asked.name, asked.problem.factors)
-    if prior and (prior.site.distribution != "Normal" or not readable(prior, NORMAL)):
-        raise Declined(f"its prior {prior.site.distribution} is not Normal")
-    forms = [
-        asked.read(lambda p, b, u=u: location.accept_linear(asked.problem, u, (asked.name,), p, b)) for u in asked.uses
-    ]
-    if all(f.simple for f in forms) and all(
-        u.event_dim == 0
-        or (prior is None and location.vector_mean_applies(asked.problem, u, asked.name, f, asked.params, asked.bundle))
-        for u, f in zip(asked.uses, forms, strict=True)
-    ):
-        return Mean((asked.name,), asked.problem, why(asked, "the location of"), asked.uses)
-    return LeastSquares((asked.name,), asked.problem, why(asked, "affine in the location of"))
-
-
-def covariance_rule(asked: Asked) -> AbstractBlock:
-    """Pooled scatter matrices."""
-    if asked.kind != "matrix":
-        raise Declined("it is not a matrix")
-    forms = {asked.read(lambda p, b, u=u: covariance.accept(asked.problem, u, asked.name, p, b)) for u in asked.uses}
-    if len(forms) != 1:
-        raise Declined("its places want different forms of the matrix")
-    prior = prior_of(asked.name, asked.problem.factors)
-    (form,) = forms
-    if prior and not (prior.site.distribution == "Wishart" and form == "precision"):
-        raise Declined(f"its prior {prior.site.distribution} is not conjugate to it")
-    return Scatter((asked.name,), asked.problem, why(asked, "copied into"), asked.uses, form)
-
-
-RULES: tuple[Callable[[Asked], AbstractBlock], ...] = (count_rule, power_rule, location_rule, covariance_rule)
-PREFERRED = {
-    "simplex": count_rule,
-    "unit": count_rule,
-    "positive": power_rule,
-    "real": location_rule,
-    "matrix": covariance_rule,
-}
-
-
-def why(asked: Asked, how: str) -> str:
-    prior = prior_of(asked.name, asked.problem.factors)
-    places = ", ".join(str(u) for u in asked.uses)
-    extra = f"; its {prior.site.distribution} prior adds pseudo-statistics" if prior else ""
-    return f"{how}: {places}{extra}"
-
-
-def closed_form(asked: Asked) -> AbstractBlock:
-    """The first rule that accepts.
-
-    Raises:
-        Declined: none does; the text is the nearest rule's reason.
-    """
-    if not asked.uses:
-        raise Declined("nothing but its own prior depends on it")
-    reasons: dict[Callable, str] = {}
-    for rule in RULES:
-        try:
-            return rule(asked)
-        except Declined as declined:
-            reasons[rule] = str(declined)
-    raise Declined(nearest_reason(asked, reasons))
-
-
-def nearest_reason(asked: Asked, reasons: Mapping[Callable, str]) -> str:
-    """Why the rule that came nearest declined, in the family's own words where it has none."""
-    for use in asked.uses:
-        family = use.factor.family
-        if use.argument and family:
-            rule = family.rules[use.argument]
-            if isinstance(rule, NoClosedForm):
-                return f"it enters {use}: {rule.reason}"
-        elif isinstance(use.factor.site.family, Opaque):
-            entry = use.factor.site.family
-            return f"it enters {use.factor.site.distribution} of '{use.factor.name}': {entry.reason}" + (
-                f" ({entry.nearest})" if entry.nearest else ""
-            )
-    preferred = PREFERRED.get(asked.kind)
-    reason = reasons.get(preferred, "") if preferred else ""
-    if not reason:
-        reason = next(iter(reasons.values()))
-    places = ", ".join(dict.fromkeys(str(u) for u in asked.uses))
-    return reason if any(str(u) in reason for u in asked.uses) else f"{reason} in {places}"
+def on_circle(constraint) -> bool:
+    """Whether the constraint is that of an angle."""
+    return _bounds(getattr(constraint, "base_constraint", constraint)) == (-math.pi, math.pi)
 
 
 def choose(
@@ -233,8 +81,12 @@ def choose(
         wish = asked_for.get(name)
         if isinstance(wish, Fixed):
             continue
-        asked = Asked(name, kind_of(param.constraint), tuple(uses_of(name, factors)), problem, params, bundle)
+        kind = "angle" if on_circle(param.constraint) else kind_of(param.constraint)
+        asked = Asked(name, kind, tuple(uses_of(name, factors)), problem, params, bundle)
+        if not asked.uses and param.prior is None:
+            continue  # nothing observed depends on it: it stays where it is
         refuse_unconstrained(asked)
+        refuse_bounds(asked)
         if isinstance(wish, Newton | Gradient):
             declined[name] = "asked for"
             continue
@@ -246,7 +98,8 @@ def choose(
                 raise PlanError(name, problem=f"has no closed form: {reason}", mend=mend) from None
             declined[name] = str(reason)
     blocks = join_least_squares(blocks, problem, params, bundle)
-    blocks += [with_profile(b, blocks, factors) for b in numerical(problem, declined, asked_for)]
+    numeric = numerical(problem, declined, asked_for, lambda names: derivatives(problem, names, params, bundle))
+    blocks += [with_profile(b, blocks, factors) for b in numeric]
     return tuple(sorted(blocks, key=lambda b: b.order))
 
 
@@ -262,40 +115,6 @@ def with_profile(block: AbstractBlock, closed: Sequence[AbstractBlock], factors:
     }
     tied = [b for b in closed if isinstance(b, Scale) and shapes & {u.factor.name for u in b.uses}]
     return dataclasses.replace(block, profile=tuple(tied))
-
-
-def refuse_unconstrained(asked: Asked) -> None:
-    """Raise where a parameter that may take any value stands, unchanged, where only some values have a meaning."""
-    for use in asked.uses if asked.kind == "real" else ():
-        rule = use.factor._family.rules[use.argument] if use.argument else None
-        if not isinstance(rule, Counting | Power | Covariance) or (isinstance(rule, Counting) and rule.logits):
-            continue
-
-        def form(p, b, use=use):
-            return asked.problem.link(
-                use, lambda: {("param", asked.name): Linear(jnp.asarray(p[asked.name]))}, p, b
-            ).form
-
-        try:
-            copied = asked.read(form)
-        except Declined:
-            continue
-        if isinstance(copied, Linear) and copied.pure:
-            needed = needed_constraint(rule, use)
-            raise ModelError(
-                asked.name,
-                problem=f"it is unconstrained, but it is the {use.argument} of '{use.factor.name}', which is not",
-                mend=f'numpyro.param("{asked.name}", ..., constraint=constraints.{needed})',
-            )
-
-
-def needed_constraint(rule: Counting | Power | Covariance, use: Use) -> str:
-    """Name of the constraint that an argument's rule is for."""
-    if isinstance(rule, Power):
-        return "positive"
-    if isinstance(rule, Covariance):
-        return "lower_cholesky" if rule.form == "tril" else "positive_definite"
-    return "simplex" if use.event_dim else "unit_interval"
 
 
 def join_least_squares(
@@ -336,8 +155,34 @@ def jointly_affine(problem: Problem, a: AbstractBlock, b: AbstractBlock, params:
     return True
 
 
+def derivatives(problem: Problem, names: Sequence[str], params: Params, bundle: Bundle) -> int:
+    """How often JAX can differentiate `Q` in the parameters `names`: 0, 1 or 2 times."""
+    touched = problem.touched(names)
+    graphs = [(problem.factors[n].graph, problem.factors[n].graph.outputs[n, "elem"]) for n in touched]
+    if not any(e.primitive.name in INCOMPLETE for graph, atom in graphs for e in graph.slice([atom])):
+        return 2
+
+    def differentiated(by: Callable) -> Callable:
+        def at(p: Params, b: Bundle):
+            ones = jax.tree.map(jnp.ones_like, problem.cells(p, b, touched))
+            return by(lambda new: problem.q({**p, **new}, ones, b, touched))({n: p[n] for n in names})
+
+        return at
+
+    for times, by in ((2, jax.hessian), (1, jax.grad)):
+        try:
+            jax.eval_shape(differentiated(by), dict(params), bundle)
+            return times
+        except (NotImplementedError, ValueError):
+            continue
+    return 0
+
+
 def numerical(
-    problem: Problem, declined: Mapping[str, str], asked_for: Mapping[str, AbstractMStep | None]
+    problem: Problem,
+    declined: Mapping[str, str],
+    asked_for: Mapping[str, AbstractMStep | None],
+    order: Callable[[Sequence[str]], int],
 ) -> list[AbstractBlock]:
     """Blocks for the parameters without closed form: those that share a factor are maximised together."""
     groups: list[list[str]] = []
@@ -352,8 +197,16 @@ def numerical(
         names = tuple(group)
         size = sum(int(np.prod(problem.params[n].shape)) for n in names)
         reason = "; ".join(dict.fromkeys(f"{n}: {declined[n]}" if len(names) > 1 else declined[n] for n in names))
+        if (times := order(names)) == 0 or (times == 1 and isinstance(wish, Newton)):
+            step = "Gradient" if times else "Fixed"
+            missing = f"JAX has no {'second ' * times}derivative of the density in it"
+            raise PlanError(group[0], problem=missing, mend=f'm_step={{"{group[0]}": autoem.m_step.{step}()}}')
+        if times == 1:
+            reason = f"{reason}; JAX has no second derivative of the density, which Newton's method needs"
         if isinstance(wish, Gradient):
             blocks.append(GradientBlock(names, problem, reason, wish.optimizer, wish.steps))
+        elif times == 1:
+            blocks.append(GradientBlock(names, problem, reason))
         elif isinstance(wish, Newton) or size <= MAX_NEWTON:
             steps = wish.max_steps if isinstance(wish, Newton) else NewtonBlock.max_steps
             blocks.append(NewtonBlock(names, problem, reason, max_steps=steps))

@@ -3,7 +3,8 @@ r"""Covariance matrices: the pooled expected scatter about the new locations.
 .. math:: \hat\Sigma_j = \sum_{c \to j} S_c \Big/ \sum_{c \to j} n_c
 
 for every matrix that is copied into the argument of a multivariate normal, in the form that the model declares
-(covariance, precision, Cholesky factor). A Wishart prior on a precision adds its scale and degrees of freedom.
+(covariance, precision, Cholesky factor). A Wishart prior on a precision, or an inverse Wishart prior on a covariance,
+adds its scale matrix and degrees of freedom.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from autoem.e_step.tables import Factor
 from autoem.families import Covariance
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.counting import fit, latex_name
-from autoem.m_step.priors import arguments_of, prior_of
+from autoem.m_step.priors import prior_of, prior_slope
 from autoem.m_step.problem import Bundle, Params, Statistics, Use, graph_values
 from autoem.passes.link import Declined, Linear
 
@@ -51,7 +53,10 @@ class Scatter(AbstractBlock):
         for use in self.uses:
             s, n = self.pooled(use, params, statistics, bundle)
             scatter, count = scatter + s, count + n
-        scatter, count = self.with_prior(scatter, count, params, bundle)
+        prior = prior_of(name, self.problem.factors)
+        if prior is not None:
+            s, n = prior_terms(prior, self.form, old, params, bundle)
+            scatter, count = scatter + s, count + n
         mean = scatter / jnp.where(count > 0, count, 1)
         mean = 0.5 * (mean + jnp.swapaxes(mean, -1, -2))
         if self.form == "precision":
@@ -80,14 +85,18 @@ class Scatter(AbstractBlock):
         count = jnp.broadcast_to(n[..., None, None], scatter.shape)
         return pull(fit(scatter, raw.shape))[0], pull(fit(count, raw.shape))[0]
 
-    def with_prior(self, scatter: Array, count: Array, params: Params, bundle: Bundle) -> tuple[Array, Array]:
-        prior = prior_of(self.names[0], self.problem.factors)
-        if prior is None:
-            return scatter, count
-        names = ("concentration", "rate_matrix")
-        a = arguments_of(prior, names, graph_values(bundle, params))
-        d = scatter.shape[-1]
-        return scatter + a["rate_matrix"], count + (a["concentration"] - d - 1)[..., None, None]
+
+def prior_terms(prior: Factor, form: str, value: Array, params: Params, bundle: Bundle) -> tuple[Array, Array]:
+    """Pseudo-scatter `S` and pseudo-count `n` of a conjugate prior, read off its slope at the matrix and at its double.
+
+    The slope at a precision `P` is half of `n P^-1 - S`, that at a covariance `C` half of `C^-1 S C^-1 - n C^-1`.
+    """
+    once, twice = (prior_slope(prior, times * value, params, bundle) for times in (1.0, 2.0))
+    inverse_count = 4 * (once - twice) if form == "precision" else 2 * (once - 4 * twice)  # n times the inverse
+    count = jnp.einsum("...ij,...ji->...", inverse_count, value)[..., None, None] / value.shape[-1]
+    if form == "precision":
+        return inverse_count - 2 * once, count
+    return value @ (2 * once + inverse_count) @ value, count
 
 
 def accept(problem, use: Use, name: str, params: Params, bundle: Bundle) -> str:

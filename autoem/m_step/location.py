@@ -22,8 +22,8 @@ from jax.flatten_util import ravel_pytree
 from autoem.families import Location
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.counting import fit, latex_name
-from autoem.m_step.priors import prior_of
-from autoem.m_step.problem import Bundle, Params, Statistics, Use, graph_values
+from autoem.m_step.priors import prior_of, prior_slope
+from autoem.m_step.problem import Bundle, Params, Statistics, Use
 from autoem.passes.link import Declined, Linear
 
 MAX_DENSE = 2048
@@ -104,15 +104,7 @@ def vector_terms(use: Use, args, t: Array, n: Array) -> tuple[Array, Array]:
 
 def prior_terms(prior, value: Array, params: Params, bundle: Bundle) -> tuple[Array, Array]:
     """Slope and curvature of a Normal prior."""
-
-    def slope(v: Array) -> Array:
-        def density(w: Array) -> Array:
-            values = graph_values(bundle, {**params, prior.name: w})
-            return prior.table(prior.cells(values, bundle.rows[prior.name]), bundle.rows[prior.name]).value.array.sum()
-
-        return jax.grad(density)(v)
-
-    g, h = jax.jvp(slope, (value,), (jnp.ones_like(value),))
+    g, h = jax.jvp(lambda v: prior_slope(prior, v, params, bundle), (value,), (jnp.ones_like(value),))
     return g, -h
 
 
@@ -139,7 +131,7 @@ def accept_linear(problem, use: Use, names: tuple[str, ...], params: Params, bun
 def vector_mean_applies(problem, use: Use, name: str, form: Linear, params: Params, bundle: Bundle) -> bool:
     """Whether a vector location is a plain mean.
 
-    It is one where its matrix is shared by all cells, or every entry is read exactly once.
+    It is one where its matrix is shared by all cells, or every entry is read exactly once, with one matrix.
     """
     shapes = jax.eval_shape(lambda p, b: problem.arguments(use, p, b), dict(params), bundle)
     loc = shapes[use.argument or ""]
@@ -149,6 +141,8 @@ def vector_mean_applies(problem, use: Use, name: str, form: Linear, params: Para
         return False
     if all(s == 1 for o in others for s in o.shape[:rank]):
         return True
+    if any(s > 1 and s != of_loc for o in others for s, of_loc in zip(o.shape[:rank], loc.shape[:rank], strict=False)):
+        return False
     needs = use.factor.graph.needs((use.factor.name, use.key[1]))
     if loc.size != np.size(params[name]) or any(k[0] in ("data", "key") for k in needs):
         return False
@@ -198,7 +192,7 @@ def newton_direction(hessian: Array, slope: Array, damping: Array | float = 0.0)
     curvature = -hessian
     diagonal = jnp.diagonal(curvature)
     top = jnp.maximum(jnp.abs(diagonal).max(), jnp.finfo(slope.dtype).tiny)
-    unit = jnp.sqrt(jnp.maximum(diagonal, 1e-12 * top))
+    unit = jnp.sqrt(jnp.maximum(jnp.abs(diagonal), 1e-12 * top))  # damping must count where nothing is concave
     scaled = curvature / unit[:, None] / unit[None, :]
     # a direction along which nothing is observed has a zero row: give it curvature one, so its step is zero
     ridge = jnp.finfo(slope.dtype).eps * 10 + damping

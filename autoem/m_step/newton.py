@@ -20,6 +20,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from autoem.e_step.tables import Factor
+from autoem.families import Family, Median
 from autoem.m_step._base import NEWTON, AbstractBlock
 from autoem.m_step.counting import latex_name
 from autoem.m_step.location import newton_direction
@@ -79,7 +80,7 @@ class NewtonBlock(AbstractBlock):
         def objective(v: Array) -> Array:
             return self.problem.q(completed(v), statistics, bundle, touched)
 
-        kinks = [n for n in touched if is_kinked(self.problem.factors[n])]
+        kinks = {n: arg for n in touched if (arg := kinked(self.problem.factors[n], self.names))}
         if kinks:
             smooth = [n for n in touched if n not in kinks]
 
@@ -89,7 +90,10 @@ class NewtonBlock(AbstractBlock):
                 def bound(v: Array) -> Array:
                     new = completed(v)
                     rest = self.problem.q(new, statistics, bundle, smooth)
-                    parts = [quadratic_bound(self.problem.factors[n], new, there, statistics[n], bundle) for n in kinks]
+                    parts = [
+                        quadratic_bound(self.problem.factors[n], arg, new, there, statistics[n], bundle)
+                        for n, arg in kinks.items()
+                    ]
                     return rest + sum(parts, start=jnp.zeros(()))
 
                 return bound
@@ -104,12 +108,17 @@ class NewtonBlock(AbstractBlock):
         return {n: jnp.where(finite, new[n], params[n]) for n in names}, state
 
 
-def is_kinked(factor: Factor) -> bool:
-    """Whether the density has a corner in a free location, where Newton's method would stop too early."""
-    return factor.site.distribution == "Laplace" and factor.family is None
+def kinked(factor: Factor, names: tuple[str, ...]) -> str:
+    """The free location in which the density has a corner at every datum, where Newton's method would stop; or ""."""
+    entry = factor.site.family
+    for arg, rule in entry.fixed_rules.items() if isinstance(entry, Family) and factor.family is None else ():
+        needs = factor.graph.needs((factor.name, f"arg:{arg}"))
+        if isinstance(rule, Median) and any(("param", n) in needs for n in names):
+            return arg
+    return ""
 
 
-def quadratic_bound(factor: Factor, params: Params, at: Params, statistics: Array, bundle: Bundle) -> Array:
+def quadratic_bound(factor: Factor, arg: str, params: Params, at: Params, statistics: Array, bundle: Bundle) -> Array:
     """A smooth lower bound of a Laplace site's part of `Q`, equal to it at `at`.
 
     It is that of `|r| <= (r^2 / d + d) / 2` with `d = |r(at)|`.
@@ -117,13 +126,18 @@ def quadratic_bound(factor: Factor, params: Params, at: Params, statistics: Arra
     References:
         Hunter and Lange 2000, "Quantile regression via an MM algorithm".
     """
+    family = factor.site.family
+    assert isinstance(family, Family)
     values, there = graph_values(bundle, params), graph_values(bundle, at)
+    rule = family.fixed_rules[arg]
+    assert isinstance(rule, Median)
     x = jnp.asarray(factor.graph.evaluate([(factor.name, "value")], values)[0])
-    residual = x - factor.argument("arg:loc", values)
-    width = jnp.abs(x - factor.argument("arg:loc", there))
+    residual = x - factor.argument(f"arg:{arg}", values)
+    width = jnp.abs(x - factor.argument(f"arg:{arg}", there))
     width = jnp.maximum(width, 1e-6 * width.mean() + jnp.finfo(width.dtype).tiny)
-    scale = factor.argument("arg:scale", values)
-    density = -jnp.log(2 * scale) - 0.5 * (residual**2 / width + width) / scale
+    above, below = rule.slopes({a: factor.argument(f"arg:{a}", values) for a in (*family.args, *family.fixed)})
+    loss = jnp.abs(residual) - 0.5 * (residual**2 / width + width)
+    density = factor.argument("elem", values) + 0.5 * (above + below) * loss
     return inner(statistics, jnp.broadcast_to(density, statistics.shape))
 
 
@@ -152,7 +166,7 @@ def maximise(objective, start: Array, max_steps: int, tolerance: float) -> Array
         direction = newton_direction(jax.hessian(objective)(s.at), slope, s.damping)
         # where the quadratic model is not concave its step may point down: follow the slope instead
         rises = jnp.vdot(direction, slope) > 0
-        direction = jnp.where(rises, direction, slope / (1 + jnp.linalg.norm(slope)))
+        direction = jnp.where(rises, direction, slope / (1 + jnp.linalg.norm(slope)) / (1 + s.damping))
         new = s.at + direction
         value = objective(new)
         better = value >= s.value

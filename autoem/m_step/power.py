@@ -1,7 +1,8 @@
 r"""Scales and rates: the closed form of every positive parameter whose objective is :math:`a \log s - b\, s^m`.
 
 A standard deviation (`m = -2`), a rate (`m = 1`), a variance behind a square root, a rate times an exposure, a
-log-scale behind an exponential: each place is :math:`s = c\,\theta^e` with one power `e`, and
+log-scale behind an exponential, what multiplies a covariance: each place is :math:`s = c\,\theta^e` with one power
+`e`, and
 
 .. math:: \theta \leftarrow \theta \left( \frac{\sum a e}{\sum m e\, b\, s^m} \right)^{1 / (m e)}
 
@@ -22,7 +23,8 @@ from autoem.m_step._base import AbstractBlock
 from autoem.m_step.counting import fit, latex_name
 from autoem.m_step.priors import POWERS, arguments_of, prior_of
 from autoem.m_step.problem import Bundle, Params, Statistics, Use, graph_values
-from autoem.passes.link import Declined, Linear, Monomial
+from autoem.m_step.structured import accept_direct, coefficients, needs_curvature, power_of, start
+from autoem.passes.link import Declined
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,16 +75,11 @@ class Scale(AbstractBlock):
         zero = jnp.zeros_like(params[name])
         a, d = zero, zero
         for use in self.uses:
-            args = self.problem.arguments(use, params, bundle)
-            t, n = self.problem.statistics(use, statistics)
-            rule = use.factor._family.rules[use.argument or ""]
-            assert isinstance(rule, Power)
-            log_coef, coef = rule.coefficients(t, n, args)
-            s = args[use.argument or ""]
-            _, pull = jax.vjp(lambda u, use=use: self.logs(use, u, params, bundle), zero)
-            shape = self.logs(use, zero, params, bundle).shape
-            a = a + pull(fit(jnp.broadcast_to(log_coef, jnp.broadcast_shapes(log_coef.shape, s.shape)), shape))[0]
-            d = d + pull(fit(rule.degree * coef * s**rule.degree, shape))[0]
+            if needs_curvature(use):
+                more = coefficients(self.problem, use, name, self.real, self.degree, params, statistics, bundle)
+            else:
+                more = self.pulled(use, params, statistics, bundle)
+            a, d = a + more[0], d + more[1]
         prior = prior_of(name, self.problem.factors)
         if prior is not None:
             names, degree, terms = POWERS[prior.site.distribution]
@@ -91,13 +88,22 @@ class Scale(AbstractBlock):
             a, d = a + pa, d + m * pb * params[name] ** m
         return a, d
 
+    def pulled(self, use: Use, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, Array]:
+        """The two sums of one place, from the family table's coefficients."""
+        zero = jnp.zeros_like(params[self.names[0]])
+        args = self.problem.arguments(use, params, bundle)
+        t, n = self.problem.statistics(use, statistics)
+        rule = use.factor._family.rules[use.argument or ""]
+        assert isinstance(rule, Power)
+        log_coef, coef = rule.coefficients(t, n, args)
+        s = args[use.argument or ""]
+        logs, pull = jax.vjp(lambda u: self.logs(use, u, params, bundle), zero)
+        log_coef = jnp.broadcast_to(log_coef, jnp.broadcast_shapes(log_coef.shape, s.shape))
+        return pull(fit(log_coef, logs.shape))[0], pull(fit(rule.degree * coef * s**rule.degree, logs.shape))[0]
+
     def logs(self, use: Use, u: Array, params: Params, bundle: Bundle) -> Array:
         """Logarithm of the argument at every cell as a function of the parameter's logarithm."""
         return self.problem.link(use, lambda: start(self.names[0], self.real, u), params, bundle).arrays[0]
-
-
-def start(name: str, real: bool, u: Array):
-    return {("param", name): Linear(u) if real else Monomial(u)}
 
 
 def accept(problem, use: Use, name: str, real: bool, params: Params, bundle: Bundle) -> float:
@@ -106,13 +112,10 @@ def accept(problem, use: Use, name: str, real: bool, params: Params, bundle: Bun
     Raises:
         Declined: it is not a power of the parameter times something that does not depend on it.
     """
-    zero = jnp.zeros(params[name].shape)
     if use.argument is None:
-        raise Declined(f"it enters the density of {use} as a whole")
+        return accept_direct(problem, use, name, real, params, bundle)
     rule = use.factor._family.rules[use.argument]
     if not isinstance(rule, Power):
         raise Declined(f"it enters {use}, whose update is no power")
-    form = problem.link(use, lambda: start(name, real, zero), params, bundle).form
-    if not isinstance(form, Monomial) or form.power is None or not form.simple:
-        raise Declined(f"it enters {use} as something other than a power of one of its entries")
-    return rule.degree * form.power
+    form = problem.link(use, lambda: start(name, real, jnp.zeros(params[name].shape)), params, bundle).form
+    return rule.degree * power_of(form, use)

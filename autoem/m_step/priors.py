@@ -1,19 +1,21 @@
 """Conjugate priors as pseudo-statistics.
 
 In: the prior's factor. Out: what it adds to the expected counts (Dirichlet, Beta), to the two coefficients of a power
-update (Gamma, InverseGamma, ...) or to gradient and curvature (Normal), so that maximum a posteriori keeps the closed
-form.
+update (Gamma, InverseGamma, ...), to a scatter matrix (Wishart, InverseWishart) or to gradient and curvature (Normal),
+so that maximum a posteriori keeps the closed form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from autoem.e_step.tables import Factor
 from autoem.ir import Program
+from autoem.m_step.problem import Bundle, graph_values
 
 Terms = tuple[Array, Array]
 Arguments = Mapping[str, Array]
@@ -35,7 +37,11 @@ POWERS: dict[str, tuple[tuple[str, ...], float | None, Callable[[Arguments], Ter
     "Uniform": ((), None, lambda a: (jnp.zeros(()), jnp.zeros(()))),
 }
 
+# class name -> the form of the matrix that it is conjugate to
+MATRICES = {"Wishart": "precision", "InverseWishart": "covariance"}
+
 NORMAL = ("loc", "scale")
+FLAT = "ImproperUniform"
 SOURCE = "Gelman et al. 2013, Bayesian Data Analysis, chapter 2"
 
 
@@ -53,8 +59,19 @@ def readable(factor: Factor, names: tuple[str, ...]) -> bool:
 
 
 def prior_of(param: str, factors: Mapping[str, Factor]) -> Factor | None:
+    """The prior of a parameter; None where it has none, or one that is flat wherever the parameter may be."""
     factor = factors.get(param)
-    return factor if factor is not None and factor.is_prior else None
+    return factor if factor is not None and factor.is_prior and factor.site.distribution != FLAT else None
+
+
+def prior_slope(prior: Factor, value: Array, params: Mapping[str, Array], bundle: Bundle) -> Array:
+    """Gradient of a prior's log density in its parameter, at `value`."""
+    rows = bundle.rows[prior.name]
+
+    def density(v: Array) -> Array:
+        return prior.table(prior.cells(graph_values(bundle, {**params, prior.name: v}), rows), rows).value.array.sum()
+
+    return jax.grad(density)(value)
 
 
 def describe(program: Program, param: str) -> str:

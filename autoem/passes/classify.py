@@ -8,6 +8,8 @@ with observed data below it.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -57,18 +59,38 @@ def refuse_unknown(program: Program, latent: tuple[str, ...], maximize: tuple[st
                     for s in program.sites.values()
                     if s.role == "parameter" or (s.role == "latent" and option == "latent")
                 ]
-                what = "is no unobserved site" if site is None else f"is {site.role}, not an unobserved continuous site"
                 raise PlanError(
-                    name, problem=f"{option}= names it, but it {what} of the model", mend=f"choose among {known}"
+                    name,
+                    problem=f"{option}= names it, but it {what_it_is(program, name)} of the model",
+                    mend=nearest(name, known),
                 )
+
+
+def what_it_is(program: Program, name: str) -> str:
+    if name in program.params:
+        return "is already a parameter (numpyro.param)"
+    site = program.sites.get(name)
+    if site is None:
+        return "is no unobserved site"
+    role = {"latent": "a discrete latent"}.get(site.role, site.role)
+    return f"is {role}, not an unobserved continuous site"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What to write instead of a name that does not exist."""
+    known = sorted(names)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    among = f"choose among {known}" if known else "leave it out: the model has none to name"
+    return f"did you mean '{close[0]}'? ({among})" if close else among
 
 
 def parents_of(program: Program, site: Site) -> tuple[str, ...]:
     """Names of the parameters and latents that the site's density reads, itself excepted."""
-    fields = [k for k in program.full.outputs if k[0] == site.name]
-    needs = program.full.needs(*fields)
+    graph = program.graph if program.chains else program.full  # the pieces of a path are told apart in the former
+    fields = [k for k in graph.outputs if k[0] == site.name]
+    needs = graph.needs(*fields)
     names = [k[1] for k in needs if k[0] in ("param", "latent") and k[1] != site.name]
-    order = [k[1] for k in program.full.inputs if k[0] in ("param", "latent")]
+    order = [k[1] for k in graph.inputs if k[0] in ("param", "latent")]
     return tuple(sorted(names, key=order.index))
 
 
@@ -78,9 +100,10 @@ def decide(program: Program, site: Site, forced_latent: bool, forced_parameter: 
         return "maximised because maximize= names it"
     why = "latent= names it" if forced_latent else why_latent(program, site)
     if why:
+        hints = "".join(f"; {n}" for n in program.notes if n.endswith("forgotten?"))
         raise ModelError(
             site.name,
-            problem=f"a continuous latent ({why}); only discrete latents are integrated so far",
+            problem=f"a continuous latent ({why}); only discrete latents are integrated so far{hints}",
             mend=f'EM(model, maximize=["{site.name}"]) to maximise over it, or integrate it out by hand in the model',
         )
     return "a parameter with a prior: its prior reads no other parameter, and no data stand in its plates"
@@ -98,7 +121,7 @@ def why_latent(program: Program, site: Site) -> str:
     if (
         site.plates
         and standard_normal(program, site)
-        and not any(p in program.latents for s in below for p in s.parents)
+        and not any(p in program.every_latent for s in below for p in s.parents)
     ):
         return "a standard normal effect for each group of rows (non-centred)"
     return ""

@@ -1,0 +1,391 @@
+"""What a `scan` is made of: its body, read once, and what it carries from step to step.
+
+In: the message that `numpyro.contrib.control_flow.scan` sends, and the reader that met it. Out: `Scan`, which evaluates
+anything that the body computes at all steps of a stretch at once. The body is traced alone, with what it carries as
+inputs, and so never run over time with its latents: what it carries that no latent decides (a counter, the previous
+observation) is computed by a scan of its own; what latents decide is written as their values so many steps back (`z@1`,
+`z@2`), which are latents of their own to the tables of a step. The first steps, which read the start, are sites of
+their own (`z[0]`).
+
+Names of the pieces of a latent `z`: `z@0` its value at a step after the first ones, `z@1` at the step before, `z[0]` at
+the first step, `z[-1]` at the last; `z` itself is its path, read by sites that read nothing carried.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from numpyro import handlers
+from numpyro.primitives import _PYRO_STACK
+
+from autoem._errors import ModelError
+from autoem._folding import folded, only_of, reads
+from autoem._jaxpr import Graph, trace_graph
+from autoem._reader import Reader, Record, outputs_of
+from autoem._support import bounds
+from autoem.ir import at_lag, at_step
+
+MAX_LAG = 8
+COUNT_UP_TO = 1 << 20  # steps whose counters are computed as the model is read
+
+
+@dataclasses.dataclass
+class Body:
+    """The body of a scan at one place: its graph, and what was recorded as it was traced."""
+
+    graph: Graph
+    records: Mapping[str, Record]
+    params: Mapping[str, tuple[Any, Any]]
+    frames: Mapping[str, Any]
+    carry: Any
+    ys: Any
+
+    def fields(self, name: str) -> list[tuple]:
+        return [k for k in self.graph.outputs if k[0] == name]
+
+
+class Scan:
+    """One scan, with its start and its inputs, being read by `reader`."""
+
+    def __init__(self, reader: Reader, msg: Mapping[str, Any]):
+        self.reader = reader
+        self.function, init, xs, length, reverse = msg["args"][:5]
+        self.label = getattr(self.function, "__name__", "scan")
+        self.reverse = bool(reverse)
+        self.refuse(msg)
+        self.init, self.tree = jax.tree.flatten(init)
+        with jax.ensure_compile_time_eval():  # numbers in the model's text stay numbers
+            self.init = [x if isinstance(x, Tracer) else jnp.asarray(x) for x in self.init]
+        self.xs, self.xs_tree = jax.tree.flatten(xs)
+        self.xs = [jnp.asarray(x)[::-1] if reverse else jnp.asarray(x) for x in self.xs]
+        self.length = int(length if length is not None else self.xs[0].shape[0])
+        self.time = reader.new_label("time")
+        self.compact = reader.compact
+
+    def refuse(self, msg: Mapping[str, Any]) -> None:
+        around = {type(h).__name__ for h in _PYRO_STACK if isinstance(h, handlers.mask | handlers.scale)}
+        for found, problem, mend in (
+            (
+                msg["kwargs"].get("substitute_stack"),
+                "sites of a scan are conditioned from outside",
+                "pass the values to the step as inputs and observe them there (obs=)",
+            ),
+            (
+                around,
+                f"handlers.{' and '.join(sorted(around))} around a scan",
+                "put the handler inside the step, around its sites",
+            ),
+        ):
+            if found:
+                raise ModelError(self.label, problem=problem, mend=mend)
+
+    # -- tracing the body ------------------------------------------------------------------------------------------
+
+    def trace(self, carry: Sequence[Any], latents: Mapping[str, Any]) -> Body:
+        """The body as a graph of what it carries, its inputs and the latents, whose shapes are given."""
+        kept: list[Any] = []
+
+        def run(inputs: dict) -> dict:
+            inner = Reader(self.inner_inputs(inputs), self.reader.truncated, self.reader.drop_nan)
+            leaves = [inputs["·carry", i] for i in range(len(carry))]
+            x = jax.tree.unflatten(self.xs_tree, [inputs["·x", i] for i in range(len(self.xs))])
+            with handlers.block(), handlers.seed(rng_seed=inputs["key", 0]), inner:
+                new, ys = self.function(jax.tree.unflatten(self.tree, leaves), x)
+            out = self.outputs(inner)
+            new_leaves, new_tree = jax.tree.flatten(new)
+            if new_tree != self.tree:
+                problem = f"the step returns a carry of another structure ({new_tree}) than its start ({self.tree})"
+                raise ModelError(self.label, problem=problem, mend="return what the step was given, renewed")
+            y_leaves, y_tree = jax.tree.flatten(ys)
+            kept[:] = [inner, y_tree]
+            out.update({("·carry", i): jnp.asarray(v) for i, v in enumerate(new_leaves)})
+            out.update({("·y", i): jnp.asarray(v) for i, v in enumerate(y_leaves)})
+            return out
+
+        inputs: dict = {("·carry", i): shape_of(v) for i, v in enumerate(carry)}
+        inputs |= {("·x", i): shape_of(v[0]) for i, v in enumerate(self.xs)}
+        inputs |= {("latent", n): v for n, v in latents.items()}
+        inputs["key", 0] = jax.random.key(0)
+        graph = trace_graph(run, inputs)
+        inner, y_tree = kept
+        return Body(graph, inner.records, inner.params, inner.frames, self.tree, y_tree)
+
+    def inner_inputs(self, inputs: Mapping) -> dict:
+        """Values of the body's sites: its own latents by their names, parameters those of the whole model."""
+        params = {k: v for k, v in self.reader.inputs.items() if k[0] == "param"}
+        return {**params, **inputs}
+
+    def outputs(self, inner: Reader) -> dict:
+        """Everything that later stages ask of the body's sites; the start values of parameters declared in it."""
+        self.refuse_continuous(inner)
+        latents = {n for n, r in inner.records.items() if not r.observed}
+        out = outputs_of(inner.records, latents, self.reader.truncated)
+        out.update({("·init", n): jnp.asarray(v) for n, (v, _) in inner.params.items()})
+        return out
+
+    def refuse_continuous(self, inner: Reader) -> None:
+        for name, r in inner.records.items():
+            if not r.observed and not r.auxiliary and not r.base.support.is_discrete:
+                raise ModelError(
+                    name,
+                    problem="a continuous latent at every step of a scan; only discrete ones are summed out so far",
+                    mend="observe it (obs=), or declare it outside the scan where it is a parameter",
+                )
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, Any]:
+        """Shape of each latent of the body: full, or 1 along its plates."""
+
+        def look(body_latents: dict) -> Body:
+            return self.trace(self.init, body_latents)
+
+        found = look({})
+        out = {}
+        for name, r in found.records.items():
+            if not r.observed:
+                bounds(name, r.base, self.reader.truncated)
+                batch = tuple(r.fn.batch_shape)
+                batch = (1,) * len(batch) if self.compact else batch
+                out[name] = jax.ShapeDtypeStruct(batch + tuple(r.fn.event_shape), jnp.result_type(int))
+        return out
+
+    # -- what the carry is -----------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def body(self) -> Body:
+        """The body at a step whose carry comes from a step before it."""
+        carry = [shape_of(v) for v in self.init]
+        for _ in range(MAX_LAG + 1):
+            body = self.trace(carry, self.shapes)
+            new = [jax.ShapeDtypeStruct(body.graph.shape(("·carry", i)), dtype_of(body.graph, i)) for i in
+                   range(len(carry))]  # fmt: skip
+            if [v.shape for v in new] == [v.shape for v in carry]:
+                return body
+            carry = new
+        raise ModelError(
+            self.label,
+            problem="what the step carries changes its shape from step to step",
+            mend="carry arrays of one shape",
+        )
+
+    @functools.cached_property
+    def states(self) -> dict[int, int]:
+        """Leaves of the carry that latents decide, and how many steps back the oldest such latent lies."""
+        graph, leaves = self.body.graph, range(len(self.init))
+        needs = {i: graph.needs(("·carry", i)) for i in leaves}
+        decided = {i for i in leaves if any(k[0] == "latent" for k in needs[i])}
+        while more := {i for i in leaves if any(k[0] == "·carry" and k[1] in decided for k in needs[i])} - decided:
+            decided |= more
+        lags: dict[int, int] = {}
+
+        def lag(i: int, path: tuple[int, ...]) -> int:
+            if i in path:
+                raise ModelError(
+                    self.label,
+                    problem="what the step carries depends on latents of any number of steps back",
+                    mend="carry the latents of the last step or two; make a running quantity a state of the chain",
+                )
+            if i not in lags:
+                older = [lag(k[1], (*path, i)) for k in needs[i] if k[0] == "·carry" and k[1] in decided]
+                lags[i] = 1 + max(older, default=0)
+            return lags[i]
+
+        return {i: lag(i, ()) for i in decided}
+
+    @functools.cached_property
+    def split(self) -> set[str]:
+        """Sites whose density reads what latents of earlier steps decide."""
+        states = {("·carry", i) for i in self.states}
+        return {n for n in self.body.records if self.body.graph.needs(*self.body.fields(n)) & states}
+
+    @functools.cached_property
+    def lags(self) -> dict[str, int]:
+        """How many steps back each latent of the body is read by any site; zero for those that are not."""
+        out = dict.fromkeys(self.shapes, 0)
+        graph = self.body.graph
+
+        def follow(i: int, lag: int) -> None:
+            for kind, name in graph.needs(("·carry", i)):
+                if kind == "latent":
+                    out[name] = max(out[name], lag)
+                elif kind == "·carry" and name in self.states:
+                    follow(name, lag + 1)
+
+        for n in self.split:
+            for kind, i in graph.needs(*self.body.fields(n)):
+                if kind == "·carry" and i in self.states:
+                    follow(i, 1)
+        return out
+
+    @property
+    def lag(self) -> int:
+        return max(self.lags.values(), default=0)
+
+    @functools.cached_property
+    def entering(self) -> list[Any]:
+        """Leaves that no latent decides, as they enter every step `(length, ...)`; None for the others."""
+        free = [i for i in range(len(self.init)) if i not in self.states]
+        graph = self.body.graph
+
+        def step(carry, x):
+            values = {("·carry", i): v for i, v in zip(free, carry, strict=True)}
+            values |= {("·x", i): v for i, v in enumerate(x) if v is not None} | {("key", 0): jax.random.key(0)}
+            new = graph.evaluate([("·carry", i) for i in free], values)
+            return [jnp.asarray(n, v.dtype).reshape(v.shape) for n, v in zip(new, carry, strict=True)], carry
+
+        read = {k[1] for i in free for k in graph.needs(("·carry", i)) if k[0] == "·x"}
+        inputs = [x if i in read else None for i, x in enumerate(self.xs)]
+        start = [jnp.asarray(self.init[i], dtype_of(graph, i)) for i in free]
+        self.last, seen = jax.lax.scan(step, start, inputs, self.length) if free else ([], [])
+        out: list[Any] = [None] * len(self.init)
+        for i, v in zip(free, seen, strict=True):
+            out[i] = v
+        return out
+
+    @functools.cached_property
+    def counted(self) -> dict[tuple, Any]:
+        """Leaves of the carry that only count: their values at every step, as numbers."""
+        graph, start = self.body.graph, {i: v for i, v in enumerate(self.init) if not isinstance(v, Tracer)}
+        counts = {i for i in start if i not in self.states}
+        while fewer := {i for i in counts if not only_of(graph, ("·carry", i), {("·carry", j) for j in counts})}:
+            counts -= fewer
+        keys = [("·carry", i) for i in sorted(counts)]
+        if not keys or self.length > COUNT_UP_TO:
+            return {}
+
+        def step(now, _):
+            new = graph.evaluate(keys, dict(zip(keys, now, strict=True)))
+            return [jnp.asarray(n, v.dtype).reshape(v.shape) for n, v in zip(new, now, strict=True)], now
+
+        with jax.ensure_compile_time_eval():
+            first = [jnp.asarray(start[k[1]], dtype_of(graph, k[1])) for k in keys]
+            rows = jax.lax.scan(step, first, None, self.length)[1]
+            return {k: np.asarray(v) for k, v in zip(keys, rows, strict=True)}
+
+    # -- values of what latents decide ------------------------------------------------------------------------------
+
+    def latent(self, name: str, lag: int) -> Any:
+        """A latent `lag` steps before each of the steps after the first ones."""
+        if self.compact:
+            return self.reader.inputs["latent", at_lag(name, lag)]
+        return self.path(name)[self.lag - lag : self.length - lag]
+
+    def path(self, name: str) -> Any:
+        """A latent at all steps; a placeholder while the model is first looked at."""
+        if ("latent", name) in self.reader.inputs:
+            return self.reader.inputs["latent", name]
+        shape = self.shapes[name]
+        low, _ = bounds(name, self.body.records[name].base, self.reader.truncated)
+        del low  # a tracer of the body; states are counted from the support's own start later
+        return jnp.zeros((self.length, *shape.shape), shape.dtype)
+
+    def at(self, name: str, step: int) -> Any:
+        """A latent at one of the first steps, or counted from the end."""
+        if self.compact:
+            return self.reader.inputs["latent", at_step(name, step)]
+        return self.path(name)[step]
+
+    def evaluate(self, keys: list[tuple], fixed: Mapping, varying: Mapping, start: int = 0) -> list[Any]:
+        """Outputs of the body over time, with a leading axis: of size one where nothing that varies is read.
+
+        `start` is the first step that `varying` holds. What only counts steps is computed here and now, so that
+        `jnp.where(t == 0, ...)` at the later steps is one branch of it and varies no more.
+        """
+        graph, fixed = self.body.graph, {**fixed, ("key", 0): jax.random.key(0)}
+        steps = next((v.shape[0] for v in varying.values()), 1)
+        counted = {k: v[start : start + steps] for k, v in self.counted.items() if k in varying}
+        same, moving = folded(graph, [graph.outputs[k] for k in keys], counted)
+        out: dict[tuple, Any] = {}
+        groups: dict[tuple, list[tuple]] = {}
+        for key in keys:
+            inputs, variables = reads(graph, graph.outputs[key], {*same, *moving})
+            groups.setdefault((inputs & set(varying), frozenset(variables & set(moving))), []).append(key)
+        for (inputs, variables), members in groups.items():
+            atoms = [graph.outputs[k] for k in members]
+
+            def at(inputs: Mapping, variables: Mapping, atoms=atoms) -> list[Any]:
+                return graph.evaluate_atoms(atoms, {**fixed, **inputs}, {**same, **variables})
+
+            part = {k: varying[k] for k in inputs}, {v: moving[v] for v in variables}
+            if any(part):
+                names = list(part[1])
+                values = jax.vmap(lambda i, v, n=names, f=at: f(i, dict(zip(n, v, strict=True))))(
+                    part[0], [part[1][n] for n in names]
+                )
+            else:
+                values = [jnp.asarray(v)[None] for v in at({}, {})]
+            out.update(zip(members, values, strict=True))
+        return [out[k] for k in keys]
+
+    def values(self, lag: int) -> tuple[dict, dict]:
+        """What the body reads at the steps `lag` before each later step: fixed values, and values along time."""
+        start, stop = self.lag - lag, self.length - lag
+        fixed: dict = {}
+        varying: dict = {("·x", i): v[start:stop] for i, v in enumerate(self.xs)}
+        varying |= {("·carry", i): v[start:stop] for i, v in enumerate(self.entering) if v is not None}
+        for name in self.shapes:
+            (fixed if self.compact else varying)["latent", name] = self.latent(name, lag)
+        for i, oldest in self.states.items():
+            if lag + oldest <= self.lag:
+                value = self.carried(i, lag + 1)
+                (fixed if value[1] else varying)["·carry", i] = value[0][0] if value[1] else value[0]
+        return fixed, varying
+
+    def carried(self, i: int, lag: int) -> tuple[Any, bool]:
+        """Leaf `i` as it left the steps `lag` back, with a leading axis; whether that is the same at all steps."""
+        fixed, varying = self.values(lag)
+        value = self.evaluate([("·carry", i)], fixed, varying, self.lag - lag)[0]
+        return value, value.shape[0] == 1 and self.compact
+
+    # -- the first steps and the last --------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def heads(self) -> list[tuple[Body, dict]]:
+        """The body at each of the first steps, with the values that it reads there."""
+        out: list[tuple[Body, dict]] = []
+        carry = list(self.init)
+        for h in range(min(self.lag, self.length)):
+            body = self.trace(carry, self.shapes)
+            values: dict = {("·carry", i): v for i, v in enumerate(carry)}
+            values |= {("·x", i): v[h] for i, v in enumerate(self.xs)} | {("key", 0): jax.random.key(0)}
+            values |= {("latent", n): self.at(n, h) for n in self.shapes}
+            out.append((body, values))
+            carry = body.graph.evaluate([("·carry", i) for i in range(len(carry))], values)
+        return out
+
+    def last_carry(self) -> Any:
+        """The carry that the scan returns, latents at the last steps being latents of their own."""
+        _ = self.entering
+        free = iter(self.last)
+        leaves = [self.ending(i, 1) if i in self.states else next(free) for i in range(len(self.init))]
+        return jax.tree.unflatten(self.tree, leaves)
+
+    def ending(self, i: int, back: int) -> Any:
+        """Leaf `i` as it left the step `back` from the end."""
+        if self.length < back:
+            return self.init[i]
+        step = self.length - back
+        values: dict = {("·x", j): v[step] for j, v in enumerate(self.xs)} | {("key", 0): jax.random.key(0)}
+        values |= {("·carry", j): v[step] for j, v in enumerate(self.entering) if v is not None}
+        values |= {("latent", n): self.at(n, -back) for n in self.shapes}
+        graph = self.body.graph
+        for j in self.states:
+            if ("·carry", j) in graph.needs(("·carry", i)):
+                values["·carry", j] = self.ending(j, back + 1)
+        return graph.evaluate([("·carry", i)], values)[0]
+
+
+def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def dtype_of(graph: Graph, i: int) -> Any:
+    atom = graph.outputs["·carry", i]
+    return (getattr(atom, "aval", None) and atom.aval.dtype) or jnp.result_type(atom.value)  # type: ignore[union-attr]

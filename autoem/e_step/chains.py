@@ -1,0 +1,312 @@
+"""Sum the states of a chain out along time: forward and backward messages, once, for sums, modes and draws.
+
+In: tables of log densities that repeat along a time axis, over the states of one step (`current`) and of the step
+before (`previous`), and a table over the states that precede the first such step (`head`). Out: the log of their sum
+over all paths, whose gradient is every marginal; or the best path, or exact draws of it.
+
+The messages are probabilities, scaled at every step, which costs one small product a step; what they cannot hold
+(a path whose probability at some time is below the smallest number, and which is needed later) `log_sum` finds in
+logarithms. Tables that do not vary in time stay as they are: their marginals are one product over all steps at once.
+
+References:
+    Baum, Petrie, Soules and Weiss 1970. Rabiner 1989, "A tutorial on hidden Markov models", section III (scaling).
+    Viterbi 1967. Chib 1996, "Calculating posterior distributions and modal estimates in Markov mixture models".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from autoem._named import Named, add, pick, union
+
+TIME = "·t"  # the axis that the messages run along
+SOURCE = "Baum, Petrie, Soules and Weiss 1970 (forward-backward); Rabiner 1989 (scaling)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """Names of the axes: `previous` and `current` states are aligned, `kept` are plates and latents of all time."""
+
+    kept: tuple[str, ...]
+    previous: tuple[str, ...]
+    current: tuple[str, ...]
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        return self.kept + self.previous
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        return self.kept + self.current
+
+    @property
+    def gone(self) -> tuple[str, ...]:
+        """States of the step before that the next message no longer holds."""
+        return tuple(a for a in self.previous if a not in self.current)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainTables:
+    """What a chain is made of: `head` over `previous`; `single` over `current`; `pairs` over both."""
+
+    frame: Frame
+    head: Named
+    single: Named
+    pairs: tuple[Named, ...]
+    steps: int
+
+
+def total(chain: ChainTables) -> Named:
+    """Log of the sum over all paths, an axis for each of `kept`."""
+    head, single, pairs = arrays_of(chain)
+    spec = Spec(chain.frame, tuple(p.axes for p in chain.pairs), chain.steps)
+    return Named(_total(spec, head, single, pairs), chain.frame.kept)
+
+
+def arrays_of(chain: ChainTables) -> tuple[Array, Array, tuple[Array, ...]]:
+    """The tables as arrays: the head at full size, the single table with every axis, if of size one."""
+    frame = chain.frame
+    sizes = {a: t.size(a) for t in (chain.head, chain.single, *chain.pairs) for a in t.axes}
+    head = jnp.broadcast_to(chain.head.to(frame.before), [sizes.get(a, 1) for a in frame.before])
+    return head, chain.single.to((TIME, *frame.after)), tuple(p.array for p in chain.pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What the compiled recursion needs to know besides the arrays."""
+
+    frame: Frame
+    pair_axes: tuple[tuple[str, ...], ...]
+    steps: int
+
+    @property
+    def varying(self) -> tuple[bool, ...]:
+        return tuple(TIME in axes for axes in self.pair_axes)
+
+    def step(self, out: Sequence[str], message: Array, axes: Sequence[str], pairs: Sequence[Array]) -> Array:
+        """One message through the tables of one step."""
+        named = [Named(p, tuple(a for a in x if a != TIME)) for p, x in zip(pairs, self.pair_axes, strict=True)]
+        return einsum(out, Named(message, tuple(axes)), *named)
+
+
+def einsum(out: Sequence[str], *factors: Named) -> Array:
+    """Product of `factors` summed over what is not in `out`, in the cheapest order (found by `opt_einsum`)."""
+    letters = {a: chr(ord("a") + i) for i, a in enumerate(union(*(f.axes for f in factors), tuple(out)))}
+    present = union(*(f.axes for f in factors))
+    kept = [a for a in out if a in present]
+    spec = ",".join("".join(letters[a] for a in f.axes) for f in factors) + "->" + "".join(letters[a] for a in kept)
+    result = Named(jnp.einsum(spec, *(f.array for f in factors), optimize="optimal"), tuple(kept))
+    return result.to(tuple(out))
+
+
+def scaled(table: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """`exp(table - top)` and `top`, the largest entry along `axes`."""
+    top = jnp.max(table, axis=axes, keepdims=True)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    return jnp.exp(table - top), jnp.squeeze(top, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(spec: Spec, head: Array, single: Array, pairs: tuple[Array, ...]) -> Array:
+    return _forward(spec, head, single, pairs)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """The tables as probabilities, and the logarithms taken out of them, summed."""
+
+    head: Array
+    single: Array
+    pairs: tuple[Array, ...]
+    taken: Array
+
+
+jax.tree_util.register_dataclass(Scaled, ["head", "single", "pairs", "taken"], [])
+
+
+def _scale(spec: Spec, head: Array, single: Array, pairs: tuple[Array, ...]) -> Scaled:
+    kept = len(spec.frame.kept)
+    states = tuple(range(kept, head.ndim))
+    head, top = scaled(head, states)
+    total = head.sum(states, keepdims=True)
+    head = head / jnp.where(total > 0, total, 1)
+    taken = top + jnp.log(jnp.squeeze(total, states))
+    single, top = scaled(single, tuple(s + 1 for s in states))
+    taken = taken + top.sum(0) * (spec.steps // top.shape[0])
+    probabilities = []
+    for pair, varying in zip(pairs, spec.varying, strict=True):
+        table, top = scaled(pair, tuple(range(int(varying), pair.ndim)))
+        taken = taken + (top.sum() if varying else top * spec.steps)
+        probabilities.append(table)
+    return Scaled(head, single, tuple(probabilities), taken)
+
+
+def _forward(spec: Spec, head: Array, single: Array, pairs: tuple[Array, ...]):
+    """Log of the sum; and the scaled tables with the messages that arrive at every step."""
+    s = _scale(spec, head, single, pairs)
+    frame, states = spec.frame, tuple(range(len(spec.frame.kept), head.ndim))
+
+    def step(message, at):
+        single, varying = at
+        arrived = spec.step(frame.after, message, frame.before, merged(spec, s.pairs, varying))
+        weight = arrived * single
+        norm = weight.sum(states, keepdims=True)
+        return weight / jnp.where(norm > 0, norm, 1), arrived
+
+    over = jnp.broadcast_to(s.single, (spec.steps, *s.single.shape[1:]))
+    _, arrived = jax.lax.scan(step, s.head, (over, in_time(spec, s.pairs)))
+    norms = (arrived * s.single).sum(tuple(a + 1 for a in states))
+    return s.taken + jnp.log(norms).sum(0), (s, arrived, norms)
+
+
+def in_time(spec: Spec, pairs: Sequence[Array]) -> tuple[Array, ...]:
+    return tuple(p for p, v in zip(pairs, spec.varying, strict=True) if v)
+
+
+def merged(spec: Spec, pairs: Sequence[Array], varying: Sequence[Array]) -> list[Array]:
+    """The tables of one step: those that vary in time at that step, the others as they are."""
+    now = iter(varying)
+    return [next(now) if v else p for p, v in zip(pairs, spec.varying, strict=True)]
+
+
+def _backward(spec: Spec, s: Scaled) -> Array:
+    """Messages from the steps after each step, scaled; the last is one."""
+    frame, states = spec.frame, tuple(range(len(spec.frame.kept), s.head.ndim))
+
+    def step(weight, at):
+        single, varying = at
+        back = spec.step(frame.before, weight, frame.after, merged(spec, s.pairs, varying))
+        norm = back.sum(states, keepdims=True)
+        back = back / jnp.where(norm > 0, norm, 1)
+        return back * single, back
+
+    over = jnp.broadcast_to(s.single, (spec.steps, *s.single.shape[1:]))
+    shape = jnp.broadcast_shapes(s.head.shape, s.single.shape[1:])
+    last = jnp.broadcast_to(over[-1], shape)
+    # the steps in reverse: from step t's weight, through the tables of step t, to step t - 1
+    reverse = tuple(p[::-1][:-1] for p in in_time(spec, s.pairs))
+    _, back = jax.lax.scan(step, last, (over[:-1][::-1], reverse))
+    return jnp.concatenate([back[::-1], jnp.ones((1, *shape), back.dtype)])
+
+
+def _total_fwd(spec: Spec, head: Array, single: Array, pairs: tuple[Array, ...]):
+    value, (s, arrived, norms) = _forward(spec, head, single, pairs)
+    return value, (s, arrived, norms, _backward(spec, s))
+
+
+def _total_bwd(spec: Spec, residuals, slope: Array):
+    s, arrived, norms, back = residuals
+    frame = spec.frame
+    states = tuple(range(len(frame.kept), s.head.ndim))
+    later = tuple(a + 1 for a in states)
+    ahead = s.single * back
+    norm = (arrived * ahead).sum(later, keepdims=True)
+    ahead = ahead / jnp.where(norm > 0, norm, 1)
+    marginal = arrived * ahead * jnp.expand_dims(slope, states)
+    over = norms.reshape(norms.shape + (1,) * len(states))
+    filtered = arrived * s.single / jnp.where(over > 0, over, 1)
+    before = jnp.concatenate([s.head[None], filtered[:-1]])
+    ahead = ahead * jnp.expand_dims(slope, states)
+    factors = [Named(before, (TIME, *frame.before)), Named(ahead, (TIME, *frame.after))]
+    tables = [Named(p, axes) for p, axes in zip(s.pairs, spec.pair_axes, strict=True)]
+    pairs = tuple(
+        einsum(t.axes, *factors, *(o for j, o in enumerate(tables) if j != i)) * t.array for i, t in enumerate(tables)
+    )
+    first = [Named(p[0] if v else p, tuple(a for a in x if a != TIME)) for p, v, x in
+             zip(s.pairs, spec.varying, spec.pair_axes, strict=True)]  # fmt: skip
+    head = einsum(frame.before, Named(ahead[0], frame.after), *first) * s.head
+    return head, summed_to(marginal, s.single.shape), pairs
+
+
+_total.defvjp(_total_fwd, _total_bwd)
+
+
+def summed_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sum over the axes along which `shape` has size one."""
+    axes = tuple(i for i, (a, b) in enumerate(zip(x.shape, shape, strict=True)) if a != b)
+    return x.sum(axes, keepdims=True) if axes else x
+
+
+def filtered(chain: ChainTables) -> Named:
+    """Probabilities of the states of every step given what was seen up to it, with the time axis first."""
+    head, single, pairs = arrays_of(chain)
+    spec = Spec(chain.frame, tuple(p.axes for p in chain.pairs), chain.steps)
+    _, (s, arrived, norms) = _forward(spec, head, single, pairs)
+    over = norms.reshape(norms.shape + (1,) * (head.ndim - len(chain.frame.kept)))
+    return Named(arrived * s.single / jnp.where(over > 0, over, 1), (TIME, *chain.frame.after))
+
+
+def log_messages(chain: ChainTables, reduce: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """Messages in logarithms, by sum or maximum: the first, and those after every step."""
+    frame, spec = chain.frame, Spec(chain.frame, tuple(p.axes for p in chain.pairs), chain.steps)
+    head, single, pairs = arrays_of(chain)
+
+    def step(message, at):
+        single, varying = at
+        joint = joint_of(spec, message, merged(spec, pairs, varying))
+        flat = joint.to((*frame.gone, *frame.after))
+        flat = flat.reshape(-1, *flat.shape[len(frame.gone) :])
+        new = jnp.broadcast_to(reduce(flat) + single, jnp.broadcast_shapes(message.shape, single.shape))
+        return new, new
+
+    over = jnp.broadcast_to(single, (spec.steps, *single.shape[1:]))
+    head = jnp.broadcast_to(head, jnp.broadcast_shapes(head.shape, single.shape[1:]))
+    return head, jax.lax.scan(step, head, (over, in_time(spec, pairs)))[1]
+
+
+def joint_of(spec: Spec, message: Array, pairs: Sequence[Array]) -> Named:
+    named = [Named(p, tuple(a for a in x if a != TIME)) for p, x in zip(pairs, spec.pair_axes, strict=True)]
+    return add(Named(message, spec.frame.before), *named)
+
+
+def log_sum(chain: ChainTables, reduce: Callable[[Array], Array]) -> Named:
+    """The log of the sum over all paths (or the largest), every message in logarithms: slower, and never underflows."""
+    frame = chain.frame
+    _, messages = log_messages(chain, reduce)
+    last = messages[-1]
+    flat = jnp.moveaxis(last.reshape(*last.shape[: len(frame.kept)], -1), -1, 0)
+    return Named(reduce(flat), frame.kept)
+
+
+def read_back(
+    chain: ChainTables, reduce: Callable[[Array], Array], choose: Callable[[Array, Array], Array]
+) -> tuple[dict[str, Named], dict[str, Named]]:
+    """One path: for each of `current` its states along time, and for each of `previous` its state before the first.
+
+    `choose(step, scores)` picks along the first axis: the largest for the mode, at random for a draw.
+    """
+    frame, spec = chain.frame, Spec(chain.frame, tuple(p.axes for p in chain.pairs), chain.steps)
+    head, messages = log_messages(chain, reduce)
+    _, _, pairs = arrays_of(chain)
+    before = jnp.concatenate([head[None], messages[:-1]])
+    now = draw(Named(messages[-1], frame.after), frame.current, lambda s: choose(jnp.asarray(chain.steps), s))
+
+    def step(states, at):
+        i, message, varying = at
+        joint = joint_of(spec, message, merged(spec, pairs, varying))
+        for name in frame.current:
+            joint = pick(joint, name, Named(states[name], frame.kept))
+        gone = draw(joint, frame.gone, lambda s: choose(i, s))
+        old = {p: gone[p] if p in gone else states[p] for p in frame.previous}
+        back = {c: old[p] for c, p in zip(frame.current, frame.previous, strict=True)}
+        return back, states
+
+    times = jnp.arange(chain.steps)
+    first, path = jax.lax.scan(step, now, (times, before, in_time(spec, pairs)), reverse=True)
+    heads = {p: Named(first[c], frame.kept) for c, p in zip(frame.current, frame.previous, strict=True)}
+    return {c: Named(v, (TIME, *frame.kept)) for c, v in path.items()}, heads
+
+
+def draw(scores: Named, names: tuple[str, ...], choose: Callable[[Array], Array]) -> dict[str, Array]:
+    """A joint choice of the states `names`, given scores over them and over the other axes."""
+    rest = tuple(a for a in scores.axes if a not in names)
+    table = scores.to((*names, *rest))
+    chosen = choose(table.reshape(-1, *table.shape[len(names) :]))
+    states = jnp.unravel_index(chosen, table.shape[: len(names)])
+    return dict(zip(names, states, strict=True))

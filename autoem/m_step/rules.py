@@ -1,0 +1,230 @@
+"""The rules of closed forms: each tries the link of every place of a parameter, and answers with a block or declines.
+
+In: `Asked`, a parameter with its places. Out: the block of the first rule that accepts, or `Declined` with the reason
+of the one that came nearest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import jax
+
+from autoem.families import Covariance, Family, NoClosedForm, Opaque
+from autoem.m_step import counting, covariance, direction, location, median, power, structured
+from autoem.m_step._base import AbstractBlock
+from autoem.m_step.counting import Count
+from autoem.m_step.covariance import Scatter
+from autoem.m_step.direction import Turn
+from autoem.m_step.location import LeastSquares, Mean
+from autoem.m_step.median import Middle
+from autoem.m_step.power import Scale
+from autoem.m_step.priors import COUNTS, MATRICES, NORMAL, POWERS, prior_of, readable
+from autoem.m_step.problem import Bundle, Params, Problem, Use
+from autoem.passes.link import Declined
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """The question that every rule answers: a parameter, its places, and the point at which links are read."""
+
+    name: str
+    kind: str
+    uses: tuple[Use, ...]
+    problem: Problem
+    params: Params
+    bundle: Bundle
+
+    def read(self, question: Callable[[Params, Bundle], T]) -> T:
+        """Ask about a link under abstract evaluation: nothing is computed, only what JAX traces."""
+        return abstractly(question, self.params, self.bundle)
+
+
+def abstractly(question: Callable[[Params, Bundle], T], params: Params, bundle: Bundle) -> T:
+    answer: list[T] = []
+
+    def traced(p, b):
+        answer[:] = [question(p, b)]
+        return ()
+
+    jax.eval_shape(traced, dict(params), bundle)
+    return answer[0]
+
+
+def count_rule(asked: Asked) -> AbstractBlock:
+    """Normalised expected counts."""
+    kinds = {"simplex": ["simplex"], "unit": ["unit"], "real": ["log-odds", "log-weights"]}.get(asked.kind)
+    if kinds is None:
+        raise Declined("it is not a probability")
+    prior = prior_of(asked.name, asked.problem.factors)
+    if prior and (
+        asked.kind == "real"
+        or prior.site.distribution not in COUNTS
+        or not readable(prior, COUNTS[prior.site.distribution][0])
+    ):
+        raise Declined(f"its prior {prior.site.distribution} is not conjugate")
+    reasons = []
+    for kind in kinds:
+        try:
+            for use in asked.uses:
+                asked.read(lambda p, b, use=use, kind=kind: counting.accept(asked.problem, use, asked.name, kind, p, b))
+            return Count((asked.name,), asked.problem, why(asked, "counted"), asked.uses, kind)
+        except Declined as declined:
+            reasons.append(str(declined))
+    raise Declined(reasons[0])
+
+
+def power_rule(asked: Asked) -> AbstractBlock:
+    """Pooled power updates: scales and rates."""
+    if asked.kind not in ("positive", "real"):
+        raise Declined("it is not positive")
+    real = asked.kind == "real"
+    degrees = {power_at(asked, use, real) for use in asked.uses}
+    prior = prior_of(asked.name, asked.problem.factors)
+    entry = POWERS.get(prior.site.distribution) if prior else None
+    if not degrees and entry and entry[1]:
+        degrees = {entry[1]}
+    if len(degrees) != 1:
+        raise Declined(f"its places want different powers ({', '.join(f'{d:g}' for d in sorted(degrees))})")
+    (degree,) = degrees
+    if prior and (real or entry is None or not readable(prior, entry[0]) or entry[1] not in (None, degree)):
+        raise Declined(f"its prior {prior.site.distribution} is not conjugate to it")
+    return Scale((asked.name,), asked.problem, why(asked, "a power of it scales"), asked.uses, degree, real)
+
+
+def power_at(asked: Asked, use: Use, real: bool) -> float:
+    """The degree of one place of a parameter of which it is a power."""
+    family = use.factor.family
+    if not (use.argument and family and isinstance(family.rules[use.argument], Covariance)):
+        return asked.read(lambda p, b: power.accept(asked.problem, use, asked.name, real, p, b))
+    if sum(u.factor is use.factor for u in asked.uses) > 1:
+        raise Declined(f"it enters {use} and another argument of it")
+    return structured.accept_matrix(asked.problem, use, asked.name, real, asked.params, asked.bundle)
+
+
+def location_rule(asked: Asked) -> AbstractBlock:
+    """Weighted means, or least squares where a place is affine in several entries."""
+    if asked.kind != "real":
+        raise Declined("it is constrained, so least squares may leave its domain")
+    prior = prior_of(asked.name, asked.problem.factors)
+    if prior and (prior.site.distribution != "Normal" or not readable(prior, NORMAL)):
+        raise Declined(f"its prior {prior.site.distribution} is not Normal")
+    forms = [
+        asked.read(lambda p, b, u=u: location.accept_linear(asked.problem, u, (asked.name,), p, b)) for u in asked.uses
+    ]
+    only = asked.uses[0] if len(asked.uses) == 1 else None  # two places weigh a vector by a matrix each
+    if all(f.simple for f in forms) and (
+        all(u.event_dim == 0 for u in asked.uses)
+        or (
+            only
+            and prior is None
+            and location.vector_mean_applies(asked.problem, only, asked.name, forms[0], asked.params, asked.bundle)
+        )
+    ):
+        return Mean((asked.name,), asked.problem, why(asked, "the location of"), asked.uses)
+    return LeastSquares((asked.name,), asked.problem, why(asked, "affine in the location of"))
+
+
+def covariance_rule(asked: Asked) -> AbstractBlock:
+    """Pooled scatter matrices."""
+    if asked.kind != "matrix":
+        raise Declined("it is not a matrix")
+    forms = {asked.read(lambda p, b, u=u: covariance.accept(asked.problem, u, asked.name, p, b)) for u in asked.uses}
+    if len(forms) != 1:
+        raise Declined("its places want different forms of the matrix")
+    prior = prior_of(asked.name, asked.problem.factors)
+    (form,) = forms
+    if prior and MATRICES.get(prior.site.distribution) != form:
+        raise Declined(f"its prior {prior.site.distribution} is not conjugate to it")
+    return Scatter((asked.name,), asked.problem, why(asked, "copied into"), asked.uses, form)
+
+
+def direction_rule(asked: Asked) -> AbstractBlock:
+    """Directions of resultants."""
+    if asked.kind not in ("real", "angle"):
+        raise Declined("it is constrained, but not to the circle")
+    prior = prior_of(asked.name, asked.problem.factors)
+    if prior and not (
+        (prior.site.distribution == "VonMises" and readable(prior, ("loc", "concentration")))
+        or (prior.site.distribution == "Uniform" and asked.kind == "angle")
+    ):
+        raise Declined(f"its prior {prior.site.distribution} is not conjugate to it")
+    for use in asked.uses:
+        asked.read(lambda p, b, use=use: direction.accept(asked.problem, use, asked.name, p, b))
+    return Turn((asked.name,), asked.problem, why(asked, "the direction of"), asked.uses)
+
+
+def median_rule(asked: Asked) -> AbstractBlock:
+    """Weighted medians."""
+    prior = prior_of(asked.name, asked.problem.factors)
+    if asked.kind != "real" or prior or not asked.uses:
+        raise Declined("it is constrained, or has a prior, so a median may not be its maximum")
+    for use in asked.uses:
+        asked.read(lambda p, b, use=use: median.accept(asked.problem, use, asked.name, p, b))
+    return Middle((asked.name,), asked.problem, why(asked, "the location of"), asked.uses)
+
+
+RULES: tuple[Callable[[Asked], AbstractBlock], ...] = (
+    count_rule, power_rule, location_rule, covariance_rule, direction_rule, median_rule,
+)  # fmt: skip
+PREFERRED = {
+    "simplex": count_rule,
+    "unit": count_rule,
+    "positive": power_rule,
+    "real": location_rule,
+    "matrix": covariance_rule,
+    "angle": direction_rule,
+}
+
+
+def why(asked: Asked, how: str) -> str:
+    prior = prior_of(asked.name, asked.problem.factors)
+    if prior and not asked.uses:
+        return f"nothing observed depends on it: the mode of its {prior.site.distribution} prior"
+    places = ", ".join(str(u) for u in asked.uses)
+    extra = f"; its {prior.site.distribution} prior adds pseudo-statistics" if prior else ""
+    return f"{how}: {places}{extra}"
+
+
+def closed_form(asked: Asked) -> AbstractBlock:
+    """The first rule that accepts.
+
+    Raises:
+        Declined: none does; the text is the nearest rule's reason.
+    """
+    reasons: dict[Callable, str] = {}
+    for rule in RULES:
+        try:
+            return rule(asked)
+        except Declined as declined:
+            reasons[rule] = str(declined)
+    raise Declined(nearest_reason(asked, reasons))
+
+
+def nearest_reason(asked: Asked, reasons: Mapping[Callable, str]) -> str:
+    """Why the rule that came nearest declined, in the family's own words where it has none."""
+    for use in asked.uses:
+        family = use.factor.family
+        if use.argument and family:
+            rule = family.rules[use.argument]
+            if isinstance(rule, NoClosedForm):
+                return f"it enters {use}: {rule.reason}"
+        elif isinstance(use.factor.site.family, Opaque):
+            entry = use.factor.site.family
+            return f"it enters {use.factor.site.distribution} of '{use.factor.name}': {entry.reason}" + (
+                f" ({entry.nearest})" if entry.nearest else ""
+            )
+        elif isinstance(use.factor.site.family, Family) and not use.argument:
+            return f"it enters {use.factor.site.distribution} of '{use.factor.name}': {use.factor.direct}"
+    if not asked.uses:
+        return "nothing observed depends on it: the mode of its prior"
+    preferred = PREFERRED.get(asked.kind)
+    reason = reasons.get(preferred, "") if preferred else ""
+    if not reason:
+        reason = next(iter(reasons.values()))
+    places = ", ".join(dict.fromkeys(str(u) for u in asked.uses))
+    return reason if any(str(u) in reason for u in asked.uses) else f"{reason} in {places}"
