@@ -17,6 +17,7 @@ from autoem._fit import State, compile_loop, initial_state, run_loop
 from autoem._init import starts
 from autoem._plan import Plan
 from autoem._progress import Progress
+from autoem._replay import refuse_misread
 from autoem._result import EMResult, Restarts, make_result
 from autoem._stop import DIVERGED, FELL, INTERRUPTED, Stop
 from autoem._trace import Source
@@ -150,7 +151,10 @@ class EM:
                 return built, source
         built = build(self.model, args, kwargs, self.options, jax.random.key(0))
         validate(built, built.source, self.options.missing)
-        built.alike = verify(self._small(built) or built)
+        small = self._small(built) or built
+        built.alike = verify(small)
+        if built.program.chains:
+            refuse_misread(small, small.source)
         self._builds[built.source.signature()] = built
         return built, built.source
 

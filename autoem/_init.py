@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -102,7 +102,9 @@ def state_spreads(built: Build, params: Params, bundle: Bundle) -> dict[str, Arr
             if z.name == f.name or z.num_states < 2:
                 continue
             rows = table.to((z.name, *(a for a in table.axes if a != z.name)))
-            out.setdefault(z.name, []).append(jnp.max(jnp.abs(rows - rows[:1]) / (1 + jnp.abs(rows[:1]))))
+            out.setdefault(built.program.base_of(z.name), []).append(
+                jnp.max(jnp.abs(rows - rows[:1]) / (1 + jnp.abs(rows[:1])))
+            )
     return {n: jnp.max(jnp.stack(s)) for n, s in out.items()}
 
 
@@ -230,12 +232,12 @@ def random_weights(built: Build, bundle: Bundle, key: Array, few: bool) -> dict[
 
 
 def row_features(built: Build, bundle: Bundle, latent: Latent) -> Array | None:
-    """Standardised observed values beside each cell of a latent that lives in one plate, `(cells, features)`."""
+    """Standardised observed values beside each cell of a latent, `(cells, features)`; None where there are none."""
     plates = [a for a, s in zip(latent.axes, latent.shape, strict=True) if s > 1]
-    if len(plates) != 1 or latent.num_states < 2:
+    if not plates or latent.num_states < 2:
         return None
     columns = [
-        column for f in built.kernel.likelihood_factors for column in factor_columns(f, bundle, latent.name, plates[0])
+        column for f in built.kernel.likelihood_factors for column in factor_columns(f, bundle, latent.name, plates)
     ]
     if not columns:
         return None
@@ -244,17 +246,18 @@ def row_features(built: Build, bundle: Bundle, latent: Latent) -> Array | None:
     return (matrix - matrix.mean(0)) / jnp.where(spread > 0, spread, 1)
 
 
-def factor_columns(factor: Factor, bundle: Bundle, latent: str, plate: str) -> list[Array]:
+def factor_columns(factor: Factor, bundle: Bundle, latent: str, plates: Sequence[str]) -> list[Array]:
     rows = bundle.rows[factor.name]
     reads = latent in {z.name for z in factor.latents}
     if not reads or factor.own or factor.route or factor.family is None or rows.value is None:
         return []
     value = factor.observations(rows) if factor.family.standardise else factor.features(rows)
-    if plate not in value.axes or value.array.size > 64 * value.size(plate):
+    cells = int(np.prod([value.size(p) for p in plates if p in value.axes], dtype=int))
+    if not set(plates) <= set(value.axes) or value.array.size > 64 * cells:
         return []
-    rest = [a for a in value.axes if a != plate]
-    array = jnp.transpose(value.array, [value.axes.index(a) for a in (plate, *rest)])
-    return [array.reshape(array.shape[0], -1).astype(float)]
+    rest = [a for a in value.axes if a not in plates]
+    array = jnp.transpose(value.array, [value.axes.index(a) for a in (*plates, *rest)])
+    return [array.reshape(cells, -1).astype(float)]
 
 
 def plus_plus(key: Array, points: Array, count: int) -> Array:

@@ -180,9 +180,8 @@ def latent_rows(program: Program, problem: Problem, layout: Layout):
     for name, latent in program.latents.items():
         plates = tuple(a for a in latent.axes if not a.startswith("#"))
         cells = int(np.prod([layout.sizes[p] for p in plates], dtype=int))
-        names = {name, *pieces_of(program, name)}
-        readers = [f for f in problem.factors.values() if names & {z.name for z in f.latents}]
-        partners = sorted({base_of(program, z.name) for f in readers for z in f.latents} - {name})
+        readers = [f for f in problem.factors.values() if name in {program.base_of(z.name) for z in f.latents}]
+        partners = sorted({program.base_of(z.name) for f in readers for z in f.latents} - {name})
         reason = f"{latent.num_states} states" + (f" x {cells:,} cells" if cells > 1 else "")
         if chain := next((c for c in program.chains if name in c.variables), None):
             reason += f", carried along {chain.length:,} steps: forward and backward messages in scaled probabilities"
@@ -195,17 +194,6 @@ def latent_rows(program: Program, problem: Problem, layout: Layout):
         if not all(f.compact for f in readers):
             reason += "; tabulated at full shape, since the model's text does not broadcast over it"
         yield LatentRow(name, "exact", latent.num_states, plates, cells, reason)
-
-
-def pieces_of(program: Program, name: str) -> set[str]:
-    """Names of the pieces of a latent that a chain carries."""
-    return {p for p in program.pieces if base_of(program, p) == name}
-
-
-def base_of(program: Program, piece: str) -> str:
-    """The latent that a piece belongs to."""
-    names = [n for c in program.chains for n in c.lags]
-    return next((n for n in names if piece.startswith((f"{n}@", f"{n}["))), piece)
 
 
 def parameter_rows(program: Program, problem: Problem, blocks: Sequence[AbstractBlock]):

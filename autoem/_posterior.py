@@ -133,6 +133,12 @@ class Posterior:
             PlanError: the latent is not carried from one step to the next.
         """
         chain = self._chain(name)
+        whole = self._built.program.latents[name]
+        if chain.length == 1:
+            return jnp.zeros((0, *whole.shape[1:], whole.num_states, whole.num_states))
+        if chain.lag > 1:
+            mend = "posterior.sample gives draws of the whole path"
+            raise PlanError(name, problem="pairs are given for chains of order one", mend=mend)
         now, before = at_lag(name, 0), at_lag(name, 1)
         table = zeros(self._built, (before, now))
         slope = jit_once(lambda u, p, b: jax.grad(lambda v: self._log_z({"": v}, p, b))(u))(
@@ -140,7 +146,8 @@ class Posterior:
         )
         latent = self._built.program.pieces[now]
         shape = (*latent.shape, latent.num_states, latent.num_states)
-        out = jnp.broadcast_to(slope.to((*latent.axes, before, now)), shape)
+        order = (now, before) if chain.reverse else (before, now)
+        out = jnp.broadcast_to(slope.to((*latent.axes, *order)), shape)
         return flipped(out / out.sum((-2, -1), keepdims=True), chain)
 
     def filtered(self, name: str) -> Array:
@@ -150,6 +157,8 @@ class Posterior:
             PlanError: the latent is not carried along a chain of order one, or another latent stands above the chain.
         """
         chain = self._chain(name)
+        if chain.length == 1:
+            return self.marginals[name]
         if chain.lag > 1:
             mend = "marginals[name] gives the smoothed probabilities"
             raise PlanError(name, problem="filtering is done for chains of order one", mend=mend)

@@ -25,7 +25,7 @@ from jax.core import Tracer
 from numpyro import handlers
 from numpyro.primitives import _PYRO_STACK
 
-from autoem._errors import ModelError
+from autoem._errors import DataError, ModelError
 from autoem._folding import folded, only_of, reads
 from autoem._jaxpr import Graph, trace_graph
 from autoem._reader import Reader, Record, outputs_of
@@ -67,6 +67,8 @@ class Scan:
         self.xs = [jnp.asarray(x)[::-1] if reverse else jnp.asarray(x) for x in self.xs]
         self.length = int(length if length is not None else self.xs[0].shape[0])
         self.time = reader.new_label("time")
+        if self.length < 1:
+            raise DataError(self.label, problem="the sequence is empty", mend="pass at least one step", kind="scan")
         self.compact = reader.compact
 
     def refuse(self, msg: Mapping[str, Any]) -> None:

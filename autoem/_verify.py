@@ -182,15 +182,18 @@ def pieces_of_paths(program: Program, paths: Mapping[str, Array]) -> dict[str, A
     return out
 
 
-def by_model(built: Build, factor: Factor, values: Mapping[Any, Any]) -> tuple[Array, Array]:
-    """Masked and scaled log density of the site, from the model at full shape."""
+def by_model(built: Build, factor: Factor, values: Mapping[Any, Any], once: bool = True) -> tuple[Array, Array]:
+    """Masked and scaled log density of the site, from the model at full shape.
+
+    A latent that a mask takes out counts `once` over all its states, as in the tables; NumPyro leaves it out.
+    """
     program, name = built.program, factor.name
     rank = len(factor.site.axes)
     fields = [f for f in ("elem", "mask", "scale") if (name, f) in program.full.outputs]
     got = dict(zip(fields, program.full.evaluate([(name, f) for f in fields], values), strict=True))
     elem = jnp.broadcast_to(pad(got["elem"], rank), factor.site.shape)
     if "mask" in got:
-        otherwise = -jnp.log(float(factor.latents[0].num_states)) if factor.own else 0.0
+        otherwise = -jnp.log(float(factor.latents[0].num_states)) if factor.own and once else 0.0
         mask = pad(got["mask"], rank)
         if factor.own:
             events = tuple(i for i, a in enumerate(factor.site.axes) if a.startswith("#") and not a.startswith("#unit"))

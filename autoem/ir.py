@@ -195,6 +195,11 @@ class Program:
         """The latents, and the pieces of those that are carried along a chain."""
         return {**self.latents, **self.pieces}
 
+    def base_of(self, piece: str) -> str:
+        """The latent that a piece belongs to; a name that is no piece is its own."""
+        names = [n for c in self.chains for n in c.lags]
+        return next((n for n in names if piece.startswith((f"{n}@", f"{n}["))), piece)
+
     def chain_of(self, latent: str) -> Chain | None:
         """The scan that a latent is a path of."""
         return next((c for c in self.chains if latent in c.lags), None)

@@ -32,6 +32,7 @@ LAYERS = """
     _stop _progress _validate
     _fit _posterior _stderr _init
     _result _verify
+    _replay
     _check
     _em
     __init__

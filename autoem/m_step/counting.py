@@ -148,6 +148,8 @@ def accept(problem, use: Use, name: str, kind: str, params: Params, bundle: Bund
     Raises:
         Declined: it has none.
     """
+    if use.argument is not None and not isinstance(use.factor._family.rules[use.argument], Counting):
+        raise Declined(f"it enters {use}, which is no probability")
     zero = jnp.zeros(params[name].shape)
     out = linked(problem, use, name, kind, zero, zero, params, bundle)
     form = out.form
@@ -156,8 +158,7 @@ def accept(problem, use: Use, name: str, kind: str, params: Params, bundle: Bund
             raise Declined("it does not enter through its logarithm alone")
         return
     rule = use.factor._family.rules[use.argument]
-    if not isinstance(rule, Counting):
-        raise Declined(f"it enters {use}, which is no probability")
+    assert isinstance(rule, Counting)
     two_sided = rule.counts(*shapes(use, problem, params, bundle))[1] is not None
     if kind in ("simplex", "unit"):
         if rule.logits and not isinstance(form, Linear):

@@ -133,7 +133,9 @@ class Problem:
             kind[:] = [dataclasses.replace(out) if not isinstance(out, Known) else out]
             return _parts(out)
 
-        arrays = factor.over_states(use.key, parts, use.event_dim)
+        # a regression's family takes its coefficients, but the place in the model is the location of each row
+        rows = bool(factor.coefficients) and use.argument == "loc"
+        arrays = factor.over_states(use.key, parts, 0 if rows else use.event_dim)
         return Linked(kind[0], arrays)
 
 

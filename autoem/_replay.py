@@ -1,0 +1,65 @@
+"""The whole model run by NumPyro itself, on a random completion, against the sites as they were read.
+
+In: a build and its call. Out: nothing, or a refusal. What `_verify` compares with the tables comes from one reading of
+the model; here the model runs as its author wrote it, scans and all, so that the reading itself is tested.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from numpyro import handlers
+from numpyro.infer.util import log_density
+
+from autoem._build import Build
+from autoem._errors import ModelError
+from autoem._jaxpr import jit_once
+from autoem._trace import Source
+from autoem._verify import by_model, host_params, noise_for, random_states
+
+
+def replay(built: Build, source: Source) -> tuple[float, float]:
+    """Log density of the data and a random completion at random parameters: as read, and by NumPyro."""
+    key = jax.random.key(20)
+    start = built.start(source, key)
+    noise = noise_for(built, start)
+    params = host_params(built, start, noise)
+    chosen = random_states(built, source)
+    latents = {n: jnp.asarray(z.states)[chosen[n]] for n, z in built.program.latents.items()}
+
+    def read(params, latents, data):
+        values = {("data", i): x for i, x in data.items()} | {("key", 0): key}
+        values |= {("param", n): v for n, v in params.items()} | {("latent", n): v for n, v in latents.items()}
+        return sum(by_model(built, f, values, once=False)[0] for f in built.kernel.problem.factors.values())
+
+    ours = jit_once(read)(params, latents, built.data(source))
+
+    def whole(values, data):
+        args, kwargs = source.call(data)
+        with numpyro.validation_enabled(False):
+            return log_density(handlers.seed(source.model, 0), args, kwargs, values)[0]
+
+    theirs = jit_once(whole)({**params, **latents}, list(source.data))
+    return float(ours), float(theirs)
+
+
+def refuse_misread(built: Build, source: Source) -> None:
+    """Raise where the model that NumPyro runs is not the one that was read.
+
+    Raises:
+        ModelError: the two densities differ.
+    """
+    ours, theirs = replay(built, source)
+    eps = float(jnp.finfo(jnp.result_type(float)).eps)
+    size = max((p.size for p in built.program.plates.values()), default=1)
+    if theirs != theirs:  # data with holes: NumPyro's density of them is NaN
+        return
+    if abs(ours - theirs) <= max(1e4 * eps, 1e-7) * (abs(theirs) + size) or (theirs < -1e30 and ours < -1e15):
+        return
+    raise ModelError(
+        built.program.name,
+        problem=f"its scans were not read right: density {ours:.8g} as read, {theirs:.8g} as NumPyro runs it",
+        mend="keep to the forms of scan that the documentation lists, or write the steps in a Python loop",
+        kind="model",
+    )
