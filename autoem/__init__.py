@@ -5,6 +5,7 @@ from autoem._em import EM
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._plan import Plan
 from autoem._posterior import Posterior
+from autoem._ragged import padded
 from autoem._result import EMResult
 from autoem.families import Family, register_family
 
@@ -21,5 +22,6 @@ __all__ = [
     "Posterior",
     "e_step",
     "m_step",
+    "padded",
     "register_family",
 ]

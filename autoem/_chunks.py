@@ -99,11 +99,16 @@ def spread_rows(bundle: Bundle, chunks: Chunks | None) -> Bundle:
 
 
 def plan_chunks(program: Program, problem: Problem, layout: Layout, params: Params, bundle: Bundle) -> Chunks | None:
-    """Whether rows may be taken in chunks: every latent in the plate, every cell the same for all of its rows."""
+    """Whether rows may be taken in chunks: every latent in the plate, every cell the same for all of its rows.
+
+    Sequences are rows too: they go to the devices, but are not cut into smaller chunks, whose steps would do little.
+    """
     factors = [f for f in problem.factors.values() if not f.is_prior]
-    times = {t for c in program.chains for t in (c.time, c.bulk)}
-    plates = [p for p in program.plates.values() if p.size > MAX_CHUNK and p.name not in times]
-    if not plates or bundle.cells or any(s is not None for s in bundle.scales.values()):
+    times = {t: c.length for c in program.chains for t in (c.time, c.bulk)}
+    length, found = max(times.values(), default=1), len(jax.local_devices())
+    least = max(found, SHARD_FROM // length) if times else MAX_CHUNK + 1
+    plates = [p for p in program.plates.values() if p.size >= least and p.name not in times]
+    if not plates or bundle.cells or any(s is not None for s in bundle.scales.values()) or (times and found == 1):
         return None
     plate = max(plates, key=lambda p: p.size)
     if any(plate.name not in layout.plates_of[n] for n in program.every_latent):
@@ -111,15 +116,21 @@ def plan_chunks(program: Program, problem: Problem, layout: Layout, params: Para
     if any(plate.name not in f.site.axes for f in factors):
         return None
     cells = jax.eval_shape(lambda p, b: problem.cells(p, b), dict(params), bundle)
-    for f in factors:
-        where = len(f.parents if f.family else f.latents) + f.site.axes.index(plate.name)
-        if any(leaf.ndim > where and leaf.shape[where] > 1 for leaf in jax.tree.leaves(cells[f.name])):
-            return None
-    devices = len(jax.local_devices()) if plate.size >= SHARD_FROM else 1
+    if any(varies_over(plate.name, f, cells[f.name]) for f in factors):
+        return None
+    if times:
+        return Chunks(plate.name, plate.size, plate.size // found, found)
+    devices = found if plate.size >= SHARD_FROM else 1
     itemsize = jnp.result_type(float).itemsize
     rows = CHUNK_BYTES / itemsize / sum(entries_of(f, cells[f.name]) for f in factors)
     size = int(np.clip(2 ** round(np.log2(rows)), MIN_CHUNK, MAX_CHUNK))
     return Chunks(plate.name, plate.size, size, devices)
+
+
+def varies_over(plate: str, factor: Factor, cells: Any) -> bool:
+    """Whether what the parameters are to a factor differs between the rows of a plate."""
+    where = len(factor.parents if factor.family else factor.latents) + factor.site.axes.index(plate)
+    return any(leaf.ndim > where and leaf.shape[where] > 1 for leaf in jax.tree.leaves(cells))
 
 
 def entries_of(factor: Factor, cells: Any) -> int:

@@ -15,6 +15,7 @@ from autoem._check import Report, run_checks
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._fit import State, compile_loop, initial_state, run_loop
 from autoem._init import starts
+from autoem._jaxpr import jit_once
 from autoem._plan import Plan
 from autoem._progress import Progress
 from autoem._replay import refuse_misread
@@ -192,6 +193,10 @@ class EM:
             else:
                 states = list(one_by_one(advance, states, bundle, self.stop, first, bar.report))
         best = max(range(len(states)), key=lambda i: merit(states[i]))
+        if underflowed(built, begin[best], states[best], bundle):
+            built.kernel = built.kernel.in_logs
+            self._loops.pop(loop)
+            return self._fit(built, bundle, begin)
         return states[best], Restarts.of(states, best)
 
 
@@ -199,6 +204,23 @@ def merit(state: State) -> tuple[bool, float]:
     """What a start's end point is worth: a likelihood that grew without bound until it broke is worth least."""
     value = float(state.objective)
     return int(state.status) not in (FELL, DIVERGED), -np.inf if np.isnan(value) else value
+
+
+def underflowed(built: Build, begin: Mapping[str, Array], state: State, bundle: Bundle) -> bool:
+    """Whether messages of a chain lost, as scaled probabilities, what a later step needed.
+
+    Asked where the fit began and where it ended: messages in logarithms give another likelihood there.
+    """
+    if built.kernel.layout.logs or not any(c.lag for c in built.program.chains):
+        return False
+    if built.objective_in_logs is None:
+        built.objective_in_logs = jit_once(lambda p, b: built.kernel.in_logs.objective(p, b)[0])
+    eps = float(jnp.finfo(jnp.result_type(float)).eps)
+    for params, scaled in ((begin, state.history[0]), (state.params, state.objective)):
+        exact = float(built.objective_in_logs(params, bundle))
+        if np.isfinite(exact) and not abs(exact - float(scaled)) <= 1 + 100 * eps * abs(exact):
+            return True
+    return False
 
 
 def one_by_one(advance: Callable, states: list[State], bundle: Bundle, stop: Stop, first: int, report: Callable):

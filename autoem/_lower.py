@@ -46,6 +46,11 @@ class Kernel:
     def likelihood_factors(self) -> tuple[Factor, ...]:
         return tuple(f for f in self.problem.factors.values() if not f.is_prior)
 
+    @property
+    def in_logs(self) -> Kernel:
+        """The same with the messages of chains in logarithms: slower, and nothing underflows."""
+        return dataclasses.replace(self, layout=dataclasses.replace(self.layout, logs=True))
+
     def tables(self, cells: Mapping[str, Any], rows: Mapping[str, Rows], factors: Sequence[Factor]) -> list[Table]:
         return [f.table(cells[f.name], rows[f.name]) for f in factors]
 

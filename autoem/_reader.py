@@ -106,6 +106,8 @@ class Reader(Messenger):
         self.frames: dict[str, tuple[int, int]] = {}
         self.kinds: dict[str, str] = {}
         self.chains: list[Any] = []
+        self.starts: dict[tuple[str, int], Any] = {}  # what scans start from
+        self.uniform: frozenset[tuple[str, int]] = frozenset()  # those of them that repeat one number
         self.last = ""
         super().__init__(None)
 

@@ -70,6 +70,7 @@ class Scan:
         if self.length < 1:
             raise DataError(self.label, problem="the sequence is empty", mend="pass at least one step", kind="scan")
         self.compact = reader.compact
+        reader.starts.update({(self.time, i): v for i, v in enumerate(self.init)})
 
     def refuse(self, msg: Mapping[str, Any]) -> None:
         around = {type(h).__name__ for h in _PYRO_STACK if isinstance(h, handlers.mask | handlers.scale)}
@@ -353,6 +354,9 @@ class Scan:
         """The body at each of the first steps, with the values that it reads there."""
         out: list[tuple[Body, dict]] = []
         carry = list(self.init)
+        for i in self.states if self.compact else ():  # the same for all plates: as good as the state of one cell
+            if (self.time, i) in self.reader.uniform:
+                carry[i] = carry[i][(slice(0, 1),) * carry[i].ndim]
         for h in range(min(self.lag, self.length)):
             body = self.trace(carry, self.shapes)
             values: dict = {("·carry", i): v for i, v in enumerate(carry)}

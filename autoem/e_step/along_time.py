@@ -109,7 +109,7 @@ def since(value: Named, axis: str, start: int) -> Named:
 
 
 def close(
-    tables: Sequence[Table], waiting: Table, reduce: Callable[[Array], Array], steps: list | None
+    tables: Sequence[Table], waiting: Table, reduce: Callable[[Array], Array], steps: list | None, logs: bool
 ) -> tuple[list[Table], frozenset[str]]:
     """Sum a chain out: the tables that remain, and the latents that are gone."""
     assert waiting.held is not None
@@ -133,7 +133,8 @@ def close(
     latents = frozenset().union(waiting.latents, *(t.latents for t in holding)) - start - end
     if steps is not None:
         steps.append(ChainStep(chain, parts, latents))
-    value = chains.total(parts) if reduce is log_sum_exp else chains.log_sum(parts, reduce)
+    scaled = reduce is log_sum_exp and not logs
+    value = chains.total(parts) if scaled else chains.log_sum(parts, reduce)
     return [*rest, Table(value, latents, waiting.plates)], start | end
 
 

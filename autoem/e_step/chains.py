@@ -242,10 +242,14 @@ def filtered(chain: ChainTables) -> Named:
     return Named(arrived * s.single / jnp.where(over > 0, over, 1), (TIME, *chain.frame.after))
 
 
-def log_messages(chain: ChainTables, reduce: Callable[[Array], Array]) -> tuple[Array, Array]:
-    """Messages in logarithms, by sum or maximum: the first, and those after every step."""
+def log_messages(chain: ChainTables, reduce: Callable[[Array], Array]) -> tuple[Array, Array, Array]:
+    """Messages in logarithms, by sum or maximum: the first, those after every step, and what was taken out of each.
+
+    Their largest entries are taken out, so that the digits of a long chain's messages are not those of its likelihood.
+    """
     frame, spec = chain.frame, Spec(chain.frame, tuple(p.axes for p in chain.pairs), chain.steps)
     head, single, pairs = arrays_of(chain)
+    states = tuple(range(len(frame.kept), head.ndim))
 
     def step(message, at):
         single, varying = at
@@ -253,11 +257,14 @@ def log_messages(chain: ChainTables, reduce: Callable[[Array], Array]) -> tuple[
         flat = joint.to((*frame.gone, *frame.after))
         flat = flat.reshape(-1, *flat.shape[len(frame.gone) :])
         new = jnp.broadcast_to(reduce(flat) + single, jnp.broadcast_shapes(message.shape, single.shape))
-        return new, new
+        top = jnp.max(new, axis=states, keepdims=True)
+        top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
+        return new - top, (new - top, jnp.squeeze(top, states))
 
     over = jnp.broadcast_to(single, (spec.steps, *single.shape[1:]))
     head = jnp.broadcast_to(head, jnp.broadcast_shapes(head.shape, single.shape[1:]))
-    return head, jax.lax.scan(step, head, (over, in_time(spec, pairs)))[1]
+    messages, taken = jax.lax.scan(step, head, (over, in_time(spec, pairs)))[1]
+    return head, messages, taken
 
 
 def joint_of(spec: Spec, message: Array, pairs: Sequence[Array]) -> Named:
@@ -268,10 +275,10 @@ def joint_of(spec: Spec, message: Array, pairs: Sequence[Array]) -> Named:
 def log_sum(chain: ChainTables, reduce: Callable[[Array], Array]) -> Named:
     """The log of the sum over all paths (or the largest), every message in logarithms: slower, and never underflows."""
     frame = chain.frame
-    _, messages = log_messages(chain, reduce)
+    _, messages, taken = log_messages(chain, reduce)
     last = messages[-1]
     flat = jnp.moveaxis(last.reshape(*last.shape[: len(frame.kept)], -1), -1, 0)
-    return Named(reduce(flat), frame.kept)
+    return Named(reduce(flat) + taken.sum(0), frame.kept)
 
 
 def read_back(
@@ -282,7 +289,7 @@ def read_back(
     `choose(step, scores)` picks along the first axis: the largest for the mode, at random for a draw.
     """
     frame, spec = chain.frame, Spec(chain.frame, tuple(p.axes for p in chain.pairs), chain.steps)
-    head, messages = log_messages(chain, reduce)
+    head, messages, _ = log_messages(chain, reduce)
     _, _, pairs = arrays_of(chain)
     before = jnp.concatenate([head[None], messages[:-1]])
     now = draw(Named(messages[-1], frame.after), frame.current, lambda s: choose(jnp.asarray(chain.steps), s))

@@ -87,6 +87,7 @@ class Layout:
     scales: Mapping[str, Named | None]
     cells: Mapping[str, Array]
     chains: tuple[Chain, ...] = ()
+    logs: bool = False
 
     def chain_at(self, plates: frozenset[str]) -> Chain | None:
         """The chain whose steps, which read one another, are among `plates`."""

@@ -4,6 +4,7 @@
     python -m tests.benchmarks W1a autoem jax-best  those whose name contains one of the words
     python -m tests.benchmarks all --rounds 3       every workload; three rounds in turn, medians over the rounds
     python -m tests.benchmarks cold                 first fit of a small problem, and a second of the same shapes
+    python -m tests.benchmarks crossover            forms of a chain's messages, by its length and states: two minutes
     python -m tests.benchmarks memory               peak memory of a mixture with ten million rows
     python -m tests.benchmarks --list
 
@@ -98,6 +99,13 @@ def cold() -> None:
             print(done.stdout or done.stderr, end="", flush=True)
 
 
+def crossover() -> None:
+    """Forms of a chain's messages beside autoem's, every device in one process."""
+    print(f"crossover: ms of a chain's log-likelihood and its derivatives ({CORES} cores)")
+    done = _process(["tests.benchmarks.crossover"], jax_environment(CORES))
+    print(done.stdout + done.stderr, end="", flush=True)
+
+
 def _list() -> None:
     for name, recipe in WORKLOADS.items():
         print(f"{name:7s} {recipe.title}\n        {' '.join(c.name for c in contenders_of(recipe.family))}")
@@ -108,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("workload", nargs="?", choices=[*WORKLOADS, "all", "cold"])
+    parser.add_argument("workload", nargs="?", choices=[*WORKLOADS, "all", "cold", "crossover"])
     parser.add_argument("contender", nargs="*")
     parser.add_argument("--list", action="store_true", help="name the workloads and their contenders")
     parser.add_argument("--rounds", type=int, default=1, help="measure everybody so often, in turn; print medians")
@@ -117,6 +125,8 @@ def main() -> None:
         _list()
     elif options.workload == "cold":
         cold()
+    elif options.workload == "crossover":
+        crossover()
     else:
         names = [n for n in WORKLOADS if n != "memory"] if options.workload == "all" else [options.workload]
         for name in names:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ._contender import CORES, Contender, Outcome
-from .workloads import Arrays, Workload
+from .workloads import NUM_SYMBOLS, Arrays, Workload
 
 
 def full_mixture(k: int) -> Callable:
@@ -87,16 +87,107 @@ def regression_mixture(k: int) -> Callable:
     return model
 
 
+def _chain_parameters(k: int, d: int):
+    """Start, transitions, locations and scales, as every Gaussian chain below declares them."""
+    import jax.numpy as jnp
+    import numpyro
+    from numpyro.distributions import constraints
+
+    start = numpyro.param("start", jnp.ones(k) / k, constraint=constraints.simplex)
+    trans = numpyro.param("trans", jnp.ones((k, k)) / k, constraint=constraints.simplex)
+    loc = numpyro.param("loc", jnp.zeros((k, d)))
+    scale = numpyro.param("scale", jnp.ones((k, d)), constraint=constraints.positive)
+    return start, trans, loc, scale
+
+
+def gaussian_chain(k: int) -> Callable:
+    """A hidden Markov model with Gaussian emissions."""
+    import numpyro
+    import numpyro.distributions as dist
+    from numpyro.contrib.control_flow import scan
+
+    def model(x):
+        start, trans, loc, scale = _chain_parameters(k, x.shape[1])
+
+        def emit(name, z, x):
+            numpyro.sample(name, dist.Normal(loc[z], scale[z]).to_event(1), obs=x)
+
+        def step(z, x):
+            z = numpyro.sample("z", dist.Categorical(trans[z]))
+            emit("x", z, x)
+            return z, None
+
+        first = numpyro.sample("first", dist.Categorical(start))
+        emit("x_first", first, x[0])
+        scan(step, first, x[1:])
+
+    return model
+
+
+def gaussian_chains(k: int) -> Callable:
+    """The same for many sequences of one length, in a plate inside the step."""
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+    from numpyro.contrib.control_flow import scan
+
+    def model(x):
+        start, trans, loc, scale = _chain_parameters(k, x.shape[2])
+        sequences = numpyro.plate("sequences", len(x))
+
+        def step(z, x):
+            with sequences:
+                z = numpyro.sample("z", dist.Categorical(trans[z]))
+                numpyro.sample("x", dist.Normal(loc[z], scale[z]).to_event(1), obs=x)
+            return z, None
+
+        with sequences:
+            first = numpyro.sample("first", dist.Categorical(start))
+            numpyro.sample("x_first", dist.Normal(loc[first], scale[first]).to_event(1), obs=x[:, 0])
+        scan(step, first, jnp.swapaxes(x[:, 1:], 0, 1))
+
+    return model
+
+
+def symbol_chain(k: int) -> Callable:
+    """A hidden Markov model with categorical emissions."""
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+    from numpyro.contrib.control_flow import scan
+    from numpyro.distributions import constraints
+
+    def model(x):
+        start = numpyro.param("start", jnp.ones(k) / k, constraint=constraints.simplex)
+        trans = numpyro.param("trans", jnp.ones((k, k)) / k, constraint=constraints.simplex)
+        flat = jnp.ones((k, NUM_SYMBOLS)) / NUM_SYMBOLS
+        emit = numpyro.param("emit", flat, constraint=constraints.simplex)
+
+        def step(z, x):
+            z = numpyro.sample("z", dist.Categorical(trans[z]))
+            numpyro.sample("x", dist.Categorical(emit[z]), obs=x)
+            return z, None
+
+        first = numpyro.sample("first", dist.Categorical(start))
+        numpyro.sample("x_first", dist.Categorical(emit[first]), obs=x[0])
+        scan(step, first, x[1:])
+
+    return model
+
+
 MODELS = {
     "full": full_mixture,
     "diagonal": diagonal_mixture,
     "classes": latent_classes,
     "regressions": regression_mixture,
+    "chain": gaussian_chain,
+    "chains": gaussian_chains,
+    "symbols": symbol_chain,
 }
 
 
 def model_data(w: Workload) -> Arrays:
-    """The model's arguments: the workload's arrays, and for latent classes the NaN filled with a mask beside them."""
+    """The workload's arrays, and for latent classes the NaN filled with a mask beside them."""
     if w.family != "classes":
         return w.data
     seen = ~np.isnan(w.data["x"])
@@ -115,7 +206,7 @@ def prepare(w: Workload) -> Callable[[], Outcome]:
 
     data = {name: jnp.asarray(x) if x.nbytes < _ON_DEVICE else x for name, x in model_data(w).items()}
     start = {name: jnp.asarray(value) for name, value in w.start.items()}
-    model = MODELS[w.family](len(w.start["weights"]))
+    model = MODELS[w.family](w.num_states)
     em = autoem.EM(model, init=start, max_steps=w.num_steps, tol=0.0, progress=False)
 
     def run() -> Outcome:

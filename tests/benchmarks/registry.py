@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from . import contenders_autoem, contenders_jax, contenders_peers, contenders_r, contenders_textbook
+from . import (
+    contenders_autoem,
+    contenders_chains,
+    contenders_jax,
+    contenders_peers,
+    contenders_peers_chains,
+    contenders_r,
+    contenders_textbook,
+)
 from ._contender import Contender
 
-_MODULES = (contenders_autoem, contenders_jax, contenders_textbook, contenders_peers, contenders_r)
+_MODULES = (
+    contenders_autoem,
+    contenders_jax,
+    contenders_chains,
+    contenders_textbook,
+    contenders_peers,
+    contenders_peers_chains,
+    contenders_r,
+)
 CONTENDERS: tuple[Contender, ...] = tuple(c for module in _MODULES for c in module.CONTENDERS)
 
 

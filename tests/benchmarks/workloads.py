@@ -17,6 +17,7 @@ from scipy.special import logsumexp
 Arrays = dict[str, np.ndarray]
 
 _LOG_2PI = float(np.log(2 * np.pi))
+NUM_SYMBOLS = 50  # of the categorical hidden Markov model
 _ROWS = 50_000  # rows at a time in the generators and the scorers, so that neither sets the peak of memory
 
 
@@ -25,10 +26,12 @@ class Workload:
     """One fitting problem.
 
     Attributes:
-        family: `full` or `diagonal` (Gaussian mixtures), `classes` (latent classes), `regressions` (a mixture of them).
+        family: `full` or `diagonal` (Gaussian mixtures), `classes` (latent classes), `regressions` (a mixture of them);
+            `chain`, `chains` or `symbols` (hidden Markov models: Gaussian, the same of many sequences, categorical).
         num_steps: EM steps that every contender makes.
         data: observed arrays, rows first.
-        start: the parameters at step zero; their names are the names of what a contender returns.
+        start: the parameters at step zero; their names are the names of what a contender returns; the first of them
+            has an entry for each latent state.
         score: parameters to the log-likelihood of `data`, in nats.
     """
 
@@ -37,6 +40,15 @@ class Workload:
     data: Arrays
     start: Arrays
     score: Callable[[Arrays], float]
+
+    @property
+    def num_states(self) -> int:
+        return len(next(iter(self.start.values())))
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of a hidden Markov model."""
+        return len(self.data["x"]) if self.family == "chains" else 1
 
 
 def _blocks(n: int):
@@ -146,6 +158,76 @@ def regressions(n: int, p: int, k: int, num_steps: int) -> Workload:
     return Workload("regressions", num_steps, {"x": x, "y": y}, start, score)
 
 
+def _paths(rng: np.random.Generator, num_sequences: int, steps: int, trans: np.ndarray) -> np.ndarray:
+    """States of every sequence `(num_sequences, steps)`, the first of them uniform."""
+    upto = trans.cumsum(1)
+    z = np.empty((num_sequences, steps), np.int32)
+    z[:, 0] = rng.integers(len(trans), size=num_sequences)
+    uniform = rng.random((num_sequences, steps))
+    for t in range(1, steps):
+        z[:, t] = np.minimum((uniform[:, t, None] > upto[z[:, t - 1]]).sum(1), len(trans) - 1)
+    return z
+
+
+def _start_of_chain(rng: np.random.Generator, k: int) -> Arrays:
+    trans = np.full((k, k), 0.3 / (k - 1))
+    np.fill_diagonal(trans, 0.7)
+    trans += rng.uniform(0, 0.01, (k, k))
+    return {"start": np.full(k, 1.0 / k), "trans": trans / trans.sum(1, keepdims=True)}
+
+
+def _chain_log_likelihood(start: np.ndarray, trans: np.ndarray, log_density: np.ndarray) -> float:
+    """Of sequences `(num_sequences, steps, k)`, by the scaled forward recursion."""
+    top = log_density.max(-1)
+    b = np.exp(log_density - top[..., None])
+    total, arrived = top.sum(), np.broadcast_to(start, b[:, 0].shape)
+    for t in range(b.shape[1]):
+        weight = arrived * b[:, t]
+        norm = weight.sum(1, keepdims=True)
+        total += np.log(norm).sum()
+        arrived = weight / norm @ trans
+    return float(total)
+
+
+def gaussian_chains(num_sequences: int, steps: int, k: int, d: int, num_steps: int) -> Workload:
+    """A Gaussian hidden Markov model with states that last; starts near the truth with the data's own scales."""
+    rng = np.random.default_rng(2)
+    trans = rng.dirichlet(np.ones(k), size=k) * 0.2 + 0.8 * np.eye(k)
+    loc = rng.normal(size=(k, d)) * 1.5
+    scale = rng.uniform(0.6, 1.4, (k, d))
+    z = _paths(rng, num_sequences, steps, trans)
+    x = loc[z] + scale[z] * rng.normal(size=(num_sequences, steps, d))
+    start = _start_of_chain(rng, k)
+    start["loc"] = loc + 0.5 * rng.normal(size=(k, d))
+    start["scale"] = np.repeat(x.reshape(-1, d).std(0)[None], k, 0)
+
+    def score(p: Arrays) -> float:
+        squares = [(((x - m) / s) ** 2).sum(-1) for m, s in zip(p["loc"], p["scale"], strict=True)]
+        constants = -np.log(p["scale"]).sum(1) - 0.5 * d * _LOG_2PI
+        return _chain_log_likelihood(p["start"], p["trans"], constants - 0.5 * np.stack(squares, -1))
+
+    if num_sequences == 1:
+        return Workload("chain", num_steps, {"x": x[0]}, start, score)
+    return Workload("chains", num_steps, {"x": x}, start, score)
+
+
+def symbol_chain(steps: int, k: int, num_steps: int) -> Workload:
+    """A categorical hidden Markov model; starts near the truth."""
+    rng = np.random.default_rng(3)
+    trans = rng.dirichlet(np.ones(k), size=k) * 0.2 + 0.8 * np.eye(k)
+    emit = rng.dirichlet(np.full(NUM_SYMBOLS, 0.15), size=k)
+    z = _paths(rng, 1, steps, trans)[0]
+    x = np.minimum((rng.random((steps, 1)) > emit.cumsum(1)[z]).sum(-1), NUM_SYMBOLS - 1).astype(np.int32)
+    start = _start_of_chain(rng, k)
+    start["emit"] = 0.5 * emit + 0.5 * rng.dirichlet(np.full(NUM_SYMBOLS, 2.0), size=k)
+
+    def score(p: Arrays) -> float:
+        log_density = np.log(np.maximum(p["emit"], 1e-300)).T[x]
+        return _chain_log_likelihood(p["start"], p["trans"], log_density[None])
+
+    return Workload("symbols", num_steps, {"x": x}, start, score)
+
+
 class Recipe(NamedTuple):
     """How to make a workload, and what to say of it before it is made.
 
@@ -178,11 +260,26 @@ def _regressions(n: int, p: int, k: int, num_steps: int) -> Recipe:
     return Recipe("regressions", title, lambda: regressions(n, p, k, num_steps))
 
 
+def _chains(num_sequences: int, steps: int, k: int, d: int, num_steps: int) -> Recipe:
+    family, many = ("chain", "") if num_sequences == 1 else ("chains", f"{num_sequences:,} sequences, ")
+    title = f"Gaussian hidden Markov model: {many}T={steps:,} k={k} d={d}"
+    return Recipe(family, title, lambda: gaussian_chains(num_sequences, steps, k, d, num_steps))
+
+
+def _symbols(steps: int, k: int, num_steps: int) -> Recipe:
+    title = f"categorical hidden Markov model: T={steps:,} k={k} v={NUM_SYMBOLS}"
+    return Recipe("symbols", title, lambda: symbol_chain(steps, k, num_steps))
+
+
 WORKLOADS: dict[str, Recipe] = {
     "W1a": _full(100_000, 16, 32, num_steps=10),
     "W1b": _full(1_000_000, 4, 8, num_steps=10),
     "W1c": _full(2_000, 2, 3, num_steps=100),
     "W2": _diagonal(1_000_000, 16, 16, num_steps=10),
+    "W3a": _chains(1, 100_000, 8, 4, num_steps=10),
+    "W3b": _chains(1_000, 200, 8, 4, num_steps=10),
+    "W3c": _chains(1, 20_000, 64, 4, num_steps=10),
+    "W4": _symbols(100_000, 8, num_steps=10),
     "W5": _classes(50_000, 20, 5, missing=0.1, num_steps=50),
     "W10": _regressions(200_000, 10, 4, num_steps=20),
     "memory": _full(10_000_000, 4, 8, num_steps=3, contenders=("autoem", "jax-best", "jax-plain", "sklearn")),

@@ -208,3 +208,55 @@ def test_agrees_with_the_elimination_of_numpyro(case: chains.Case, args: tuple) 
     expected, _ = funsor.log_density(model, args, {}, params)
     result = autoem.EM(case.model, init=params, **FIT).run(KEY, *args)
     np.testing.assert_allclose(result.objective, expected, rtol=1e-9)
+
+
+def two_blocks(y):
+    """States that never mix, so that what scaled messages lose no transition restores."""
+    loc = numpyro.param("loc", jnp.array([0.0, 1.0]))
+    z = numpyro.sample("z0", dist.Categorical(jnp.ones(2) / 2))
+
+    def step(z_prev, value):
+        z = numpyro.sample("z", dist.Categorical(jnp.eye(2)[z_prev]))
+        numpyro.sample("y", dist.Normal(loc[z], 0.35), obs=value)
+        return z, None
+
+    scan(step, z, y)
+
+
+def test_a_state_that_is_needed_again_after_it_has_vanished() -> None:
+    """Half-way the first state is 1,600 nats ahead, and at the end it is behind: no scaled probability holds that."""
+    y = np.concatenate([np.zeros(400), 2 * np.ones(400)])
+
+    def alone(loc: float) -> float:
+        return float((-0.5 * ((y - loc) / 0.35) ** 2 - np.log(0.35 * np.sqrt(2 * np.pi))).sum())
+
+    result = autoem.EM(two_blocks, init="model", progress=False).run(jax.random.key(0), y)
+    np.testing.assert_allclose(result.history[0], np.logaddexp(alone(0.0), alone(1.0)) + np.log(0.5), rtol=1e-10)
+    np.testing.assert_allclose(result.posterior(y).marginals["z"][:, 1], 1.0)
+
+
+def test_sequences_of_different_lengths() -> None:
+    """Padded and masked they count what they count one by one."""
+
+    def model(values, present):
+        trans = numpyro.param("trans", jnp.array([[0.8, 0.2], [0.3, 0.7]]), constraint=dist.constraints.simplex)
+        loc = numpyro.param("loc", jnp.array([0.0, 2.0]))
+
+        def step(z_prev, at):
+            y, there = at
+            with numpyro.plate("sequences", y.shape[0]), numpyro.handlers.mask(mask=there):
+                z = numpyro.sample("z", dist.Categorical(trans[z_prev]))
+                numpyro.sample("y", dist.Normal(loc[z], 1.0), obs=y)
+            return z, None
+
+        scan(step, jnp.zeros(values.shape[1], int), (values, present))
+
+    rng = np.random.default_rng(4)
+    sequences = [rng.normal(size=n) for n in (5, 1, 3)]
+    em = autoem.EM(model, init="model", max_steps=0, progress=False)
+    together = em.run(jax.random.key(0), *autoem.padded(sequences))
+    alone = [em.run(jax.random.key(0), *autoem.padded([s])).log_likelihood for s in sequences]
+    np.testing.assert_allclose(together.log_likelihood, sum(alone), rtol=1e-12)
+    np.testing.assert_allclose(together.posterior().log_likelihood, alone, rtol=1e-12)
+    with pytest.raises(autoem.DataError, match="number 1"):
+        autoem.padded([[1.0], []])
