@@ -16,6 +16,7 @@ from autoem._errors import DataError, ModelError, PlanError
 from autoem._fit import State, compile_loop, initial_state, run_loop
 from autoem._init import starts
 from autoem._jaxpr import jit_once
+from autoem._lower import disagree
 from autoem._plan import Plan
 from autoem._progress import Progress
 from autoem._replay import refuse_misread
@@ -215,12 +216,8 @@ def underflowed(built: Build, begin: Mapping[str, Array], state: State, bundle: 
         return False
     if built.objective_in_logs is None:
         built.objective_in_logs = jit_once(lambda p, b: built.kernel.in_logs.objective(p, b)[0])
-    eps = float(jnp.finfo(jnp.result_type(float)).eps)
-    for params, scaled in ((begin, state.history[0]), (state.params, state.objective)):
-        exact = float(built.objective_in_logs(params, bundle))
-        if np.isfinite(exact) and not abs(exact - float(scaled)) <= 1 + 100 * eps * abs(exact):
-            return True
-    return False
+    ends = ((begin, state.history[0]), (state.params, state.objective))
+    return any(disagree(float(scaled), float(built.objective_in_logs(params, bundle))) for params, scaled in ends)
 
 
 def one_by_one(advance: Callable, states: list[State], bundle: Bundle, stop: Stop, first: int, report: Callable):

@@ -158,3 +158,9 @@ class Kernel:
         if not gradient:
             return value(cells), None
         return jax.value_and_grad(value)(cells)
+
+
+def disagree(scaled: float, exact: float) -> bool:
+    """Whether a likelihood from scaled messages has lost what the same in logarithms holds."""
+    eps = float(jnp.finfo(jnp.result_type(float)).eps)
+    return bool(abs(exact) < float("inf") and not abs(exact - scaled) <= 1 + 100 * eps * abs(exact))

@@ -18,6 +18,7 @@ from jax import Array
 from autoem._build import Build
 from autoem._errors import PlanError
 from autoem._jaxpr import jit_once
+from autoem._lower import Kernel, disagree
 from autoem._named import Named, add, named, pick
 from autoem.e_step.along_time import add_paths, filtered_path, in_pieces, read_chain
 from autoem.e_step.elimination import (
@@ -55,6 +56,7 @@ class Posterior:
 
     def __init__(self, built: Build, params: Mapping[str, Array], bundle: Bundle):
         self._built, self._params, self._bundle = built, dict(params), bundle
+        self._logs = self._underflows()
 
     def __repr__(self) -> str:
         return f"Posterior of {', '.join(self._built.program.latents) or 'no latents'}"
@@ -166,7 +168,9 @@ class Posterior:
         def run(params, bundle) -> Named:
             steps: list[Step | ChainStep] = []
             eliminate(self._tables(params, bundle), self._layout(bundle), steps=steps)
-            return filtered_path(next(s for s in steps if isinstance(s, ChainStep) and s.chain is chain), name)
+            return filtered_path(
+                next(s for s in steps if isinstance(s, ChainStep) and s.chain is chain), name, self._logs
+            )
 
         latent = self._built.program.latents[name]
         out = jit_once(lambda p, b: run(p, b).to((*latent.axes, name)))(self._params, self._bundle)
@@ -195,7 +199,21 @@ class Posterior:
         return kernel.tables(kernel.problem.cells(params, bundle), bundle.rows, kernel.likelihood_factors)
 
     def _layout(self, bundle: Bundle) -> Layout:
-        return make_layout(self._built.kernel.layout, bundle)
+        return dataclasses.replace(make_layout(self._built.kernel.layout, bundle), logs=self._logs)
+
+    def _underflows(self) -> bool:
+        """Whether the messages of a chain have to be logarithms: asked of these data, which may not be those fitted."""
+        kernel = self._built.kernel
+        if kernel.layout.logs or not any(c.lag for c in self._built.program.chains):
+            return kernel.layout.logs
+        kernels = (self._scaled, self._scaled.in_logs)
+        scaled, exact = (float(jit_once(k.log_likelihood)(self._params, self._bundle)) for k in kernels)
+        return disagree(scaled, exact)
+
+    @property
+    def _scaled(self) -> Kernel:
+        """The kernel over the data in one piece, as they lie in a posterior."""
+        return dataclasses.replace(self._built.kernel, chunks=None)
 
     def _log_z(self, extra: Mapping[str, Named], params, bundle: Bundle) -> Array:
         tables = self._tables(params, bundle)

@@ -126,11 +126,10 @@ class Scan:
         return {**params, **inputs}
 
     def outputs(self, inner: Reader) -> dict:
-        """Everything that later stages ask of the body's sites; the start values of parameters declared in it."""
+        """Everything that later stages ask of the body's sites."""
         self.refuse_continuous(inner)
         latents = {n for n, r in inner.records.items() if not r.observed}
         out = outputs_of(inner.records, latents, self.reader.truncated)
-        out.update({("·init", n): jnp.asarray(v) for n, (v, _) in inner.params.items()})
         return out
 
     def refuse_continuous(self, inner: Reader) -> None:

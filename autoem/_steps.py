@@ -54,7 +54,7 @@ def read(scan: Scan) -> tuple[Any, Any]:
     if scan.length > lag > 0:
         reader.frames[chain.bulk] = (scan.length - lag, scan.length - lag)
     reader.frames.update(scan.body.frames)
-    enter_params(scan)
+    refuse_params(scan)
     for name, record in scan.body.records.items():
         if name not in scan.split:
             enter(scan, name, record, scan.time, scan.length, *whole(scan))
@@ -74,19 +74,15 @@ def oldest(scan: Scan) -> int:
     return max(scan.states.values(), default=0)
 
 
-def enter_params(scan: Scan) -> None:
-    """Parameters declared in the body are declared once: their start may read nothing of a step."""
-    for name, (_, constraint) in scan.body.params.items():
-        if name in scan.reader.params:
-            continue
-        if any(k[0] in ("·carry", "·x", "latent") for k in scan.body.graph.needs(("·init", name))):
+def refuse_params(scan: Scan) -> None:
+    """Raise where a parameter is declared in the body: NumPyro itself would hold it at its start value."""
+    for name in scan.body.params:
+        if name not in scan.reader.params:
             raise ModelError(
                 name,
-                problem="a parameter declared inside a scan, with a start value that differs from step to step",
-                mend="declare it before the scan",
+                problem="a parameter declared inside a scan, where NumPyro lets nothing replace its start value",
+                mend="declare it before the scan; the step may use it all the same",
             )
-        value = scan.body.graph.evaluate([("·init", name)], {("key", 0): jax.random.key(0)})[0]
-        scan.reader.params[name] = (value, constraint)
 
 
 def whole(scan: Scan) -> tuple[dict, dict]:

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Linkage: the example that opened the paper of 1977
 # 197 animals fall into four phenotypes with probabilities (2 + psi, 1 - psi, 1 - psi, psi) / 4. The first hides two
-# genotypes; were it split, psi would be a proportion. Dempster, Laird and Rubin print what each step of EM gives.
+# genotypes; were it split, psi would be a proportion. Dempster, Laird and Rubin begin with it (1977, section 1).
 
 # %%
 import jax
@@ -36,7 +36,7 @@ animals = jnp.asarray(columns("linkage.csv")["phenotype"])
 print(autoem.EM(linkage, progress=False).plan(animals))
 
 # %% [markdown]
-# The path from psi = 0.5, as the paper's first table has it, and ours.
+# The path from psi = 0.5, as it is commonly quoted from the paper, and ours.
 
 # %%
 published = [0.500000000, 0.608247423, 0.624321051, 0.626488879, 0.626777323, 0.626815632, 0.626820719, 0.626821395,

@@ -53,8 +53,8 @@ for name, table in zip(GROUPS, pairs, strict=True):
     print(f"{name:>2}: " + ", ".join(f"{genes} {p:.1%}" for genes, p in unordered.items() if p > 0))
 
 # %% [markdown]
-# The frequencies are those that Lange's textbook gives for these counts. The standard errors agree with Fisher's
-# information of the four groups, worked out by hand.
+# The frequencies are those commonly quoted for these counts, which Lange's textbook uses for gene counting. The
+# standard errors agree with Fisher's information of the four groups, worked out by hand.
 
 # %%
 p, q, r = np.asarray(frequency)

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Death notices in The Times: a mixture of Poissons
 # On how many days of 1910 to 1912 did The Times print 0, 1, 2, ... death notices of women over 80? One Poisson does not
-# spread enough: winters differ from summers. A slow fit, famous for it (Hasselblad 1969; Titterington and others 1985).
+# spread enough: winters may differ from summers. The counts are from Hasselblad (1969); the fit is a slow one.
 
 # %%
 import jax
@@ -54,7 +54,7 @@ axes.legend()
 save(figure, "times_deaths.png")
 
 # %% [markdown]
-# The values that the literature gives.
+# The values commonly quoted for these counts.
 
 # %%
 np.testing.assert_allclose(weights, [0.3599, 0.6401], atol=2e-4)

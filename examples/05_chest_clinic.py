@@ -75,5 +75,5 @@ axes.legend(ncols=4, loc="upper left", bbox_to_anchor=(0, -0.1), columnspacing=1
 save(figure, "chest_clinic.png")
 
 # %%
-np.testing.assert_allclose(diagnoses["published"][3], [0.0878, 0.0995, 0.8114], atol=1e-4)  # as in BUGS' examples
+np.testing.assert_allclose(diagnoses["published"][3], [0.0878, 0.0995, 0.8114], atol=1e-4)  # summed by hand
 np.testing.assert_allclose(learnt.log_likelihood, -1511.74041858, atol=1e-3)

@@ -246,7 +246,7 @@ def read_chain(
     return out
 
 
-def filtered_path(step: ChainStep, name: str) -> Named:
+def filtered_path(step: ChainStep, name: str, logs: bool) -> Named:
     """Probabilities of a chain's latent given what was seen up to each step."""
     chain, tables = step.chain, step.tables
     if step.latents:
@@ -256,7 +256,7 @@ def filtered_path(step: ChainStep, name: str) -> Named:
             problem="stands above the chain, so what is seen up to a step tells of it too",
             mend="marginals give the smoothed probabilities",
         )
-    later = chains.filtered(tables)
+    later = chains.filtered(tables, logs)
     head = tables.head.array - log_sum_exp_over(tables.head, tables.frame.previous)
     first = relabelled(Named(jnp.exp(head), tables.head.axes), dict(zip(tables.frame.previous, tables.frame.current,
                        strict=True)))  # fmt: skip

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from autoem._named import Named, add, pick, union
+from autoem.e_step.reductions import log_sum_exp
 
 TIME = "·t"  # the axis that the messages run along
 SOURCE = "Baum, Petrie, Soules and Weiss 1970 (forward-backward); Rabiner 1989 (scaling)"
@@ -233,8 +234,13 @@ def summed_to(x: Array, shape: tuple[int, ...]) -> Array:
     return x.sum(axes, keepdims=True) if axes else x
 
 
-def filtered(chain: ChainTables) -> Named:
+def filtered(chain: ChainTables, logs: bool) -> Named:
     """Probabilities of the states of every step given what was seen up to it, with the time axis first."""
+    if logs:
+        messages = log_messages(chain, log_sum_exp)[1]
+        states = tuple(range(1 + len(chain.frame.kept), messages.ndim))
+        weight = jax.nn.softmax(messages, axis=states)
+        return Named(weight, (TIME, *chain.frame.after))
     head, single, pairs = arrays_of(chain)
     spec = Spec(chain.frame, tuple(p.axes for p in chain.pairs), chain.steps)
     _, (s, arrived, norms) = _forward(spec, head, single, pairs)

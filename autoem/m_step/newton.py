@@ -67,6 +67,8 @@ class NewtonBlock(AbstractBlock):
         touched = self.problem.touched((*self.names, *(n for b in self.profile for n in b.names)))
         free = {n: to_unconstrained(self.problem.params[n], params[n]) for n in self.names}
         flat, unravel = ravel_pytree(free)
+        if not flat.size:  # a simplex of one point
+            return {n: params[n] for n in self.names}, state
 
         def constrained(v: Array) -> dict[str, Array]:
             return {n: to_constrained(self.problem.params[n], u) for n, u in unravel(v).items()}

@@ -3,5 +3,5 @@
 Nothing here is a test: pytest collects nothing from this folder. The stages, one file each: `workloads` makes the data,
 the common start and the common scorer; `contenders_*` fit it; `registry` lists them; `child` measures one contender in
 a process of its own; `report` turns measurements into a table; `cold` times small fits,
-`crossover` forms of a chain by size; `chain_messages` holds these; `__main__` is the command.
+`crossover` the forms of a chain's messages by size (`chain_messages` holds them); `__main__` is the command.
 """

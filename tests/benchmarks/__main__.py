@@ -25,12 +25,14 @@ from pathlib import Path
 from ._contender import CORES, Contender, jax_environment
 from .child import Measurement
 from .cold import CASES
+from .crossover import LENGTHS
 from .registry import contenders_of
 from .report import table
 from .workloads import WORKLOADS
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LIMIT = 900.0  # seconds for one contender
+_CROSSOVER_LIMIT = 120.0  # seconds for all lengths
 
 
 def _process(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
@@ -100,10 +102,15 @@ def cold() -> None:
 
 
 def crossover() -> None:
-    """Forms of a chain's messages beside autoem's, every device in one process."""
-    print(f"crossover: ms of a chain's log-likelihood and its derivatives ({CORES} cores)")
-    done = _process(["tests.benchmarks.crossover"], jax_environment(CORES))
-    print(done.stdout + done.stderr, end="", flush=True)
+    """Forms of a chain's messages beside autoem's: a process a length, with every device."""
+    print(f"crossover: ms of a chain's log-likelihood and its derivatives ({CORES} cores)", flush=True)
+    environment = {**os.environ, **jax_environment(CORES)}
+    for steps in LENGTHS:
+        command = [sys.executable, "-m", "tests.benchmarks.crossover", str(steps)]
+        try:  # row by row as they come, and no longer than promised
+            subprocess.run(command, cwd=_ROOT, env=environment, timeout=_CROSSOVER_LIMIT / len(LENGTHS))
+        except subprocess.TimeoutExpired:
+            print(f"  {steps:8,d} the rest not finished in time", flush=True)
 
 
 def _list() -> None:

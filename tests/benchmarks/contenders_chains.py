@@ -20,7 +20,7 @@ from ._contender import CORES, Contender, Outcome
 from .workloads import Arrays, Workload
 
 _LOG_2PI = float(np.log(2 * np.pi))
-_BLOCK = 125  # steps of a block: about a fifth of as many blocks as steps where a chain is 100,000 long
+_BLOCK = 125  # steps of a block, 800 of them where a chain is 100,000 long
 _MANY_STATES = 32  # from here on a block's k x k product costs more than its blocks save
 
 
@@ -82,7 +82,7 @@ def categorical(w: Workload, lay: Callable[[np.ndarray, float], np.ndarray]) -> 
     symbols = lay(w.data["x"].reshape(w.num_sequences, -1, 1), num_symbols)[0].astype(np.int32)
 
     def log_density(p, symbols):
-        # no symbol's count can be taken for nought by the other contenders either: it stays a tiny probability
+        # a symbol that a state never emits: the scorer reads its probability the same way
         table = jnp.log(jnp.maximum(p["emit"], 1e-300))
         return jnp.pad(table, ((0, 0), (0, 1))).T[symbols].swapaxes(1, 2)
 

@@ -1,9 +1,10 @@
 """Where another form of a chain's messages overtakes autoem's own, in length, states and devices; prints a table.
 
-Run by `__main__`, which sets the environment first. Each cell is the milliseconds of the log-likelihood with all its
-derivatives (marginals and pairs of neighbours) from tables of logarithms: by `total` of `autoem.e_step.chains`, one
-scan each way, and by the blocked and the associative form of `chain_messages`. A cell is left empty where its products
-are too many or too large to be a choice, or where the time is up.
+Run by `__main__`, which sets the environment first: `python -m tests.benchmarks.crossover 10000`. Each cell is the
+milliseconds of the log-likelihood with all its derivatives (marginals and pairs of neighbours) from tables of
+logarithms: by `total` of `autoem.e_step.chains`, one scan each way, and by the blocked and the associative form of
+`chain_messages`. A cell is left empty where its products are too many or too large to be a choice, or where the time
+is up.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +21,9 @@ import numpy as np
 
 from . import chain_messages
 
-_LIMIT = 105.0  # seconds from the first measurement to the start of the last
-_PRODUCTS = 4e9  # multiplications above which a form that multiplies matrices is not tried
-_ENTRIES = 2**23  # numbers in its matrices, likewise
+_LIMIT = 30.0  # seconds from the first measurement of a length to the start of its last
+_PRODUCTS = 1e9  # multiplications above which a form that multiplies matrices is not tried
+_ENTRIES = 2**22  # numbers in its matrices, likewise
 LENGTHS = (1_000, 10_000, 100_000)
 STATES = (2, 4, 8, 16, 32, 64)
 
@@ -61,6 +63,12 @@ def _likelihoods(start, single, trans):
     return jnp.exp(start) @ trans, jnp.exp(single - top[:, None]), trans, top.sum()
 
 
+def _derivatives(start, trans, posterior, pairs):
+    """Those by the head, every step and the neighbours, of which the head and the first step are a pair too."""
+    first = start[:, None] * trans * (posterior[0] / (start @ trans))
+    return first.sum(1), posterior, pairs + first
+
+
 def associative(start, single, trans):
     """By prefix and suffix products on one device."""
     import jax.numpy as jnp
@@ -69,7 +77,7 @@ def associative(start, single, trans):
     follows = jnp.ones(len(b)).at[-1].set(0.0)
     messages = chain_messages.associative(first, trans, b)
     posterior, pairs, value = chain_messages.counts(trans, b, messages, follows)
-    return value + top, (posterior[0], posterior, pairs)
+    return value + top, _derivatives(jnp.exp(start), trans, posterior, pairs)
 
 
 def blocked(devices: int) -> Callable:
@@ -100,17 +108,17 @@ def blocked(devices: int) -> Callable:
         follows = jnp.where(jnp.arange(length * blocks) < steps - 1, 1.0, 0.0).reshape(blocks, length).T
         posterior, pairs, value = shared(first, trans, b, follows)
         posterior = posterior.transpose(2, 0, 1).reshape(-1, k)[:steps]
-        return value + top, (posterior[0], posterior, pairs)
+        return value + top, _derivatives(jnp.exp(start), trans, posterior, pairs)
 
     return all_derivatives
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """Median of a few runs, for at most a second."""
+    """Median of a few runs, for about a third of a second."""
     import jax
 
     spent: list[float] = []
-    while len(spent) < 7 and sum(spent) < 1.0:
+    while len(spent) < 7 and sum(spent) < 0.3:
         begin = time.perf_counter()
         jax.block_until_ready(run())
         spent.append(time.perf_counter() - begin)
@@ -125,8 +133,8 @@ def _pays(name: str, steps: int, k: int) -> bool:
 
 
 def _same(found: Any, known: Any) -> bool:
-    """Whether value, marginals and pairs agree (the derivative by the head is another state's, and left out)."""
-    pairs = zip((found[0], *found[1][1:]), (known[0], *known[1][1:]), strict=True)
+    """Whether the log-likelihood and every derivative agree."""
+    pairs = zip((found[0], *found[1]), (known[0], *known[1]), strict=True)
     return all(np.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in pairs)
 
 
@@ -146,23 +154,22 @@ def _row(steps: int, k: int, forms: dict[str, Callable], until: float) -> list[s
     return cells
 
 
-def crossover() -> None:
-    """Measure and print, row by row."""
+def crossover(steps: int) -> None:
+    """Measure chains of `steps` steps and print, row by row."""
     import jax
 
     devices = jax.device_count()
     forms = {"sequential": own, "associative": associative, "blocked, 1": blocked(1)}
     if devices > 1:
         forms[f"blocked, {devices}"] = blocked(devices)
-    print(f"  {'T':>8s} {'k':>4s}" + "".join(f" {name:>12s}" for name in forms) + "   fastest")
+    print(f"  {'T':>8s} {'k':>4s}" + "".join(f" {name:>12s}" for name in forms) + "   fastest", flush=True)
     until = time.perf_counter() + _LIMIT
-    for steps in LENGTHS:
-        for k in STATES:
-            cells = _row(steps, k, forms, until)
-            measured = {n: float(c) for n, c in zip(forms, cells, strict=True) if c not in ("", "WRONG")}
-            best = min(measured, key=measured.__getitem__, default="")
-            print(f"  {steps:8,d} {k:4d}" + "".join(f" {c:>12s}" for c in cells) + f"   {best}", flush=True)
+    for k in STATES:
+        cells = _row(steps, k, forms, until)
+        measured = {n: float(c) for n, c in zip(forms, cells, strict=True) if c not in ("", "WRONG")}
+        best = min(measured, key=measured.__getitem__, default="")
+        print(f"  {steps:8,d} {k:4d}" + "".join(f" {c:>12s}" for c in cells) + f"   {best}", flush=True)
 
 
 if __name__ == "__main__":
-    crossover()
+    crossover(int(sys.argv[1]))
