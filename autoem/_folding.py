@@ -57,3 +57,14 @@ def reads(graph: Graph, atom: Any, given: set) -> tuple[frozenset, set]:
     for eqn in graph.slice([atom], given):
         read.update(a for a in eqn.inputs if isinstance(a, Variable))
     return frozenset(k for k, v in graph.inputs.items() if v in read - given), read & given
+
+
+def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and type of a value or of a placeholder."""
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def dtype_of(graph: Graph, key: tuple) -> Any:
+    """Type of an output."""
+    atom = graph.outputs[key]
+    return (getattr(atom, "aval", None) and atom.aval.dtype) or jnp.result_type(atom.value)  # type: ignore[union-attr]

@@ -106,8 +106,8 @@ class Reader(Messenger):
         self.frames: dict[str, tuple[int, int]] = {}
         self.kinds: dict[str, str] = {}
         self.chains: list[Any] = []
-        self.starts: dict[tuple[str, int], Any] = {}  # what scans start from
-        self.uniform: frozenset[tuple[str, int]] = frozenset()  # those of them that repeat one number
+        self.given: dict[tuple[str, str, int], Any] = {}  # what scans start from and run over: (time, which, leaf)
+        self.numbers: Mapping[tuple[str, str, int], np.ndarray] = {}  # those of them that the model's text tells
         self.last = ""
         super().__init__(None)
 

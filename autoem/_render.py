@@ -26,6 +26,9 @@ def plan_text(plan: Plan) -> str:
         width = max(len(r.name) for r in plan.latents)
         lines += shortened([_wrapped(f"    {r.name:<{width}}  {r.strategy}: ", r.reason) for r in plan.latents])
         lines += [f"    cost: {plan.cost}"]
+        if len(order := plan.cost.order) > 1:
+            shown = order if len(order) <= 10 else (*order[:8], f"... {len(order) - 8} more")
+            lines += _wrapped("    order: ", ", ".join(shown))
     else:
         lines += ["    no latents: the likelihood is maximised directly"]
     if plan.chunks:

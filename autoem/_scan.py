@@ -26,7 +26,7 @@ from numpyro import handlers
 from numpyro.primitives import _PYRO_STACK
 
 from autoem._errors import DataError, ModelError
-from autoem._folding import folded, only_of, reads
+from autoem._folding import dtype_of, folded, only_of, reads, shape_of
 from autoem._jaxpr import Graph, trace_graph
 from autoem._reader import Reader, Record, outputs_of
 from autoem._support import bounds
@@ -64,30 +64,38 @@ class Scan:
         with jax.ensure_compile_time_eval():  # numbers in the model's text stay numbers
             self.init = [x if isinstance(x, Tracer) else jnp.asarray(x) for x in self.init]
         self.xs, self.xs_tree = jax.tree.flatten(xs)
-        self.xs = [jnp.asarray(x)[::-1] if reverse else jnp.asarray(x) for x in self.xs]
-        self.length = int(length if length is not None else self.xs[0].shape[0])
+        self.length = int(length if length is not None else jnp.shape(self.xs[0])[0])
+        self.num_inputs, given = len(self.xs), self.conditioned(msg)
+        self.observed = tuple(given)
+        self.xs = [jnp.asarray(x)[::-1] if reverse else jnp.asarray(x) for x in (*self.xs, *given.values())]
         self.time = reader.new_label("time")
         if self.length < 1:
             raise DataError(self.label, problem="the sequence is empty", mend="pass at least one step", kind="scan")
         self.compact = reader.compact
-        reader.starts.update({(self.time, i): v for i, v in enumerate(self.init)})
+        reader.given.update({(self.time, "carry", i): v for i, v in enumerate(self.init)})
+        reader.given.update({(self.time, "x", i): v for i, v in enumerate(self.xs)})
 
     def refuse(self, msg: Mapping[str, Any]) -> None:
         around = {type(h).__name__ for h in _PYRO_STACK if isinstance(h, handlers.mask | handlers.scale)}
-        for found, problem, mend in (
-            (
-                msg["kwargs"].get("substitute_stack"),
-                "sites of a scan are conditioned from outside",
-                "pass the values to the step as inputs and observe them there (obs=)",
-            ),
-            (
-                around,
-                f"handlers.{' and '.join(sorted(around))} around a scan",
-                "put the handler inside the step, around its sites",
-            ),
-        ):
-            if found:
-                raise ModelError(self.label, problem=problem, mend=mend)
+        if around:
+            raise ModelError(
+                self.label,
+                problem=f"handlers.{' and '.join(sorted(around))} around a scan",
+                mend="put the handler inside the step, around its sites",
+            )
+
+    def conditioned(self, msg: Mapping[str, Any]) -> dict[str, Any]:
+        """Values along time that `handlers.condition` around the scan gives its sites."""
+        out: dict[str, Any] = {}
+        for kind, values in msg["kwargs"].get("substitute_stack") or ():
+            if kind != "condition" or not isinstance(values, Mapping):
+                raise ModelError(
+                    self.label,
+                    problem="sites of a scan are substituted from outside",
+                    mend="pass the values to the step as inputs and observe them there (obs=)",
+                )
+            out.update({n: v for n, v in values.items() if jnp.ndim(v) and jnp.shape(v)[0] == self.length})
+        return out
 
     # -- tracing the body ------------------------------------------------------------------------------------------
 
@@ -98,8 +106,10 @@ class Scan:
         def run(inputs: dict) -> dict:
             inner = Reader(self.inner_inputs(inputs), self.reader.truncated, self.reader.drop_nan)
             leaves = [inputs["·carry", i] for i in range(len(carry))]
-            x = jax.tree.unflatten(self.xs_tree, [inputs["·x", i] for i in range(len(self.xs))])
-            with handlers.block(), handlers.seed(rng_seed=inputs["key", 0]), inner:
+            xs = [inputs["·x", i] for i in range(len(self.xs))]
+            x = jax.tree.unflatten(self.xs_tree, xs[: self.num_inputs])
+            given = handlers.condition(data=dict(zip(self.observed, xs[self.num_inputs :], strict=True)))
+            with handlers.block(), handlers.seed(rng_seed=inputs["key", 0]), inner, given:
                 new, ys = self.function(jax.tree.unflatten(self.tree, leaves), x)
             out = self.outputs(inner)
             new_leaves, new_tree = jax.tree.flatten(new)
@@ -166,7 +176,7 @@ class Scan:
         carry = [shape_of(v) for v in self.init]
         for _ in range(MAX_LAG + 1):
             body = self.trace(carry, self.shapes)
-            new = [jax.ShapeDtypeStruct(body.graph.shape(("·carry", i)), dtype_of(body.graph, i)) for i in
+            new = [jax.ShapeDtypeStruct(body.graph.shape(("·carry", i)), dtype_of(body.graph, ("·carry", i))) for i in
                    range(len(carry))]  # fmt: skip
             if [v.shape for v in new] == [v.shape for v in carry]:
                 return body
@@ -244,7 +254,7 @@ class Scan:
 
         read = {k[1] for i in free for k in graph.needs(("·carry", i)) if k[0] == "·x"}
         inputs = [x if i in read else None for i, x in enumerate(self.xs)]
-        start = [jnp.asarray(self.init[i], dtype_of(graph, i)) for i in free]
+        start = [jnp.asarray(self.init[i], dtype_of(graph, ("·carry", i))) for i in free]
         self.last, seen = jax.lax.scan(step, start, inputs, self.length) if free else ([], [])
         out: list[Any] = [None] * len(self.init)
         for i, v in zip(free, seen, strict=True):
@@ -253,23 +263,25 @@ class Scan:
 
     @functools.cached_property
     def counted(self) -> dict[tuple, Any]:
-        """Leaves of the carry that only count: their values at every step, as numbers."""
+        """Inputs that the model's text tells, and leaves of the carry that only count: their values at every step."""
+        numbers = self.reader.numbers
+        inputs = {("·x", i): numbers[self.time, "x", i] for i in range(len(self.xs)) if (self.time, "x", i) in numbers}
         graph, start = self.body.graph, {i: v for i, v in enumerate(self.init) if not isinstance(v, Tracer)}
         counts = {i for i in start if i not in self.states}
         while fewer := {i for i in counts if not only_of(graph, ("·carry", i), {("·carry", j) for j in counts})}:
             counts -= fewer
         keys = [("·carry", i) for i in sorted(counts)]
         if not keys or self.length > COUNT_UP_TO:
-            return {}
+            return inputs
 
         def step(now, _):
             new = graph.evaluate(keys, dict(zip(keys, now, strict=True)))
             return [jnp.asarray(n, v.dtype).reshape(v.shape) for n, v in zip(new, now, strict=True)], now
 
         with jax.ensure_compile_time_eval():
-            first = [jnp.asarray(start[k[1]], dtype_of(graph, k[1])) for k in keys]
+            first = [jnp.asarray(start[k[1]], dtype_of(graph, k)) for k in keys]
             rows = jax.lax.scan(step, first, None, self.length)[1]
-            return {k: np.asarray(v) for k, v in zip(keys, rows, strict=True)}
+            return inputs | {k: np.asarray(v) for k, v in zip(keys, rows, strict=True)}
 
     # -- values of what latents decide ------------------------------------------------------------------------------
 
@@ -354,7 +366,8 @@ class Scan:
         out: list[tuple[Body, dict]] = []
         carry = list(self.init)
         for i in self.states if self.compact else ():  # the same for all plates: as good as the state of one cell
-            if (self.time, i) in self.reader.uniform:
+            number = self.reader.numbers.get((self.time, "carry", i))
+            if number is not None and number.size and (number == number.flat[0]).all():
                 carry[i] = carry[i][(slice(0, 1),) * carry[i].ndim]
         for h in range(min(self.lag, self.length)):
             body = self.trace(carry, self.shapes)
@@ -385,12 +398,3 @@ class Scan:
             if ("·carry", j) in graph.needs(("·carry", i)):
                 values["·carry", j] = self.ending(j, back + 1)
         return graph.evaluate([("·carry", i)], values)[0]
-
-
-def shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-
-
-def dtype_of(graph: Graph, i: int) -> Any:
-    atom = graph.outputs["·carry", i]
-    return (getattr(atom, "aval", None) and atom.aval.dtype) or jnp.result_type(atom.value)  # type: ignore[union-attr]

@@ -52,7 +52,7 @@ class Source:
         self.where = [i for i, x in enumerate(leaves) if is_array(x)]
         self.data = [leaves[i] for i in self.where]
         self.concrete = False
-        self.uniform: frozenset[tuple[str, int]] = frozenset()
+        self.numbers: dict[tuple[str, str, int], np.ndarray] = {}
 
     def signature(self) -> tuple:
         """Equal for calls that may share one compiled program (given the same support sizes)."""
@@ -81,7 +81,7 @@ class Source:
 
         def run(inputs):
             reader = Reader(inputs, self.truncated, self.drop_nan, self.concrete, compact, read_scan)
-            reader.uniform = self.uniform
+            reader.numbers = self.numbers
             call = (lambda _: self.call(numbers)) if self.concrete else self.call
             kept.append(reader)
             return run_model(self.model, call, reader, inputs, outputs)
@@ -94,7 +94,7 @@ class Source:
 
         def outputs(reader: Reader) -> dict:
             out: dict = {("init", n): jnp.asarray(numeric(n, v)) for n, (v, _) in reader.params.items()}
-            out.update({("·start", k): v for k, v in reader.starts.items()})
+            out.update({("·given", k): v for k, v in reader.given.items()})
             for name, r in reader.records.items():
                 if r.observed or r.auxiliary:
                     continue
@@ -113,15 +113,14 @@ class Source:
         except NOT_CONCRETE:
             self.concrete = True
             reader, graph = self.read({}, outputs)
-        self.uniform = uniform_starts(graph)
+        self.numbers = numbers_given(graph)
         return Discovery(reader.records, reader.params, reader.frames, graph, tuple(reader.chains))
 
 
-def uniform_starts(graph: Graph) -> frozenset[tuple[str, int]]:
-    """Starts of scans that repeat one number of the model's text: `jnp.zeros(n, int)`."""
-    keys = [k for k in graph.outputs if k[0] == "·start" and graph.shape(k) and not graph.needs(k)]
-    values = map(np.asarray, graph.evaluate(keys, {}))
-    return frozenset(k[1] for k, v in zip(keys, values, strict=True) if v.size and (v == v.flat[0]).all())
+def numbers_given(graph: Graph) -> dict[tuple[str, str, int], np.ndarray]:
+    """What scans are given that depends on no data: `jnp.zeros(n, int)` to start from, `jnp.arange(t)` to run over."""
+    keys = [k for k in graph.outputs if k[0] == "·given" and not graph.needs(k)]
+    return {k[1]: np.asarray(v) for k, v in zip(keys, graph.evaluate(keys, {}), strict=True)}
 
 
 def numeric(name: str, value: Any) -> Any:

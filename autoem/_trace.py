@@ -44,6 +44,12 @@ def trace(
     source = Source(model, args, kwargs or {}, dict(truncated or {}), drop_nan)
     try:
         return _trace(model, source)
+    except PlanError as error:  # a site without support to sum over, named as the data are: more likely forgotten
+        if error.where not in map(source.argument, range(len(source.data))):
+            raise
+        mend = f'numpyro.sample("{error.where}", ..., obs={error.where})'
+        problem = f"{error.problem}; an argument has its name, but the site is not observed"
+        raise ModelError(error.where, problem=problem, mend=mend) from None
     except NOT_CONCRETE as error:
         line = line_in(model, error.__traceback__)
         mend = "use jnp.where, or index a table by the latent, instead of `if`, `int(...)` or a Python loop over it"

@@ -185,7 +185,8 @@ def why(asked: Asked, how: str) -> str:
     prior = prior_of(asked.name, asked.problem.factors)
     if prior and not asked.uses:
         return f"nothing observed depends on it: the mode of its {prior.site.distribution} prior"
-    places = ", ".join(str(u) for u in asked.uses)
+    named = [str(u) for u in asked.uses]
+    places = ", ".join(named if len(named) <= 6 else [*named[:4], f"... {len(named) - 4} more"])
     extra = f"; its {prior.site.distribution} prior adds pseudo-statistics" if prior else ""
     return f"{how}: {places}{extra}"
 

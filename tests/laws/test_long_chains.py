@@ -260,3 +260,34 @@ def test_sequences_of_different_lengths() -> None:
     np.testing.assert_allclose(together.posterior().log_likelihood, alone, rtol=1e-12)
     with pytest.raises(autoem.DataError, match="number 1"):
         autoem.padded([[1.0], []])
+
+
+def test_conditioned_from_outside() -> None:
+    """`handlers.condition` around a model that only draws gives what observing in the step gives."""
+
+    def drawn(y):
+        loc = numpyro.param("loc", 0.5)
+
+        def draw(carry, _):
+            z, t = carry
+            z = numpyro.sample("z", dist.Categorical(jnp.array([[0.6, 0.4], [0.3, 0.7]])[z]))
+            numpyro.sample("y", dist.Normal(loc + z, 1.0))
+            return (z, t + 1), None
+
+        with handlers.condition(data={"y": y}):
+            scan(draw, (0, 0), None, length=len(y))
+
+    def seen(y):
+        loc = numpyro.param("loc", 0.5)
+
+        def see(carry, y):
+            z, t = carry
+            z = numpyro.sample("z", dist.Categorical(jnp.array([[0.6, 0.4], [0.3, 0.7]])[z]))
+            numpyro.sample("y", dist.Normal(loc + z, 1.0), obs=y)
+            return (z, t + 1), None
+
+        scan(see, (0, 0), y)
+
+    y = np.random.default_rng(3).normal(size=7)
+    a, b = (autoem.EM(m, init="model", max_steps=2, progress=False).run(jax.random.key(0), y) for m in (drawn, seen))
+    np.testing.assert_allclose(a.history, b.history, rtol=1e-12)

@@ -403,3 +403,15 @@ def test_labels_changed_in_place_are_read_anew():
     second = np.asarray(em.run(KEY, names, Y).params["loc"])
     np.testing.assert_allclose(first, [Y[::2].mean(), Y[1::2].mean()])
     np.testing.assert_allclose(second, [Y[:4].mean(), Y[4:].mean()])
+
+
+def test_a_forgotten_observation_of_a_site_without_finite_support() -> None:
+    """The way out is obs=, not the truncation that a latent of this kind would need."""
+
+    def model(counts):
+        rate = numpyro.param("rate", 2.0, constraint=dist.constraints.positive)
+        with numpyro.plate("rows", len(counts)):
+            numpyro.sample("counts", dist.Poisson(rate))
+
+    with pytest.raises(autoem.ModelError, match="obs=counts"):
+        autoem.EM(model).plan(np.array([1, 2, 3]))
