@@ -70,9 +70,8 @@ def _check(model: RandomModel) -> None:
 def _ran_away(result: autoem.EMResult) -> bool:
     """Whether a scale went to nothing or a shape to infinity: there all digits of the density are lost."""
     params = result.plan.program.params
-    vanished = any(
-        (v < 1e-8).any() for n, v in result.params.items() if str(params[n].constraint).startswith("Positive(")
-    )
+    positive = [v for n, v in result.params.items() if str(params[n].constraint).startswith("Positive(")]
+    vanished = any((v < 1e-8).any() for v in positive)
     return "collapsed" in result.status or vanished or any(np.abs(v).max() > 1e5 for v in result.params.values())
 
 
