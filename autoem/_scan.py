@@ -97,8 +97,6 @@ class Scan:
             out.update({n: v for n, v in values.items() if jnp.ndim(v) and jnp.shape(v)[0] == self.length})
         return out
 
-    # -- tracing the body ------------------------------------------------------------------------------------------
-
     def trace(self, carry: Sequence[Any], latents: Mapping[str, Any]) -> Body:
         """The body as a graph of what it carries, its inputs and the latents, whose shapes are given."""
         kept: list[Any] = []
@@ -139,8 +137,7 @@ class Scan:
         """Everything that later stages ask of the body's sites."""
         self.refuse_continuous(inner)
         latents = {n for n, r in inner.records.items() if not r.observed}
-        out = outputs_of(inner.records, latents, self.reader.truncated)
-        return out
+        return outputs_of(inner.records, latents, self.reader.truncated)
 
     def refuse_continuous(self, inner: Reader) -> None:
         for name, r in inner.records.items():
@@ -154,21 +151,14 @@ class Scan:
     @functools.cached_property
     def shapes(self) -> dict[str, Any]:
         """Shape of each latent of the body: full, or 1 along its plates."""
-
-        def look(body_latents: dict) -> Body:
-            return self.trace(self.init, body_latents)
-
-        found = look({})
         out = {}
-        for name, r in found.records.items():
+        for name, r in self.trace(self.init, {}).records.items():
             if not r.observed:
                 bounds(name, r.base, self.reader.truncated)
                 batch = tuple(r.fn.batch_shape)
                 batch = (1,) * len(batch) if self.compact else batch
                 out[name] = jax.ShapeDtypeStruct(batch + tuple(r.fn.event_shape), jnp.result_type(int))
         return out
-
-    # -- what the carry is -----------------------------------------------------------------------------------------
 
     @functools.cached_property
     def body(self) -> Body:
@@ -283,8 +273,6 @@ class Scan:
             rows = jax.lax.scan(step, first, None, self.length)[1]
             return inputs | {k: np.asarray(v) for k, v in zip(keys, rows, strict=True)}
 
-    # -- values of what latents decide ------------------------------------------------------------------------------
-
     def latent(self, name: str, lag: int) -> Any:
         """A latent `lag` steps before each of the steps after the first ones."""
         if self.compact:
@@ -357,8 +345,6 @@ class Scan:
         fixed, varying = self.values(lag)
         value = self.evaluate([("·carry", i)], fixed, varying, self.lag - lag)[0]
         return value, value.shape[0] == 1 and self.compact
-
-    # -- the first steps and the last --------------------------------------------------------------------------------
 
     @functools.cached_property
     def heads(self) -> list[tuple[Body, dict]]:
