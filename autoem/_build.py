@@ -61,7 +61,7 @@ class Build:
     model_start: Callable[[dict, Array], dict[str, Array]]
     seeding: dict[bool, Callable] = dataclasses.field(default_factory=dict)
     alike: tuple[str, ...] = ()
-    objective_in_logs: Callable | None = None
+    proof: Callable | None = None
 
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE

@@ -214,10 +214,10 @@ def underflowed(built: Build, begin: Mapping[str, Array], state: State, bundle: 
     """
     if built.kernel.layout.logs or not any(c.lag for c in built.program.chains):
         return False
-    if built.objective_in_logs is None:
-        built.objective_in_logs = jit_once(lambda p, b: built.kernel.in_logs.objective(p, b)[0])
+    if built.proof is None:
+        built.proof = jit_once(lambda p, b: built.kernel.proof.objective(p, b)[0])
     ends = ((begin, state.history[0]), (state.params, state.objective))
-    return any(disagree(float(scaled), float(built.objective_in_logs(params, bundle))) for params, scaled in ends)
+    return any(disagree(float(scaled), float(built.proof(params, bundle))) for params, scaled in ends)
 
 
 def one_by_one(advance: Callable, states: list[State], bundle: Bundle, stop: Stop, first: int, report: Callable):

@@ -51,6 +51,11 @@ class Kernel:
         """The same with the messages of chains in logarithms: slower, and nothing underflows."""
         return dataclasses.replace(self, layout=dataclasses.replace(self.layout, logs=True))
 
+    @property
+    def proof(self) -> Kernel:
+        """The same with those messages in logarithms wherever scaled ones could have lost something."""
+        return dataclasses.replace(self, layout=dataclasses.replace(self.layout, proof=True))
+
     def tables(self, cells: Mapping[str, Any], rows: Mapping[str, Rows], factors: Sequence[Factor]) -> list[Table]:
         return [f.table(cells[f.name], rows[f.name]) for f in factors]
 

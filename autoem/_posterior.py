@@ -206,7 +206,7 @@ class Posterior:
         kernel = self._built.kernel
         if kernel.layout.logs or not any(c.lag for c in self._built.program.chains):
             return kernel.layout.logs
-        kernels = (self._scaled, self._scaled.in_logs)
+        kernels = (self._scaled, self._scaled.proof)
         scaled, exact = (float(jit_once(k.log_likelihood)(self._params, self._bundle)) for k in kernels)
         return disagree(scaled, exact)
 

@@ -109,7 +109,7 @@ def since(value: Named, axis: str, start: int) -> Named:
 
 
 def close(
-    tables: Sequence[Table], waiting: Table, reduce: Callable[[Array], Array], steps: list | None, logs: bool
+    tables: Sequence[Table], waiting: Table, reduce: Callable[[Array], Array], steps: list | None, layout: Layout
 ) -> tuple[list[Table], frozenset[str]]:
     """Sum a chain out: the tables that remain, and the latents that are gone."""
     assert waiting.held is not None
@@ -133,8 +133,10 @@ def close(
     latents = frozenset().union(waiting.latents, *(t.latents for t in holding)) - start - end
     if steps is not None:
         steps.append(ChainStep(chain, parts, latents))
-    scaled = reduce is log_sum_exp and not logs
-    value = chains.total(parts) if scaled else chains.log_sum(parts, reduce)
+    if reduce is log_sum_exp and not layout.logs:
+        value = chains.proven(parts) if layout.proof else chains.total(parts)
+    else:
+        value = chains.log_sum(parts, reduce)
     return [*rest, Table(value, latents, waiting.plates)], start | end
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -285,6 +286,26 @@ def log_sum(chain: ChainTables, reduce: Callable[[Array], Array]) -> Named:
     last = messages[-1]
     flat = jnp.moveaxis(last.reshape(*last.shape[: len(frame.kept)], -1), -1, 0)
     return Named(reduce(flat) + taken.sum(0), frame.kept)
+
+
+def proven(chain: ChainTables) -> Named:
+    """The log of the sum over all paths, in logarithms where scaled messages could have lost something.
+
+    They lose a state whose probability falls below the smallest number. Where no transition is nearly impossible the
+    other states restore it at the next step, up to the share that was lost; so nothing is lost that counts.
+    """
+    if not chain.pairs:  # one state only
+        return total(chain)
+    tiny = float(jnp.finfo(chain.head.array.dtype).tiny)
+    least = jnp.stack([jnp.min(p.array - jnp.max(p.array)) for p in chain.pairs])
+    shapes = [jax.eval_shape(f).array.shape for f in (lambda: total(chain), lambda: log_sum(chain, log_sum_exp))]
+    shape = jnp.broadcast_shapes(*shapes)
+    value = jax.lax.cond(
+        jnp.all(least > math.log(tiny) / 3),
+        lambda: jnp.broadcast_to(total(chain).array, shape),
+        lambda: jnp.broadcast_to(log_sum(chain, log_sum_exp).array, shape),
+    )
+    return Named(value, chain.frame.kept)
 
 
 def read_back(

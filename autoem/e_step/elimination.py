@@ -112,7 +112,7 @@ def sum_out(tables, layout: Layout, leaf: frozenset[str], reduce, steps) -> list
         waiting = [t for t in tables if t.held]
         free = local - frozenset().union(*(t.latents for t in waiting))
         if not free:
-            tables, done = close(tables, waiting[0], reduce, steps, layout.logs)
+            tables, done = close(tables, waiting[0], reduce, steps, layout)
             local -= done
             continue
         latent = min(free, key=lambda z: (joint_size(tables, z), z))

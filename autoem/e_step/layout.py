@@ -80,7 +80,11 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """Where every latent lives: its plates, the sizes of all plates, and the multiplicity of its rows (None is one)."""
+    """Where every latent lives: its plates, the sizes of all plates, and the multiplicity of its rows (None is one).
+
+    `logs` has the messages of chains in logarithms, not in scaled probabilities; `proof` has them so wherever scaled
+    ones could have lost something.
+    """
 
     plates_of: Mapping[str, frozenset[str]]
     sizes: Mapping[str, int]
@@ -88,6 +92,7 @@ class Layout:
     cells: Mapping[str, Array]
     chains: tuple[Chain, ...] = ()
     logs: bool = False
+    proof: bool = False
 
     def chain_at(self, plates: frozenset[str]) -> Chain | None:
         """The chain whose steps, which read one another, are among `plates`."""
