@@ -284,8 +284,6 @@ class Scan:
         if ("latent", name) in self.reader.inputs:
             return self.reader.inputs["latent", name]
         shape = self.shapes[name]
-        low, _ = bounds(name, self.body.records[name].base, self.reader.truncated)
-        del low  # a tracer of the body; states are counted from the support's own start later
         return jnp.zeros((self.length, *shape.shape), shape.dtype)
 
     def at(self, name: str, step: int) -> Any:

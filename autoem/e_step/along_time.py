@@ -68,12 +68,7 @@ def opened(chain: Chain, tables: Sequence[Table], layout: Layout) -> list[Table]
     times = {chain.time, chain.bulk}
     for table in tables:
         if chain.time in table.plates:
-            for step in range(min(chain.lag, chain.length)):
-                names = {n: at_step(n, step) for n in chain.variables}
-                first = dataclasses.replace(
-                    table, value=at(table.value, chain.time, step), plates=table.plates - times, route=None
-                )
-                out.append(renamed(first, names))
+            out += at_first_steps(table, chain, chain.variables)
             names = {n: at_lag(n, 0) for n in chain.variables}
             table = renamed(dataclasses.replace(table, value=since(table.value, chain.time, chain.lag)), names)
         later.append(renamed(table, {chain.time: TIME, chain.bulk: TIME}))
@@ -90,6 +85,14 @@ def opened(chain: Chain, tables: Sequence[Table], layout: Layout) -> list[Table]
         latents = latents | set(chain.start) | set(chain.end)
         out.append(Table(Named(jnp.zeros(()), ()), latents, plates, held=held))
     return out
+
+
+def at_first_steps(table: Table, chain: Chain, names: Sequence[str]) -> list[Table]:
+    """A table over the paths `names` at each of the chain's first steps, where they are latents of their own."""
+    plates = table.plates - {chain.time}
+    steps = range(min(chain.lag, chain.length))
+    firsts = [Table(at(table.value, chain.time, step), table.latents, plates) for step in steps]
+    return [renamed(t, {n: at_step(n, step) for n in names}) for step, t in zip(steps, firsts, strict=True)]
 
 
 def at(value: Named, axis: str, index: int) -> Named:
@@ -208,12 +211,7 @@ def in_pieces(table: Table, program: Program) -> list[Table]:
     for chain in program.chains:
         names = [n for n in table.latents if n in chain.lags and n not in program.sites]
         if chain.lag and names and chain.time in table.plates:
-            out = []
-            for step in range(min(chain.lag, chain.length)):
-                first = dataclasses.replace(
-                    table, value=at(table.value, chain.time, step), plates=table.plates - {chain.time}
-                )
-                out.append(renamed(first, {n: at_step(n, step) for n in names}))
+            out = at_first_steps(table, chain, names)
             if chain.length > chain.lag:
                 plates = table.plates - {chain.time} | {chain.bulk}
                 later = dataclasses.replace(table, value=since(table.value, chain.time, chain.lag), plates=plates)
