@@ -16,19 +16,21 @@ from jax import Array
 
 from autoem._chunks import plan_chunks, spread_rows
 from autoem._errors import PlanError
+from autoem._integrals import Integral
 from autoem._jaxpr import Variable, jit_once
 from autoem._lower import Kernel
 from autoem._named import Named
 from autoem._plan import Plan, make_plan
 from autoem._trace import Discovery, Source, trace
 from autoem.e_step.factors import TURN_UP_TO, build_factors, build_layout, prepare
+from autoem.e_step.groups import build_blocks
 from autoem.e_step.strategies import AbstractEStep, Exact, Truncated
 from autoem.e_step.tables import Factor, log_density_constant
 from autoem.ir import Program
 from autoem.m_step.choose import choose
 from autoem.m_step.problem import Bundle, Problem
 from autoem.m_step.strategies import AbstractMStep
-from autoem.passes.classify import classify, nearest
+from autoem.passes.classify import classify, continuous_latents, nearest
 
 LARGE = 1_000_000  # entries of the data from which their preparation is compiled well rather than fast
 
@@ -93,7 +95,7 @@ class Build:
 
     @property
     def has_routes(self) -> bool:
-        return any(f.route for f in self.factors)
+        return any(f.route or f.completions for f in self.factors)
 
     def start(self, source: Source, key: Array) -> dict[str, Array]:
         """The model's own start values."""
@@ -134,7 +136,8 @@ def start_values(found: Discovery, data: Mapping[int, Array], key: Array) -> dic
 
 def route_cells(program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array) -> dict[str, Array]:
     values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
-    _, cells = build_factors(program, values)
+    factors, cells = build_factors(program, values)
+    cells.update(build_blocks(program, factors, values)[1])
     return {n: jnp.asarray(c) for n, c in cells.items()}
 
 
@@ -200,14 +203,19 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
         ModelError, PlanError, DataError: see each stage.
     """
     truncated = options.truncated()
-    program, found, source = trace(model, args, kwargs, truncated=truncated, drop_nan=options.missing == "marginalize")
+    drop_nan = options.missing == "marginalize"
+    program, found, source = trace(model, args, kwargs, truncated=truncated, drop_nan=drop_nan)
+    if hidden := continuous_latents(program, options.latent, options.maximize):
+        program, found, source = trace(model, args, kwargs, truncated=truncated, drop_nan=drop_nan, continuous=hidden)
     supports = {n: r.fn.support for n, r in found.records.items() if not r.observed}
     program = classify(program, supports, options.latent, options.maximize)
     refuse_unknown_sites(program, options)
     data = {} if source.concrete else {i: jnp.asarray(x) for i, x in enumerate(source.data)}
     values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
     factors, cells = build_factors(program, values)
-    cells = {n: jnp.asarray(c) for n, c in cells.items()}
+    groups, found_cells = build_blocks(program, factors, values)
+    cells = {n: jnp.asarray(c) for n, c in {**cells, **found_cells}.items()}
+    integrals = tuple(Integral(g) for g in groups)
     problem = Problem({f.name: f for f in factors}, program.params)
 
     def whole(d, k, c):
@@ -219,10 +227,14 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
     params = model_start(start_data(found, source), key)
     layout = build_layout(program, values, cells)
     layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={})
+    if integrals:  # what the M-step sees of the data has nodes in it
+        draft = Kernel(program, problem, layout, (), None, integrals)
+        shapes = jax.eval_shape(draft.completed, params, shapes)
     blocks = choose(problem, params, shapes, asked(program, options))
-    chunks = plan_chunks(program, problem, layout, params, shapes)
-    plan = make_plan(program, problem, layout, blocks, chunks, params, shapes, notes_of(program, options))
-    kernel = Kernel(program, problem, layout, blocks, chunks)
+    chunks = None if integrals else plan_chunks(program, problem, layout, params, shapes)
+    notes = notes_of(program, options)
+    plan = make_plan(program, problem, layout, blocks, chunks, params, shapes, notes, integrals)
+    kernel = Kernel(program, problem, layout, blocks, chunks, integrals)
     return Build(plan, kernel, found, source, factors, support_limits(found, source), model_start)
 
 

@@ -16,15 +16,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from autoem._chunks import Chunks, device_mesh, resized, row_specs, slice_named, slice_rows
+from autoem._integrals import Integral
+from autoem._named import Named
+from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import Layout, Table, eliminate
 from autoem.e_step.tables import Factor, Rows
 from autoem.ir import Program
 from autoem.m_step._base import AbstractBlock
-from autoem.m_step.problem import Bundle, Params, Problem, make_layout
+from autoem.m_step.problem import Bundle, Params, Problem, graph_values, make_layout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +40,7 @@ class Kernel:
     layout: Layout
     blocks: tuple[AbstractBlock, ...]
     chunks: Chunks | None
+    integrals: tuple[Integral, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -44,7 +49,7 @@ class Kernel:
 
     @property
     def likelihood_factors(self) -> tuple[Factor, ...]:
-        return tuple(f for f in self.problem.factors.values() if not f.is_prior)
+        return tuple(f for f in self.problem.factors.values() if not f.is_prior and f.completions is None)
 
     @property
     def in_logs(self) -> Kernel:
@@ -71,31 +76,65 @@ class Kernel:
     def objective(self, params: Params, bundle: Bundle) -> tuple[Array, tuple[Array, Array]]:
         """Log-likelihood plus log prior; and the two."""
         cells = self.problem.cells(params, bundle)
-        likelihood = self._in_chunks(cells, bundle, gradient=False)[0] if self.chunks else self._whole(cells, bundle)
+        if self.chunks:
+            likelihood = self._in_chunks(cells, bundle, gradient=False)[0]
+        else:
+            integrals = [block.integrate(params, bundle)[0] for block in self.integrals]
+            likelihood = self._whole(cells, integrals, bundle)
         prior = self.log_prior(cells, bundle)
         likelihood = likelihood + bundle.constant
         return likelihood + prior, (likelihood, prior)
 
-    def _whole(self, cells, bundle: Bundle) -> Array:
+    def _whole(self, cells, integrals: Sequence[Table], bundle: Bundle) -> Array:
         tables = self.tables(cells, bundle.rows, self.likelihood_factors)
-        return eliminate(tables, make_layout(self.layout, bundle))
+        return eliminate([*tables, *integrals], make_layout(self.layout, bundle))
 
     def expect(self, params: Params, bundle: Bundle) -> tuple[Array, Array, dict[str, Any]]:
         """The E-step: log-likelihood, log prior, and expected statistics as the gradient with respect to the cells."""
         cells = self.problem.cells(params, bundle)
         prior, from_prior = jax.value_and_grad(self.log_prior)(cells, bundle)
+        integrals, completed = [], {}
         if self.chunks:
             likelihood, statistics = self._in_chunks(cells, bundle, gradient=True)
         else:
-            likelihood, statistics = jax.value_and_grad(self._whole)(cells, bundle)
-        statistics = {n: from_prior[n] if f.is_prior else statistics[n] for n, f in self.problem.factors.items()}
-        return likelihood + bundle.constant, prior, statistics
+            integrals = [block.integrate(params, bundle) for block in self.integrals]
+            tables = [table for table, _ in integrals]
+
+            def whole(cells, values: list[Named]) -> Array:
+                known = [dataclasses.replace(t, value=v) for t, v in zip(tables, values, strict=True)]
+                return self._whole(cells, known, bundle)
+
+            likelihood, (statistics, slopes) = jax.value_and_grad(whole, (0, 1))(cells, [t.value for t in tables])
+            completed = self._completed(params, [m for _, m in integrals], slopes, bundle)
+        statistics = {n: from_prior[n] if self.problem.factors[n].is_prior else statistics[n] for n in cells}
+        return likelihood + bundle.constant, prior, {**statistics, **completed}
+
+    def completed(self, params: Params, bundle: Bundle) -> Bundle:
+        """The data with continuous latents at the nodes of their posterior."""
+        nodes = {}
+        for block in self.integrals:
+            nodes.update(block.nodes_of_factors(block.integrate(params, bundle)[1], bundle))
+        return with_nodes(bundle, nodes)
+
+    def _completed(self, params: Params, moments: Sequence[Any], slopes: Sequence[Named], bundle: Bundle) -> dict:
+        """Nodes for every factor that reads continuous latents, and its expected statistics under their weights."""
+        nodes: dict[str, Any] = {}
+        for block, moment in zip(self.integrals, moments, strict=True):
+            nodes.update(block.nodes_of_factors(moment, bundle))
+        filled = with_nodes(bundle, nodes)
+        out: dict[str, Any] = {NODES: nodes} if nodes else {}
+        for block, slope in zip(self.integrals, slopes, strict=True):
+            weight = block.weights(slope)
+            for f in block.factors:
+                out[f.name] = pulled_back(f, params, filled, block.node_weights(f, weight, bundle))
+        return out
 
     def maximise(
         self, params: Params, statistics, bundle: Bundle, states: Sequence[Any]
     ) -> tuple[dict[str, Array], tuple]:
         """The M-step: every block in order."""
         new, after = dict(params), []
+        bundle = with_nodes(bundle, statistics.get(NODES, {}))
         for block, state in zip(self.blocks, states, strict=True):
             update, state = block.solve(new, statistics, bundle, state)
             new.update(update)
@@ -163,6 +202,30 @@ class Kernel:
         if not gradient:
             return value(cells), None
         return jax.value_and_grad(value)(cells)
+
+
+def with_nodes(bundle: Bundle, nodes: Mapping[str, Any]) -> Bundle:
+    """The data with continuous latents at their nodes."""
+    if not nodes:
+        return bundle
+    rows = {n: dataclasses.replace(bundle.rows[n], value=v, ready=True) for n, (_, v) in nodes.items() if v is not None}
+    return dataclasses.replace(
+        bundle, nodes={n: points for n, (points, _) in nodes.items()}, rows={**bundle.rows, **rows}
+    )
+
+
+def pulled_back(factor: Factor, params: Params, bundle: Bundle, weight: Named) -> Any:
+    """Expected statistics of a factor whose table counts with `weight`."""
+    rows = bundle.rows[factor.name]
+
+    def table(cells) -> Named:
+        return factor.table(cells, rows).value
+
+    value, pull = jax.vjp(table, factor.cells(graph_values(bundle, params), rows))
+    absent = [p for p in factor.kept if p not in weight.axes and p not in value.axes]
+    repeats = float(np.prod([factor.sizes[p] for p in absent], dtype=float))
+    cotangent = weight.sum(a for a in weight.axes if a not in value.axes).to(value.axes) * repeats
+    return pull(Named(jnp.broadcast_to(cotangent, value.array.shape).astype(value.array.dtype), value.axes))[0]
 
 
 def disagree(scaled: float, exact: float) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from autoem._chunks import Chunks
 from autoem._errors import PlanError
+from autoem._integrals import Integral
 from autoem._render import citations_of, plan_html, plan_latex, plan_text
 from autoem.e_step.elimination import ChainStep, Layout, Step, eliminate
 from autoem.ir import Program
@@ -133,13 +134,14 @@ def make_plan(
     params: Params,
     bundle: Bundle,
     notes: tuple[str, ...] = (),
+    integrals: tuple[Integral, ...] = (),
 ) -> Plan:
     """Write the plan down.
 
     Raises:
         PlanError: a table would not fit in memory; crossed plates have no exact elimination.
     """
-    cost = measure(problem, layout, chunks, params, bundle)
+    cost = measure(problem, layout, chunks, params, bundle, integrals)
     if cost.bytes > MEMORY_LIMIT:
         latent = max(program.latents.values(), key=lambda z: z.num_states).name
         raise PlanError(
@@ -151,12 +153,20 @@ def make_plan(
         f"nothing observed depends on '{n}': is a use of it forgotten?" for n in problem.params if unread(n, problem)
     )
     return Plan(
-        program, problem, layout, blocks, chunks, tuple(latent_rows(program, problem, layout)),
+        program, problem, layout, blocks, chunks,
+        (*latent_rows(program, problem, layout), *continuous_rows(program, integrals)),
         tuple(parameter_rows(program, problem, blocks)), cost, (*program.notes, *notes, *idle),
     )  # fmt: skip
 
 
-def measure(problem: Problem, layout: Layout, chunks: Chunks | None, params: Params, bundle: Bundle) -> Cost:
+def measure(
+    problem: Problem,
+    layout: Layout,
+    chunks: Chunks | None,
+    params: Params,
+    bundle: Bundle,
+    integrals: Sequence[Integral],
+) -> Cost:
     """Run the elimination on shapes alone."""
     steps: list[Step | ChainStep] = []
     sizes: list[int] = []
@@ -164,7 +174,8 @@ def measure(problem: Problem, layout: Layout, chunks: Chunks | None, params: Par
     def run(p, b):
         steps.clear()
         cells = problem.cells(p, b)
-        tables = [f.table(cells[f.name], b.rows[f.name]) for f in problem.factors.values() if not f.is_prior]
+        plain = [f for f in problem.factors.values() if not f.is_prior and f.completions is None]
+        tables = [f.table(cells[f.name], b.rows[f.name]) for f in plain] + [i.integrate(p, b)[0] for i in integrals]
         sizes[:] = [t.value.array.size for t in tables]
         return eliminate(tables, make_layout(layout, b), steps=steps)
 
@@ -194,6 +205,12 @@ def latent_rows(program: Program, problem: Problem, layout: Layout):
         if not all(f.compact for f in readers):
             reason += "; tabulated at full shape, since the model's text does not broadcast over it"
         yield LatentRow(name, "exact", latent.num_states, plates, cells, reason)
+
+
+def continuous_rows(program: Program, integrals: Sequence[Integral]):
+    for integral in integrals:
+        for row in integral.rows():
+            yield LatentRow(row.name, "exact", 0, program.continuous[row.name].plates, row.cells, row.reason)
 
 
 def parameter_rows(program: Program, problem: Problem, blocks: Sequence[AbstractBlock]):

@@ -160,8 +160,14 @@ def _arrow(a: tuple[int, int], b: tuple[int, int]) -> str:
 
 
 def _box(name: str, role: str, at: tuple[int, int]) -> str:
-    fill = {"parameter": "#c9820022", "latent": "#2a62c922", "observed": "#8883", "factor": "#8883"}[role]
-    radius = 17 if role == "latent" else 4
+    fill = {
+        "parameter": "#c9820022",
+        "latent": "#2a62c922",
+        "continuous": "#2a62c922",
+        "observed": "#8883",
+        "factor": "#8883",
+    }[role]
+    radius = 17 if role in ("latent", "continuous") else 4
     shown = html.escape(name if len(name) <= 17 else name[:16] + "…")
     x, y = at
     return (

@@ -7,6 +7,7 @@ model that later stages use is in the Program's data flow graphs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from autoem._reader import NOT_CONCRETE, Reader, Record, outputs_of
 from autoem._source import Discovery, Source, line_in, model_name
 from autoem._support import enumerate_states
 from autoem.families import family_of
-from autoem.ir import Latent, Param, Plate, Program, Site, at_lag, at_step, check
+from autoem.ir import Continuous, Latent, Param, Plate, Program, Site, at_lag, at_step, check
 
 
 def trace(
@@ -30,8 +31,12 @@ def trace(
     *,
     truncated: Mapping[str, tuple[int, int]] | None = None,
     drop_nan: bool = False,
+    continuous: Mapping[str, str] | None = None,
 ) -> tuple[Program, Discovery, Source]:
     """Read `model` called with `args` and `kwargs`.
+
+    Args:
+        continuous: the continuous sites that are latents, each with the reason.
 
     Returns:
         The Program, with roles still undecided for continuous sites ('parameter'); the discovery, whose graph computes
@@ -43,7 +48,7 @@ def trace(
     """
     source = Source(model, args, kwargs or {}, dict(truncated or {}), drop_nan)
     try:
-        return _trace(model, source)
+        return _trace(model, source, continuous or {})
     except PlanError as error:  # a site without support to sum over, named as the data are: more likely forgotten
         if error.where not in map(source.argument, range(len(source.data))):
             raise
@@ -63,21 +68,22 @@ def trace(
         ) from error
 
 
-def _trace(model: Callable, source: Source) -> tuple[Program, Discovery, Source]:
+def _trace(model: Callable, source: Source, continuous: Mapping[str, str]) -> tuple[Program, Discovery, Source]:
     found = source.discover()
     plates = read_plates(found)
     found_latents = read_latents(found, source)
     latents, pieces = with_paths(found, found_latents)
-    every = {**latents, **pieces}
+    hidden = read_continuous(found, continuous)
+    every = {**latents, **pieces, **hidden}
 
     def outputs(reader: Reader) -> dict:
-        return outputs_of(reader.records, every, source.truncated)
+        return outputs_of(reader.records, {**latents, **pieces}, source.truncated)
 
-    reader, full = source.read(full_inputs(found, latents, compact=False), outputs)
+    reader, full = source.read(full_inputs(found, {**latents, **hidden}, compact=False), outputs)
     unused = unused_arguments(found, full, source)
     refuse_unobserved(model, reader, unused)
-    graph, compact = full, dict.fromkeys(latents, False)
-    if latents:
+    graph, compact = full, dict.fromkeys({**latents, **hidden}, False)
+    if latents or hidden:
         try:
             _, graph = source.read(full_inputs(found, every, compact=True), outputs, compact=True)
             compact = dict.fromkeys(every, True)
@@ -87,6 +93,8 @@ def _trace(model: Callable, source: Source) -> tuple[Program, Discovery, Source]
             graph = full
     sites = {n: read_site(r, every) for n, r in reader.records.items()}
     params = {n: Param(n, full.inputs["param", n].shape, None, c) for n, (_, c) in found.params.items()}
+    shown = {k: v for k, v in found.graph.outputs.items() if not (k[0] == "init" and k[1] in hidden)}
+    found = dataclasses.replace(found, graph=dataclasses.replace(found.graph, outputs=shown))
     subsampled = any(size != sub for size, sub in found.frames.values())
     notes = ("the model reads the data's values in Python: new data compile anew",) if source.concrete else ()
     if subsampled:
@@ -94,7 +102,7 @@ def _trace(model: Callable, source: Source) -> tuple[Program, Discovery, Source]
     notes += tuple(f"argument '{n}' reaches no site: is obs={n} forgotten?" for n in unused)
     program = Program(
         model_name(model), sites, plates, latents, params, graph, full, compact, source.tree, notes, subsampled,
-        found.chains, pieces,
+        found.chains, pieces, hidden,
     )  # fmt: skip
     return check(program), found, source
 
@@ -131,11 +139,21 @@ def refuse_unobserved(model: Callable, reader: Reader, unused: list[str]) -> Non
         )
 
 
-def full_inputs(found: Discovery, latents: Mapping[str, Latent], compact: bool) -> dict:
+def read_continuous(found: Discovery, names: Mapping[str, str]) -> dict[str, Continuous]:
+    """The continuous latents among the sites that were found."""
+    out = {}
+    for name, reason in names.items():
+        r = found.records[name]
+        batch = tuple(r.fn.batch_shape)
+        out[name] = Continuous(name, r.axes[: len(batch)], batch, tuple(r.fn.event_shape), reason)
+    return out
+
+
+def full_inputs(found: Discovery, latents: Mapping[str, Latent | Continuous], compact: bool) -> dict:
     """Shapes of every parameter and latent as inputs of the model."""
     inputs: dict = {}
     for key in found.graph.outputs:
-        if key[0] == "init":
+        if key[0] == "init" and key[1] not in latents:
             shape = found.graph.shape(key)
             inputs["param", key[1]] = jax.ShapeDtypeStruct(shape, _dtype(found.graph, key))
     times = {p for c in found.chains for p in (c.time, c.bulk)}
@@ -143,6 +161,9 @@ def full_inputs(found: Discovery, latents: Mapping[str, Latent], compact: bool) 
         batch = latent.shape
         if compact:  # a step of a scan sees its latents without the time axis
             batch = (1,) * (len(batch) - (bool(batch) and latent.axes[0] in times))
+        if isinstance(latent, Continuous):
+            inputs["latent", name] = jax.ShapeDtypeStruct(batch + latent.event, jnp.result_type(float))
+            continue
         inputs["latent", name] = jax.ShapeDtypeStruct(batch + latent.states.shape[1:], jnp.result_type(int))
     return inputs
 
@@ -209,8 +230,9 @@ def with_paths(found: Discovery, latents: Mapping[str, Latent]) -> tuple[dict[st
     return whole, pieces
 
 
-def read_site(r: Record, latents: Mapping[str, Latent]) -> Site:
+def read_site(r: Record, latents: Mapping[str, Latent | Continuous]) -> Site:
     role = "factor" if r.auxiliary else "observed" if r.observed else "latent" if r.name in latents else "parameter"
+    role = "continuous" if isinstance(latents.get(r.name), Continuous) else role
     family = None if r.auxiliary else family_of(r.base)
     event_dim = 0 if r.auxiliary else r.base.event_dim
     kind = "factor" if r.auxiliary else type(r.base).__name__

@@ -18,7 +18,9 @@ from numpyro.distributions import constraints
 from autoem._build import Build
 from autoem._errors import ModelError
 from autoem._init import no_spread, state_spreads
+from autoem._integrals import Integral
 from autoem._jaxpr import jit_once
+from autoem._lower import with_nodes
 from autoem._named import multiply, named, pick
 from autoem._trace import Source
 from autoem.e_step.elimination import route_to_rows
@@ -150,11 +152,36 @@ def densities(built: Build, params, bundle: Bundle, chosen: Mapping[str, Array])
         latent = program.latents[n]
         values["latent", n] = jnp.asarray(latent.states)[index]
     chosen = {**chosen, **pieces_of_paths(program, chosen)}
+    drawn = {n: random_values(z.shape + z.event, i) for i, (n, z) in enumerate(program.continuous.items())}
+    values.update({("latent", n): v for n, v in drawn.items()})
+    nodes = {k: v for block in built.kernel.integrals for k, v in block.nodes_at(drawn, bundle).items()}
+    bundle = with_nodes(bundle, nodes)
     ours, theirs, size = {}, {}, {}
     for name, factor in built.kernel.problem.factors.items():
         theirs[name], size[name] = by_model(built, factor, values)
         ours[name] = by_table(built, factor, params, bundle, chosen)
+    for block in built.kernel.integrals:  # and what is integrated, against the sum of its sites
+        sites = [f.name for f in block.factors]
+        name = block.block.names[0]
+        whole = by_quadratic(built, block, drawn, params, bundle, chosen)
+        constants = [log_density_constant(f, bundle.rows[f.name]) for f in block.factors if f.name not in drawn]
+        ours[name] = whole + sum((c.array.sum() for c in constants if c is not None), start=jnp.zeros(()))
+        theirs[name], size[name] = sum(theirs[s] for s in sites), sum(size[s] for s in sites)
     return ours, theirs, size
+
+
+def by_quadratic(built: Build, block: Integral, drawn, params, bundle: Bundle, chosen: Mapping[str, Array]) -> Array:
+    """Log density of all sites of a block of continuous latents, by the form that is integrated over them."""
+    value = block.density_at(drawn, params, bundle)
+    for z in block.block.discrete:
+        value = pick(value, z.name, named(chosen[z.name], z.axes))
+    absent = [built.program.plates[p].size for p in block.block.plates if p not in value.axes]
+    return value.array.sum() * float(np.prod(absent, dtype=float))
+
+
+def random_values(shape: tuple[int, ...], seed: int) -> Array:
+    """Values for a continuous latent, the same at every call."""
+    return jnp.asarray(np.random.default_rng(30 + seed).normal(size=shape))
 
 
 def random_states(built: Build, source: Source) -> dict[str, np.ndarray]:

@@ -32,7 +32,7 @@ class Site:
 
     Attributes:
         name: the site's name.
-        role: 'observed', 'latent', 'parameter' or 'factor'.
+        role: 'observed', 'latent' (discrete), 'continuous' (a latent), 'parameter' or 'factor'.
         distribution: name of the unwrapped distribution's class.
         family: its entry in the family table, or None.
         axes: label of each batch axis of the *unwrapped* distribution, outermost first: a plate's name, or `#i` for an
@@ -64,7 +64,7 @@ class Site:
         plates = "".join(f"[{p}]" for p in self.plates)
         marks = "".join(f" {m}" for m, on in (("masked", self.masked), ("scaled", self.scaled)) if on)
         given = f" | {', '.join(self.parents)}" if self.parents else ""
-        return f"{self.role:<10}{self.name}{plates} ~ {self.distribution}{given}{marks}"
+        return f"{self.role:<10} {self.name}{plates} ~ {self.distribution}{given}{marks}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,6 +88,25 @@ class Latent:
     @property
     def plates(self) -> frozenset[str]:
         return frozenset(a for a, s in zip(self.axes, self.shape, strict=True) if s > 1 or not a.startswith("dim"))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Continuous:
+    """A continuous latent: `axes` are its batch axes, outermost first, of sizes `shape`; one cell holds an `event`."""
+
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    event: tuple[int, ...]
+    reason: str = ""
+
+    @property
+    def dim(self) -> int:
+        return int(np.prod(self.event, dtype=int))
+
+    @property
+    def plates(self) -> tuple[str, ...]:
+        return tuple(a for a in self.axes if not a.startswith("#"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -189,6 +208,7 @@ class Program:
     subsampled: bool = False
     chains: tuple[Chain, ...] = ()
     pieces: Mapping[str, Latent] = dataclasses.field(default_factory=dict)
+    continuous: Mapping[str, Continuous] = dataclasses.field(default_factory=dict)
 
     @property
     def every_latent(self) -> dict[str, Latent]:
@@ -206,10 +226,10 @@ class Program:
 
     def __str__(self) -> str:
         lines = [f"program {self.name}"]
-        lines += [f"  plate     {p.name}: {p.size}" for p in self.plates.values() if not p.implicit]
+        lines += [f"  plate      {p.name}: {p.size}" for p in self.plates.values() if not p.implicit]
         shown = {s for s in self.sites if self.sites[s].role == "parameter"}
         lines += [
-            f"  parameter {p.name} {list(p.shape)} in {p.constraint}" for p in self.params.values() if not p.prior
+            f"  parameter  {p.name} {list(p.shape)} in {p.constraint}" for p in self.params.values() if not p.prior
         ]
         lines += [f"  {s}" for s in self.sites.values() if s.name in shown]
         lines += [f"  {s}" for s in self.sites.values() if s.name not in shown]

@@ -25,6 +25,7 @@ LAYERS = """
     passes
     e_step
     m_step
+    _integrals
     _chunks _render
     _plan
     _lower

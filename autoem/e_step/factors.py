@@ -18,13 +18,15 @@ from jax import Array
 from autoem._errors import ModelError
 from autoem._jaxpr import Constant, Graph
 from autoem._named import Named, arranged, named
+from autoem.e_step.completions import Completions
 from autoem.e_step.elimination import Layout, Route, route_to_rows
 from autoem.e_step.regression import REGRESSION, design, find_coefficients
 from autoem.e_step.tables import Factor, Rows
 from autoem.families import Family
 from autoem.families._arrays import as_float
-from autoem.ir import Latent, Program, Site, at_lag, at_step
+from autoem.ir import Continuous, Latent, Program, Site, at_lag, at_step
 from autoem.passes.cells import NONE, SEVERAL, cells_read
+from autoem.passes.gaussian import Group, continuous_of, latent_groups
 
 TURN_UP_TO = 256 * 2**20  # bytes: larger data are not copied but turned chunk by chunk, which costs up to a fifth
 
@@ -41,8 +43,14 @@ def build_factors(program: Program, values: Mapping[Any, Any]) -> tuple[tuple[Fa
         ModelError: a site reads several cells of one latent at once.
     """
     factors, cells = [], {}
+    groups = latent_groups(program) if program.continuous else ()
     for site in program.sites.values():
         latents = read_latents(program, site)
+        group = next((g for g in groups if site.name in g.sites), None)
+        if group is not None:
+            every = {z.name: z for s in group.sites for z in read_latents(program, program.sites[s])}
+            factors.append(completed_factor(program, site, tuple(every.values()), group))
+            continue
         routed = [z for z in latents if not plates_of(z) <= set(site.plates)]
         route = None
         if routed:
@@ -106,6 +114,20 @@ def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     )  # fmt: skip
 
 
+def completed_factor(program: Program, site: Site, latents: tuple[Latent, ...], group: Group) -> Factor:
+    """The factor of a site that reads continuous latents, with an axis for the nodes that stand for them."""
+    factor = build_factor(program, site, latents, None)
+    read = continuous_of(program, site)
+    members = tuple(program.continuous[n] for n in group.members if n in read)
+    usable = all(program.compact[m.name] for m in members) and factor.compact
+    plates = frozenset(site.plates) if latents or site.scaled else frozenset()
+    return dataclasses.replace(
+        factor, own=False, kept=tuple(a for a in site.axes if a in plates), plates=plates, coefficients=(),
+        family=natural_family(program, site)[0], graph=program.graph if usable else program.full, compact=usable,
+        completions=Completions(members),
+    )  # fmt: skip
+
+
 def natural_family(program: Program, site: Site) -> tuple[Family | None, str]:
     """The family entry, where the natural form applies; otherwise None and the reason."""
     entry = site.family
@@ -118,7 +140,7 @@ def natural_family(program: Program, site: Site) -> tuple[Family | None, str]:
         return None, reason
     if site.role == "latent" and program.every_latent[site.name].bounded:
         return None, "its support differs between cells"
-    if site.role != "latent" and not is_data(program, (site.name, "value")):
+    if site.role not in ("latent", "continuous") and not is_data(program, (site.name, "value")):
         return None, "its value depends on parameters or latents"
     if any(not is_data(program, (site.name, f"arg:{a}")) for a in entry.fixed):
         return None, entry.otherwise or f"{', '.join(entry.fixed)} depends on parameters or latents"
@@ -156,14 +178,16 @@ def find_route(program: Program, site: Site, routed: list[Latent], values: Mappi
     return route, first.reshape([first.shape[i] for i in varying])
 
 
-def row_cells(program: Program, site: Site, latent: Latent, values: Mapping) -> np.ndarray:
+def row_cells(program: Program, site: Site, latent: Latent | Continuous, values: Mapping) -> np.ndarray:
     """For each row of the site the flat number of the latent's cell that it reads.
 
     Axes have size one where all rows agree.
     """
     atom = program.full.outputs[site.name, "elem"]
     # an index may read other latents' values (a table picked by the site's own): any of their states will do
-    states = {("latent", n): np.zeros(v.shape, int) for (k, n), v in program.full.inputs.items() if k == "latent"}
+    states = {
+        ("latent", n): np.zeros(v.shape, v.aval.dtype) for (k, n), v in program.full.inputs.items() if k == "latent"
+    }
     ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, {**states, **values})
     ids = ids.reshape((1,) * (len(site.axes) - ids.ndim) + ids.shape)
     ids = np.broadcast_to(ids, site.shape)
@@ -203,6 +227,8 @@ def prepare(factor: Factor, program: Program, values: Mapping, cells: Mapping) -
         for k, v in zip(keys, graph.evaluate(keys, values), strict=True)
     }
     rows = dataclasses.replace(rows, fixed=fixed)
+    if site.role == "continuous":
+        return rows
     return own_rows(factor, rows) if factor.own else observed_rows(factor, graph, values, rows)
 
 

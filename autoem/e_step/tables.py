@@ -19,6 +19,7 @@ from jax import Array
 
 from autoem._jaxpr import Graph, Variable
 from autoem._named import Named, add, contract, contract_sum, multiply, named, union
+from autoem.e_step.completions import NODES, Completions
 from autoem.e_step.elimination import Route, Table
 from autoem.e_step.regression import squared_residuals
 from autoem.families import Family
@@ -68,6 +69,7 @@ class Factor:
         is_prior: whether it is the prior of a parameter, no part of the data's likelihood.
         direct: why the natural form is not used, for the plan.
         coefficients: of a regression in natural form, the variables that hold its coefficients; see `regression`.
+        completions: the continuous latents that it reads, its own among them; see `completions`.
     """
 
     site: Site
@@ -84,6 +86,7 @@ class Factor:
     compact: bool
     direct: str = ""
     coefficients: tuple[Variable, ...] = ()
+    completions: Completions | None = None
 
     @property
     def name(self) -> str:
@@ -98,36 +101,53 @@ class Factor:
     def cell_axes(self) -> tuple[str, ...]:
         """Names of the axes of the cells, before the feature axis."""
         latents = self.parents if self.family else self.latents
-        return tuple(z.name for z in latents) + self.site.axes
+        return tuple(z.name for z in latents) + ((NODES,) if self.completions else ()) + self.site.axes
 
-    def argument(self, key: str, values: Mapping[Any, Any], event_dim: int = 0) -> Array:
-        """An output of the site, `(*states, *batch, *event)`, of size one along every axis that it does not vary on."""
+    def argument(self, key: str, values: Mapping[Any, Any], event_dim: int = 0, at_points: bool = False) -> Array:
+        """An output of the site, `(*states, *batch, *event)`, of size one along every axis that it does not vary on.
+
+        With `at_points` the axis of continuous latents holds the points that nodes are combined of, not the nodes.
+        """
         output = (self.name, key)
 
         def at(states: Mapping) -> tuple[Array]:
             return (jnp.asarray(self.graph.evaluate([output], {**values, **states})[0]),)
 
-        return self.over_states(output, at, event_dim)[0]
+        return self.over_states(output, at, event_dim, values, at_points)[0]
 
-    def over_states(self, output: tuple, function: Callable[[Mapping], tuple], event_dim: int) -> tuple[Array, ...]:
+    def over_states(
+        self,
+        output: tuple,
+        function: Callable[[Mapping], tuple],
+        event_dim: int,
+        values: Mapping[Any, Any],
+        at_points: bool = False,
+    ) -> tuple[Array, ...]:
         """Apply `function` of the latents' values under `vmap` over all states of those that `output` reads.
 
-        The others get an axis of size one.
+        The others get an axis of size one. Continuous latents come after the discrete ones, on one axis for all.
         """
         read = self.graph.needs(output)
         latents = self.parents if self.family else self.latents
         varying = [z for z in latents if ("latent", z.name) in read]
+        group = self.completions
+        if group is not None and not any(("latent", m.name) in read for m in group.members):
+            group = None
+        nodes: Any = values.get(("nodes", self.name))
+        over: list = [jnp.asarray(z.states) for z in varying] + ([group.points(nodes)] if group else [])
 
         def at(*states) -> tuple:
             shapes = [self.graph.inputs["latent", z.name].shape for z in varying]
-            return function(
-                {("latent", z.name): jnp.broadcast_to(s, n) for z, s, n in zip(varying, states, shapes, strict=True)}
-            )
+            given = {("latent", z.name): jnp.broadcast_to(s, n) for z, s, n in zip(varying, states, shapes)}  # noqa: B905
+            return function({**given, **group.placed(self.graph, states[-1])} if group else given)
 
-        for i in reversed(range(len(varying))):
-            at = jax.vmap(at, in_axes=[0 if j == i else None for j in range(len(varying))])
-        out = at(*(jnp.asarray(z.states) for z in varying))
-        return tuple(self._padded(o, [z in varying for z in latents], event_dim) for o in out)
+        for i in reversed(range(len(over))):
+            at = jax.vmap(at, in_axes=[0 if j == i else None for j in range(len(over))])
+        here = [z in varying for z in latents] + ([group is not None] if self.completions else [])
+        parts = tuple(self._padded(o, here, event_dim) for o in at(*over))
+        if group is None or not group.affine or at_points:
+            return parts
+        return tuple(group.combined(p, len(latents), event_dim, nodes) for p in parts)
 
     def _padded(self, array: Array, varying: list[bool], event_dim: int) -> Array:
         """Give `array` an axis for every latent and every batch axis."""
@@ -157,7 +177,7 @@ class Factor:
             parts = self.graph.evaluate_atoms(self.coefficients, {**values, **states})
             return (jnp.concatenate([jnp.ravel(p) for p in parts]),)
 
-        return self.over_states((self.name, "arg:loc"), at, 1)[0]
+        return self.over_states((self.name, "arg:loc"), at, 1, values)[0]
 
     @property
     def _family(self) -> Family:
@@ -184,7 +204,7 @@ class Factor:
         value = self._natural_table(cells, rows) if self.family else self._direct_table(cells, rows)
         if rows.scale is not None:
             value = multiply(value, rows.scale)
-        gone = [a for a in value.axes if a not in self.kept and a not in {z.name for z in self.latents}]
+        gone = [a for a in value.axes if a not in self.kept and a not in {NODES, *(z.name for z in self.latents)}]
         return Table(value.sum(gone), frozenset(z.name for z in self.latents), self.plates, self.route)
 
     def _natural_table(self, cells: tuple[Array, Array], rows: Rows) -> Named:
@@ -218,7 +238,7 @@ class Factor:
 
     def _keep(self, rows: Rows) -> tuple[str, ...]:
         scaled = rows.scale.axes if rows.scale is not None else ()
-        return union([z.name for z in self.latents], self.kept, scaled)
+        return union([z.name for z in self.latents], (NODES,) if self.completions else (), self.kept, scaled)
 
     def _repeats(self, present: set[str]) -> float:
         """Number of equal terms along the axes that are summed but that nothing varies on."""

@@ -27,7 +27,7 @@ Statistics = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """All arrays that a kernel takes besides the parameters."""
+    """All arrays that a kernel takes besides the parameters; `nodes` are those of continuous latents, by factor."""
 
     data: dict[int, Array]
     key: Array
@@ -36,6 +36,7 @@ class Bundle:
     cells: dict[str, Array]
     constant: Array
     tail: dict[str, Rows] | None = None
+    nodes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 jax.tree_util.register_dataclass(Bundle, [f.name for f in dataclasses.fields(Bundle)], [])
@@ -46,6 +47,7 @@ def graph_values(bundle: Bundle, params: Params) -> dict:
     values: dict = {("data", i): x for i, x in bundle.data.items()}
     values["key", 0] = bundle.key
     values.update({("param", n): v for n, v in params.items()})
+    values.update({("nodes", n): v for n, v in bundle.nodes.items()})
     return values
 
 
@@ -99,7 +101,9 @@ class Problem:
 
     def cells(self, params: Params, bundle: Bundle, names: Sequence[str] | None = None) -> dict[str, Any]:
         values = graph_values(bundle, params)
-        return {n: self.factors[n].cells(values, bundle.rows[n]) for n in (self.factors if names is None else names)}
+        if names is None:  # those of continuous latents only where they are asked for: their nodes are the E-step's
+            names = [n for n, f in self.factors.items() if f.completions is None]
+        return {n: self.factors[n].cells(values, bundle.rows[n]) for n in names}
 
     def touched(self, names: Sequence[str]) -> tuple[str, ...]:
         """Factors that read any of the parameters `names`."""
@@ -135,7 +139,7 @@ class Problem:
 
         # a regression's family takes its coefficients, but the place in the model is the location of each row
         rows = bool(factor.coefficients) and use.argument == "loc"
-        arrays = factor.over_states(use.key, parts, 0 if rows else use.event_dim)
+        arrays = factor.over_states(use.key, parts, 0 if rows else use.event_dim, values)
         return Linked(kind[0], arrays)
 
 

@@ -18,17 +18,20 @@ from autoem._errors import ModelError, PlanError
 from autoem.families import Family
 from autoem.ir import Param, Program, Site
 
+MAXIMISED = "maximised because maximize= names it"
+PRIOR = "a parameter with a prior: its prior reads no other parameter, and no data stand in its plates"
+
 
 def classify(program: Program, constraints: dict, latent: tuple[str, ...], maximize: tuple[str, ...]) -> Program:
     """Give every continuous unobserved site its role.
 
     Args:
         constraints: support of each such site.
-        latent: names that the user wants integrated; refused, since only discrete latents are.
+        latent: names that the user wants integrated.
         maximize: names that the user wants maximised whatever the rule says.
 
     Raises:
-        PlanError: `latent` or `maximize` names no such site. ModelError: a site is a continuous latent.
+        PlanError: `latent` or `maximize` names no such site.
     """
     refuse_unknown(program, latent, maximize)
     dtype = np.dtype(jax.dtypes.canonicalize_dtype(float))
@@ -40,7 +43,7 @@ def classify(program: Program, constraints: dict, latent: tuple[str, ...], maxim
     for site in list(sites.values()):
         if site.role != "parameter":
             continue
-        reason = decide(program, site, site.name in latent, site.name in maximize)
+        reason = MAXIMISED if site.name in maximize else PRIOR
         sites[site.name] = dataclasses.replace(site, reason=reason)
         shape = program.full.inputs["param", site.name].shape
         params[site.name] = Param(site.name, shape, dtype, constraints[site.name], site.name, reason)
@@ -50,7 +53,7 @@ def classify(program: Program, constraints: dict, latent: tuple[str, ...], maxim
 def refuse_unknown(program: Program, latent: tuple[str, ...], maximize: tuple[str, ...]) -> None:
     for option, names in (("latent", latent), ("maximize", maximize)):
         for name in names:
-            if name in program.latents and option == "latent":
+            if (name in program.latents or name in program.continuous) and option == "latent":
                 continue
             site = program.sites.get(name)
             if site is None or site.role not in ("parameter",):
@@ -94,19 +97,30 @@ def parents_of(program: Program, site: Site) -> tuple[str, ...]:
     return tuple(sorted(names, key=order.index))
 
 
-def decide(program: Program, site: Site, forced_latent: bool, forced_parameter: bool) -> str:
-    """The reason why `site` is a parameter; raises where it is a latent."""
-    if forced_parameter:
-        return "maximised because maximize= names it"
-    why = "latent= names it" if forced_latent else why_latent(program, site)
-    if why:
-        hints = "".join(f"; {n}" for n in program.notes if n.endswith("forgotten?"))
+def continuous_latents(program: Program, latent: tuple[str, ...], maximize: tuple[str, ...]) -> dict[str, str]:
+    """The unobserved continuous sites that are latents, each with the reason."""
+    refuse_unknown(program, latent, maximize)
+    sites = {n: dataclasses.replace(s, parents=parents_of(program, s)) for n, s in program.sites.items()}
+    program = dataclasses.replace(program, sites=sites)
+    out = {}
+    for site in sites.values():
+        if site.role != "parameter" or site.name in maximize:
+            continue
+        if why := "latent= names it" if site.name in latent else why_latent(program, site):
+            out[site.name] = why
+            refuse_forgotten(program, site, why)
+    return out
+
+
+def refuse_forgotten(program: Program, site: Site, why: str) -> None:
+    """Raise where nothing depends on a latent while an argument reaches no site: it is that argument's, unobserved."""
+    hints = [n for n in program.notes if n.endswith("forgotten?")]
+    if hints and not any(site.name in s.parents for s in program.sites.values()):
         raise ModelError(
             site.name,
-            problem=f"a continuous latent ({why}); only discrete latents are integrated so far{hints}",
-            mend=f'EM(model, maximize=["{site.name}"]) to maximise over it, or integrate it out by hand in the model',
+            problem=f"a continuous latent ({why}) that nothing depends on; {'; '.join(hints)}",
+            mend=f'numpyro.sample("{site.name}", ..., obs=...) if it is observed, or leave the site out',
         )
-    return "a parameter with a prior: its prior reads no other parameter, and no data stand in its plates"
 
 
 def why_latent(program: Program, site: Site) -> str:

@@ -1,0 +1,86 @@
+"""Group continuous latents that are integrated together, and find the cells that every row of their sites reads.
+
+In: a classified program, its factors and the data. Out: the blocks of the E-step over continuous latents, and index
+arrays that stand among the data's cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from autoem._errors import PlanError
+from autoem.e_step.factors import row_cells
+from autoem.e_step.gaussian import GaussianBlock, index_name
+from autoem.e_step.tables import Factor
+from autoem.ir import Continuous, Program
+from autoem.passes.gaussian import Group, latent_groups
+
+MAX_DENSE = 4096  # coordinates of crossed latents, all in one vector
+
+
+def build_blocks(
+    program: Program, factors: Sequence[Factor], values: Mapping[Any, Any]
+) -> tuple[tuple[GaussianBlock, ...], dict[str, np.ndarray]]:
+    """The blocks, and for each factor and latent the cell that every row reads."""
+    blocks, cells = [], {}
+    for group in latent_groups(program):
+        block, found = gaussian_block(program, group, {f.name: f for f in factors}, values)
+        blocks.append(block)
+        cells.update(found)
+    return tuple(blocks), cells
+
+
+def gaussian_block(
+    program: Program, group: Group, factors: Mapping[str, Factor], values: Mapping[Any, Any]
+) -> tuple[GaussianBlock, dict[str, np.ndarray]]:
+    members = tuple(program.continuous[n] for n in group.members)
+    if group.refusal:
+        raise PlanError(
+            group.at,
+            problem=f"the posterior of {', '.join(group.members)} is not Gaussian: {group.refusal}",
+            mend=f'EM(model, maximize=["{group.members[0]}"]) to maximise over it, or integrate it out by hand',
+        )
+    parts = tuple(factors[s] for s in group.sites)
+    discrete = tuple({z.name: z for f in parts for z in f.latents}.values())
+    index = {(f.name, m.name): cells_of_rows(program, f, m, values) for f in parts for m in read_by(f)}
+    same = len({m.axes for m in members}) == 1 and all(agree(index, f) for f in parts)
+    routed = frozenset(f.name for f in parts if not set(members[0].plates) <= set(f.site.plates))
+    size = sum(m.dim * int(np.prod(m.shape, dtype=int)) for m in members)
+    if not same and (size > MAX_DENSE or discrete):
+        why = f"one vector of {size:,} coordinates" if not discrete else f"a mixture over {discrete[0].name}"
+        raise PlanError(
+            group.members[0],
+            problem=f"{', '.join(group.members)} are read by different indices, so all their cells are tied: {why}",
+            mend="nest the groups, or read them by one index",
+        )
+    plates = tuple(a for a in members[0].axes if not a.startswith("#")) if same else ()
+    shape = tuple(s for a, s in zip(members[0].axes, members[0].shape, strict=True) if not a.startswith("#"))
+    sizes = {p.name: p.size for p in program.plates.values()}
+    block = GaussianBlock(members, discrete, parts, plates, shape if same else (), not same, routed, sizes)
+    kept = {index_name(factors[s], program.continuous[n]): v for (s, n), v in index.items() if not same or s in routed}
+    return block, kept
+
+
+def read_by(f: Factor) -> tuple[Continuous, ...]:
+    assert f.completions is not None
+    return f.completions.members
+
+
+def agree(index: Mapping[tuple[str, str], np.ndarray], f: Factor) -> bool:
+    """Whether the rows of a factor read all its latents in the same cell."""
+    found = [v for (s, _), v in index.items() if s == f.name]
+    return all(np.array_equal(found[0], v) for v in found[1:])
+
+
+def cells_of_rows(program: Program, f: Factor, member: Continuous, values: Mapping[Any, Any]) -> np.ndarray:
+    """For each row of the factor's plates, the flat number of the latent's cell that it reads."""
+    sizes = dict(zip(f.site.axes, f.site.shape, strict=True))
+    if f.name == member.name:
+        ids = np.arange(int(np.prod(member.shape, dtype=int))).reshape(member.shape)
+        return ids.reshape([sizes[p] for p in f.site.plates])
+    ids = row_cells(program, f.site, member, values)
+    first = [0 if a.startswith("#") else slice(None) for a in f.site.axes]
+    return ids[tuple(first)]

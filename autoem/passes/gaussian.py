@@ -1,0 +1,95 @@
+"""Which continuous latents have a Gaussian posterior? Those read by Normal sites alone, affinely, and only in the mean.
+
+In: a classified Program with continuous latents. Out: its groups of such latents, joined where one site reads several,
+each with the sites that read it; and for every latent that is in no such group the reason. Affinity is read off the
+data flow, so it holds whatever the numbers are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from autoem._jaxpr import Graph
+from autoem.families import Family
+from autoem.ir import Program, Site
+from autoem.passes.link import Declined, Linear, interpret
+
+FAMILIES = ("Normal", "LogNormal", "MultivariateNormal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Continuous latents that some site joins, in the model's order; `refusal` says why they are not Gaussian."""
+
+    members: tuple[str, ...]
+    sites: tuple[str, ...]
+    refusal: str = ""
+    at: str = ""
+
+
+def latent_groups(program: Program) -> tuple[Group, ...]:
+    """The continuous latents of `program`, joined where a site reads several."""
+    parts: list[tuple[set[str], list[str]]] = []
+    for site in program.sites.values():
+        read = continuous_of(program, site)
+        if not read:
+            continue
+        touching = [p for p in parts if p[0] & read]
+        parts = [p for p in parts if not p[0] & read]
+        parts.append((read.union(*(p[0] for p in touching)), [*(s for p in touching for s in p[1]), site.name]))
+    groups = []
+    for members, sites in parts:
+        ordered = tuple(n for n in program.continuous if n in members)
+        named = tuple(n for n in program.sites if n in sites)
+        at, refusal = next(((s, why) for s in named if (why := why_not(program, program.sites[s]))), ("", ""))
+        groups.append(Group(ordered, named, refusal, at))
+    return tuple(groups)
+
+
+def continuous_of(program: Program, site: Site) -> set[str]:
+    """The continuous latents that a site's density reads, its own among them."""
+    own = {site.name} if site.name in program.continuous else set()
+    return own | {n for n in site.parents if n in program.continuous}
+
+
+def why_not(program: Program, site: Site) -> str:
+    """Why the site's log density is not a quadratic in its continuous latents; an empty string where it is."""
+    if site.distribution not in FAMILIES or not isinstance(site.family, Family):
+        return f"it is {site.distribution}, not Normal"
+    if site.distribution == "LogNormal" and site.name in program.continuous:
+        return "it is LogNormal, not Normal"
+    graph = program.graph
+    read = {("latent", n) for n in continuous_of(program, site)}
+    for arg in site.family.args:
+        if arg != "loc" and graph.needs((site.name, f"arg:{arg}")) & read:
+            return f"its {arg} depends on {named(read & graph.needs((site.name, f'arg:{arg}')))}"
+    if site.name not in program.continuous and graph.needs((site.name, "value")) & read:
+        return "its observed value depends on a latent"
+    return affine_in(graph, (site.name, "arg:loc"), read - {("latent", site.name)})
+
+
+def affine_in(graph: Graph, key: tuple, read: Iterable[tuple]) -> str:
+    """Why an output is not affine in the inputs `read`, or an empty string."""
+    read = [k for k in read if k in graph.needs(key)]
+
+    def interpreted(values: Mapping[Any, Any]):
+        form = interpret(graph, graph.outputs[key], {k: Linear(values[k]) for k in read}, values)
+        if not isinstance(form, Linear):
+            raise Declined("it does not enter affinely")
+        return ()
+
+    try:
+        if read:
+            shapes = {k: v.aval for k, v in graph.inputs.items() if k in graph.needs(key)}
+            jax.eval_shape(interpreted, shapes)
+    except Declined as declined:
+        return f"its mean is not affine in {named(read)}: {declined}"
+    return ""
+
+
+def named(keys: Iterable[tuple]) -> str:
+    return ", ".join(sorted(f"'{k[1]}'" for k in keys))
