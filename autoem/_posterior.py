@@ -20,7 +20,8 @@ from autoem._errors import PlanError
 from autoem._jaxpr import jit_once
 from autoem._lower import Kernel, disagree
 from autoem._named import Named, add, named, pick
-from autoem.e_step.along_time import add_paths, filtered_path, in_pieces, read_chain
+from autoem._paths import filtered, neighbours
+from autoem.e_step.along_time import add_paths, in_pieces, read_chain
 from autoem.e_step.elimination import (
     ChainStep,
     Layout,
@@ -135,46 +136,38 @@ class Posterior:
             PlanError: the latent is not carried from one step to the next.
         """
         chain = self._chain(name)
-        whole = self._built.program.latents[name]
-        if chain.length == 1:
-            return jnp.zeros((0, *whole.shape[1:], whole.num_states, whole.num_states))
-        if chain.lag > 1:
-            mend = "posterior.sample gives draws of the whole path"
-            raise PlanError(name, problem="pairs are given for chains of order one", mend=mend)
-        now, before = at_lag(name, 0), at_lag(name, 1)
-        table = zeros(self._built, (before, now))
-        slope = jit_once(lambda u, p, b: jax.grad(lambda v: self._log_z({"": v}, p, b))(u))(
-            table, self._params, self._bundle
+        names = neighbours(chain, name)
+        slopes = jit_once(lambda u, p, b: jax.grad(lambda v: self._log_z(v, p, b))(u))(
+            {now: zeros(self._built, (before, now)) for before, now in names}, self._params, self._bundle
         )
-        latent = self._built.program.pieces[now]
-        shape = (*latent.shape, latent.num_states, latent.num_states)
-        order = (now, before) if chain.reverse else (before, now)
-        out = jnp.broadcast_to(slope.to((*latent.axes, *order)), shape)
-        return flipped(out / out.sum((-2, -1), keepdims=True), chain)
+        latent = self._built.program.latents[name]
+        shape = (*latent.shape[1:], latent.num_states, latent.num_states)
+        out = [jnp.zeros((0, *shape))]
+        for pair in names:
+            axes = (chain.bulk, *latent.axes[1:], *(reversed(pair) if chain.reverse else pair))
+            part = slopes[pair[1]].to(axes)
+            steps = chain.length - chain.lag if pair[1] == at_lag(name, 0) else 1
+            out.append(jnp.broadcast_to(part, (steps, *shape)))
+        pairs = jnp.concatenate(out)
+        return flipped(pairs / pairs.sum((-2, -1), keepdims=True), chain)
 
     def filtered(self, name: str) -> Array:
         """Probabilities of a chain's latent at each step given what was seen up to it, `(steps, *plates, states)`.
 
+        Of latents above the chain, all that the rest of the model tells is taken as seen.
+
         Raises:
-            PlanError: the latent is not carried along a chain of order one, or another latent stands above the chain.
+            PlanError: the latent is not carried from one step to the next, or a site of the step reads no latent of it.
         """
-        chain = self._chain(name)
-        if chain.length == 1:
-            return self.marginals[name]
-        if chain.lag > 1:
-            mend = "marginals[name] gives the smoothed probabilities"
-            raise PlanError(name, problem="filtering is done for chains of order one", mend=mend)
+        chain, kernel = self._chain(name), self._built.kernel
 
-        def run(params, bundle) -> Named:
-            steps: list[Step | ChainStep] = []
-            eliminate(self._tables(params, bundle), self._layout(bundle), steps=steps)
-            return filtered_path(
-                next(s for s in steps if isinstance(s, ChainStep) and s.chain is chain), name, self._logs
-            )
+        def run(params, bundle) -> Array:
+            tables = self._tables(params, bundle)
+            return filtered(
+                self._built.program, chain, name, kernel.likelihood_factors, tables, self._layout(bundle)
+            ).array
 
-        latent = self._built.program.latents[name]
-        out = jit_once(lambda p, b: run(p, b).to((*latent.axes, name)))(self._params, self._bundle)
-        return flipped(jnp.broadcast_to(out, (*latent.shape, latent.num_states)), chain)
+        return flipped(jit_once(run)(self._params, self._bundle), chain)
 
     def _chain(self, name: str) -> Chain:
         """The chain that carries a latent."""
