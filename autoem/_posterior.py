@@ -17,10 +17,12 @@ from jax import Array
 
 from autoem._build import Build
 from autoem._errors import PlanError
+from autoem._impute import impute
 from autoem._jaxpr import jit_once
 from autoem._lower import Kernel, disagree
 from autoem._named import Named, add, named, pick
 from autoem._paths import filtered, neighbours
+from autoem._trace import Source
 from autoem.e_step.along_time import add_paths, in_pieces, read_chain
 from autoem.e_step.elimination import (
     ChainStep,
@@ -55,8 +57,8 @@ class Posterior:
         total: their sum, the observed-data log-likelihood.
     """
 
-    def __init__(self, built: Build, params: Mapping[str, Array], bundle: Bundle):
-        self._built, self._params, self._bundle = built, dict(params), bundle
+    def __init__(self, built: Build, params: Mapping[str, Array], bundle: Bundle, source: Source | None = None):
+        self._built, self._params, self._bundle, self._source = built, dict(params), bundle, source or built.source
         self._logs = self._underflows()
 
     def __repr__(self) -> str:
@@ -126,6 +128,18 @@ class Posterior:
 
         keys = jax.random.split(rng_key, num_samples)
         return self._values(jit_once(jax.vmap(run, in_axes=(0, None, None)))(keys, self._params, self._bundle))
+
+    def impute(self, rng_key: Array, num_samples: int = 1) -> dict[str, Array]:
+        """Exact draws of what is missing (NaN), by observed site: its data with every hole drawn, `num_samples` times.
+
+        Each is drawn from the site's distribution at a draw of all latents given what was seen. Steps of NaN after the
+        last observation of a sequence make it a forecast.
+        """
+        to_latents, to_data = jax.random.split(rng_key)
+        program, draws = self._built.program, self.sample(to_latents, num_samples)
+        # of a scan in reverse, NumPyro takes the values that it is given as the steps run
+        latents = {n: jax.vmap(lambda z, n=n: flipped(z, program.chain_of(n)))(draws[n]) for n in program.latents}
+        return impute(program, self._source, self._params, latents, jax.random.split(to_data, num_samples))
 
     def pairs(self, name: str) -> Array:
         """Joint probabilities of a chain's latent at each step and the next, `(steps - 1, *plates, states, states)`.

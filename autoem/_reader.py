@@ -182,11 +182,9 @@ class Reader(Messenger):
         auxiliary = bool(msg["infer"].get("is_auxiliary")) and isinstance(base, dist.Unit)
         value, observed = msg["value"], bool(msg["is_observed"])
         given = value
-        if self.drop_nan and observed and not auxiliary and jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            value, seen = without_nan(base, value)
-            mask = seen if mask is None else mask & seen
-        if observed and isinstance(base, CATEGORIES) and jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            value = jnp.asarray(value).astype(int)  # whole numbers out of a table with NaN; checked to be whole later
+        if observed and not auxiliary:
+            value, seen = as_read(base, value, self.drop_nan)
+            mask = seen if mask is None else mask if seen is None else mask & seen
         if observed and not auxiliary:
             refuse_misshapen(msg["name"], jnp.shape(value), msg["fn"].shape())
         frames = tuple(msg["cond_indep_stack"])
@@ -194,6 +192,31 @@ class Reader(Messenger):
             msg["name"], msg["fn"], base, mask, taken, value, observed, auxiliary, msg["scale"], frames,
             None if given is value else given,
         )  # fmt: skip
+
+
+class AtObserved(Messenger):
+    """Lets `change` alter what observed sites say while NumPyro runs the model, inside scans too.
+
+    No handler outside of a scan sees its sites before they have their values.
+    """
+
+    def __init__(self, change: Callable[[dict], None]):
+        super().__init__(None)
+        self.change = change
+
+    def process_message(self, msg):
+        if msg["type"] == "control_flow":
+            step, *rest = msg["args"]
+            msg["args"] = (self.around(step), *rest)
+        elif msg["type"] == "sample" and msg["is_observed"]:
+            self.change(msg)
+
+    def around(self, step: Callable) -> Callable:
+        def inside(*args):
+            with AtObserved(self.change):
+                return step(*args)
+
+        return inside
 
 
 def refuse_odd(name: str, value: Any) -> None:
@@ -245,6 +268,21 @@ def refuse_misshapen(name: str, shape: tuple[int, ...], expected: tuple[int, ...
         mend = f"give the site parameters for its {shape[-1]} columns and .to_event(1), or pass one column"
     problem = f"its data have shape {shape}, its plates and event have shape {tuple(expected)}"
     raise DataError(name, problem=problem, mend=mend)
+
+
+def as_read(base: Any, value: Any, drop_nan: bool) -> tuple[Any, Any]:
+    """An observed value as its density reads it, and which of it is seen (None for all)."""
+    seen = None
+    if drop_nan and holds_nan(value):
+        value, seen = without_nan(base, value)
+    if isinstance(base, CATEGORIES) and holds_nan(value):
+        value = jnp.asarray(value).astype(int)  # whole numbers out of a table with NaN; checked to be whole later
+    return value, seen
+
+
+def holds_nan(value: Any) -> bool:
+    """Whether NaN is among the numbers that such an array could hold."""
+    return bool(jnp.issubdtype(jnp.result_type(value), jnp.floating))
 
 
 def without_nan(base: Any, value: Any) -> tuple[Any, Any]:

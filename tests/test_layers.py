@@ -29,7 +29,7 @@ LAYERS = """
     _plan
     _lower
     _build
-    _stop _progress _validate _paths
+    _stop _progress _validate _paths _impute
     _fit _posterior _stderr _init
     _result _verify
     _replay
