@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
@@ -273,6 +275,59 @@ def test_filtered_is_refused_where_a_site_of_the_step_tells_of_a_class_alone() -
     posterior = fit(case := Case(model, (Y,)), case.params, max_steps=0).posterior(Y)
     with pytest.raises(autoem.PlanError, match="site 'x': reads no latent of its own step"):
         posterior.filtered("z")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_states_that_are_known_at_some_steps(reverse: bool) -> None:
+    """A site that `obs_mask` splits is asked for by its own name: known states count as certain."""
+
+    def model(labels, known, y, reverse=reverse):
+        trans, loc = param("trans", SIMPLEX), param("loc")
+
+        def step(z, lkx):
+            label, known, x = lkx
+            with numpyro.plate("sequences", y.shape[1]):
+                z = numpyro.sample("z", dist.Categorical(trans[z]), obs=label, obs_mask=known)
+                normal(loc[z], x)
+            return z, None
+
+        scan(step, jnp.zeros(y.shape[1], int), (labels, known, y), reverse=reverse)
+
+    labels = np.array([[0, 1], [1, 1], [0, 0], [1, 0]])
+    known = np.array([[True, False], [False, False], [True, True], [False, False]])
+    case = Case(model, (labels, known, ROWS))
+    posterior = fit(case, case.params, max_steps=0).posterior()
+    trans, start, emit = path_tables(case.params, ROWS, labels, known)
+    expected = [chain_sums(start, trans, e[::-1] if reverse else e) for e in emit]
+    for i, (smoothed, filtered, pairs) in enumerate(expected):
+        order = slice(None, None, -1 if reverse else 1)
+        np.testing.assert_allclose(posterior.marginals["z"][:, i], smoothed[order], **TOLERANCE)
+        np.testing.assert_allclose(posterior.filtered("z")[:, i], filtered[order], **TOLERANCE)
+        found = posterior.pairs("z")[:, i]
+        np.testing.assert_allclose(found, pairs[::-1].swapaxes(1, 2) if reverse else pairs, **TOLERANCE)
+    assert (np.asarray(posterior.mode()["z"]) == labels)[known].all()
+    assert (np.asarray(posterior.sample(KEY, 20)["z"]) == labels)[:, known].all()
+
+
+def path_tables(params: dict[str, Any], y: np.ndarray, labels: np.ndarray, known: np.ndarray) -> tuple:
+    """Transitions, start, and the probability of what each step shows, known states included."""
+    trans, loc = np.asarray(params["trans"]), np.asarray(params["loc"])
+    seen = np.exp(-0.5 * (y[..., None] - loc) ** 2) * np.where(known[..., None], labels[..., None] == np.arange(2), 1)
+    return trans, trans[0], seen.swapaxes(0, 1)
+
+
+def chain_sums(start: np.ndarray, trans: np.ndarray, emit: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Smoothed, filtered and pair probabilities of one sequence by adding up every path."""
+    steps, k = emit.shape
+    smoothed, filtered, pairs = np.zeros((steps, k)), np.zeros((steps, k)), np.zeros((steps - 1, k, k))
+    for path in itertools.product(range(k), repeat=steps):
+        weights = np.array([start[path[0]], *(trans[a, b] for a, b in itertools.pairwise(path))])
+        so_far = weights.prod() * np.cumprod(emit[np.arange(steps), path])
+        filtered[np.arange(steps), path] += so_far
+        smoothed[np.arange(steps), path] += so_far[-1]
+        pairs[np.arange(steps - 1), path[:-1], path[1:]] += so_far[-1]
+    total = smoothed[0].sum()
+    return smoothed / total, filtered / filtered.sum(1, keepdims=True), pairs / total
 
 
 def test_each_sequence_has_its_own_likelihood() -> None:
