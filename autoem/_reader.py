@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from jax.core import Tracer
 from numpyro.primitives import Messenger
 
 from autoem._errors import DataError, ModelError
@@ -22,6 +23,7 @@ from autoem._support import bounds
 from autoem.families import Family, family_of
 
 CATEGORIES = (dist.CategoricalProbs, dist.CategoricalLogits)  # their density reads the value as an index
+BOUNDS = ("lower_bound", "upper_bound")
 WORDS = {"sample": "sample site", "param": "parameter", "plate": "plate", "deterministic": "deterministic site"}
 NOT_CONCRETE = (
     jax.errors.ConcretizationTypeError,
@@ -314,6 +316,13 @@ def described(x: Any) -> str:
     return repr(x) if x is None or (isinstance(x, int | float | str) and len(repr(x)) < 30) else f"a {kind}"
 
 
+def moving_bounds(r: Record) -> dict[str, Any]:
+    """Bounds of an observed site's support that are computed from something."""
+    support = r.base.support if r.observed and not r.auxiliary else None
+    bounds = {b: getattr(support, b, None) for b in BOUNDS}
+    return {b: v for b, v in bounds.items() if isinstance(v, Tracer)}
+
+
 def outputs_of(
     records: Mapping[str, Record], latents: Container[str], truncated: Mapping[str, tuple[int, int]]
 ) -> dict:
@@ -332,6 +341,7 @@ def outputs_of(
         if isinstance(family, Family):
             for arg in (*family.args, *family.fixed):
                 out[name, f"arg:{arg}"] = jnp.asarray(getattr(r.base, arg))
+        out.update({(name, b): v for b, v in moving_bounds(r).items()})
         if name in latents:
             out[name, "low"], out[name, "high"] = (jnp.asarray(b) for b in bounds(name, r.base, truncated))
         if r.given is not None:
