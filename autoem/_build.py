@@ -189,10 +189,10 @@ def data_of_cells(program: Program, factors: tuple[Factor, ...]) -> list[int]:
         atoms = [f.graph.outputs[f.name, a] for a in fields if not (f.coefficients and a == "arg:loc")]
         keys |= f.graph.needs_of([*atoms, *f.coefficients])
     for name in program.latents:
-        if (name, "mask") in program.full.outputs:
-            seen = (name.removesuffix("_unobserved") + "_observed", "value")
-            other = (seen[0], "mask")
-            keys |= program.full.needs((name, "mask"), *(k for k in (seen, other) if k in program.full.outputs))
+        if masks := program.outputs_along(name, "mask"):
+            seen = name.removesuffix("_unobserved") + "_observed"
+            parts = [k for field in ("value", "mask") for k in program.outputs_along(seen, field)]
+            keys |= program.full.needs(*masks, *parts)
     return sorted(k[1] for k in keys if k[0] == "data")
 
 

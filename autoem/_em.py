@@ -14,7 +14,7 @@ from autoem._build import Build, Options, build
 from autoem._check import Report, run_checks
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._fit import State, compile_loop, initial_state, run_loop
-from autoem._init import starts
+from autoem._init import given_start, starts
 from autoem._jaxpr import jit_once
 from autoem._lower import disagree
 from autoem._plan import Plan
@@ -109,7 +109,9 @@ class EM:
             PlanError: what is asked cannot be done.
             DataError: bad data.
         """
-        return self._derive(args, kwargs)[0].plan
+        built = self._derive(args, kwargs)[0]
+        given_start(built, self.init)
+        return built.plan
 
     def run(self, rng_key: Array, *args, **kwargs) -> EMResult:
         """Fit the model to data.

@@ -51,9 +51,7 @@ def starts(
         DataError: a value has the wrong shape or domain.
     """
     base = built.start(source, key)
-    given = dict(init) if isinstance(init, Mapping) else {}
-    weights = {n: responsibilities(built, n, v) for n, v in given.items() if n in built.program.latents}
-    fixed = {n: start_value(built, n, v) for n, v in given.items() if n not in built.program.latents}
+    weights, fixed = given_start(built, init)
     base.update(fixed)
     plain = functools.cache(lambda: whole(built, source, key, bundle))
     alike = alike_at(built, base, plain, fixed) if fixed else built.alike
@@ -69,6 +67,17 @@ def starts(
         notes = (f"the start given treats the states of {', '.join(alike)} alike, and so does every step from there",)
     rest = [seeded(built, base, plain(), jax.random.fold_in(key, i), few=i % 2 == 1) for i in range(1, restarts)]
     return [first, *rest], notes
+
+
+def given_start(built: Build, init: str | Mapping[str, Any]) -> tuple[dict[str, Named], dict[str, Array]]:
+    """What the user gave to start from, checked: responsibilities by latent, and values by parameter.
+
+    Raises:
+        PlanError, DataError: as `starts`.
+    """
+    given = dict(init) if isinstance(init, Mapping) else {}
+    weights = {n: responsibilities(built, n, v) for n, v in given.items() if n in built.program.latents}
+    return weights, {n: start_value(built, n, v) for n, v in given.items() if n not in built.program.latents}
 
 
 def alike_at(built: Build, params: Params, bundle: Callable[[], Bundle], given: Mapping[str, Array]) -> tuple[str, ...]:

@@ -17,10 +17,13 @@ from jax import Array
 
 from autoem._build import Build
 from autoem._errors import PlanError
-from autoem._jaxpr import jit_once
+from autoem._impute import impute
+from autoem._jaxpr import Key, jit_once
 from autoem._lower import Kernel, disagree
 from autoem._named import Named, add, named, pick
-from autoem.e_step.along_time import add_paths, filtered_path, in_pieces, read_chain
+from autoem._paths import filtered, neighbours
+from autoem._trace import Source
+from autoem.e_step.along_time import add_paths, in_pieces, read_chain
 from autoem.e_step.elimination import (
     ChainStep,
     Layout,
@@ -54,8 +57,8 @@ class Posterior:
         total: their sum, the observed-data log-likelihood.
     """
 
-    def __init__(self, built: Build, params: Mapping[str, Array], bundle: Bundle):
-        self._built, self._params, self._bundle = built, dict(params), bundle
+    def __init__(self, built: Build, params: Mapping[str, Array], bundle: Bundle, source: Source | None = None):
+        self._built, self._params, self._bundle, self._source = built, dict(params), bundle, source or built.source
         self._logs = self._underflows()
 
     def __repr__(self) -> str:
@@ -126,6 +129,18 @@ class Posterior:
         keys = jax.random.split(rng_key, num_samples)
         return self._values(jit_once(jax.vmap(run, in_axes=(0, None, None)))(keys, self._params, self._bundle))
 
+    def impute(self, rng_key: Array, num_samples: int = 1) -> dict[str, Array]:
+        """Exact draws of what is missing (NaN), by observed site: its data with every hole drawn, `num_samples` times.
+
+        Each is drawn from the site's distribution at a draw of all latents given what was seen. Steps of NaN after the
+        last observation of a sequence make it a forecast.
+        """
+        to_latents, to_data = jax.random.split(rng_key)
+        program, draws = self._built.program, self.sample(to_latents, num_samples)
+        # of a scan in reverse, NumPyro takes the values that it is given as the steps run
+        latents = {n: jax.vmap(lambda z, n=n: flipped(z, program.chain_of(n)))(draws[n]) for n in program.latents}
+        return impute(program, self._source, self._params, latents, jax.random.split(to_data, num_samples))
+
     def pairs(self, name: str) -> Array:
         """Joint probabilities of a chain's latent at each step and the next, `(steps - 1, *plates, states, states)`.
 
@@ -134,47 +149,43 @@ class Posterior:
         Raises:
             PlanError: the latent is not carried from one step to the next.
         """
+        name, asked = self._hidden_part(name), name
         chain = self._chain(name)
-        whole = self._built.program.latents[name]
-        if chain.length == 1:
-            return jnp.zeros((0, *whole.shape[1:], whole.num_states, whole.num_states))
-        if chain.lag > 1:
-            mend = "posterior.sample gives draws of the whole path"
-            raise PlanError(name, problem="pairs are given for chains of order one", mend=mend)
-        now, before = at_lag(name, 0), at_lag(name, 1)
-        table = zeros(self._built, (before, now))
-        slope = jit_once(lambda u, p, b: jax.grad(lambda v: self._log_z({"": v}, p, b))(u))(
-            table, self._params, self._bundle
+        names = neighbours(chain, name)
+        slopes = jit_once(lambda u, p, b: jax.grad(lambda v: self._log_z(v, p, b))(u))(
+            {now: zeros(self._built, (before, now)) for before, now in names}, self._params, self._bundle
         )
-        latent = self._built.program.pieces[now]
-        shape = (*latent.shape, latent.num_states, latent.num_states)
-        order = (now, before) if chain.reverse else (before, now)
-        out = jnp.broadcast_to(slope.to((*latent.axes, *order)), shape)
-        return flipped(out / out.sum((-2, -1), keepdims=True), chain)
+        latent = self._built.program.latents[name]
+        shape = (*latent.shape[1:], latent.num_states, latent.num_states)
+        out = [jnp.zeros((0, *shape))]
+        for pair in names:
+            axes = (chain.bulk, *latent.axes[1:], *(reversed(pair) if chain.reverse else pair))
+            part = slopes[pair[1]].to(axes)
+            steps = chain.length - chain.lag if pair[1] == at_lag(name, 0) else 1
+            out.append(jnp.broadcast_to(part, (steps, *shape)))
+        pairs = jnp.concatenate(out)
+        pairs = flipped(pairs / pairs.sum((-2, -1), keepdims=True), chain)
+        return pairs if asked == name else self._merged_pairs(name, pairs)
 
     def filtered(self, name: str) -> Array:
         """Probabilities of a chain's latent at each step given what was seen up to it, `(steps, *plates, states)`.
 
+        Of latents above the chain, all that the rest of the model tells is taken as seen.
+
         Raises:
-            PlanError: the latent is not carried along a chain of order one, or another latent stands above the chain.
+            PlanError: the latent is not carried from one step to the next, or a site of the step reads no latent of it.
         """
-        chain = self._chain(name)
-        if chain.length == 1:
-            return self.marginals[name]
-        if chain.lag > 1:
-            mend = "marginals[name] gives the smoothed probabilities"
-            raise PlanError(name, problem="filtering is done for chains of order one", mend=mend)
+        name, asked = self._hidden_part(name), name
+        chain, kernel = self._chain(name), self._built.kernel
 
-        def run(params, bundle) -> Named:
-            steps: list[Step | ChainStep] = []
-            eliminate(self._tables(params, bundle), self._layout(bundle), steps=steps)
-            return filtered_path(
-                next(s for s in steps if isinstance(s, ChainStep) and s.chain is chain), name, self._logs
-            )
+        def run(params, bundle) -> Array:
+            tables = self._tables(params, bundle)
+            return filtered(
+                self._built.program, chain, name, kernel.likelihood_factors, tables, self._layout(bundle)
+            ).array
 
-        latent = self._built.program.latents[name]
-        out = jit_once(lambda p, b: run(p, b).to((*latent.axes, name)))(self._params, self._bundle)
-        return flipped(jnp.broadcast_to(out, (*latent.shape, latent.num_states)), chain)
+        out = flipped(jit_once(run)(self._params, self._bundle), chain)
+        return out if asked == name else self._merged({name: out})[asked]
 
     def _chain(self, name: str) -> Chain:
         """The chain that carries a latent."""
@@ -228,32 +239,51 @@ class Posterior:
         out = jnp.broadcast_to(slope.to((*latent.axes, latent.name)), (*latent.shape, latent.num_states))
         return flipped(out / out.sum(-1, keepdims=True), self._built.program.chain_of(latent.name))
 
+    @functools.cached_property
     def _partly_observed(self) -> dict[str, tuple[str, Array, Array]]:
         """Sites that `obs_mask` split.
 
         From the name of the latent part to the name of the whole, the observed values, and where they are hidden.
         """
-        out = {}
-        program, values = self._built.program, {("data", i): x for i, x in self._bundle.data.items()}
+        out, program = {}, self._built.program
         for name, latent in program.latents.items():
             whole = name.removesuffix("_unobserved")
-            if (
-                name.endswith("_unobserved")
-                and f"{whole}_observed" in program.sites
-                and (name, "mask") in program.full.outputs
-            ):
-                keys = [(f"{whole}_observed", "value"), (f"{whole}_observed", "mask")]
-                observed, seen = program.full.evaluate(keys, values)
-                out[name] = whole, observed, ~jnp.broadcast_to(seen, latent.shape)
+            values, masks = (program.outputs_along(f"{whole}_observed", field) for field in ("value", "mask"))
+            if name.endswith("_unobserved") and values and masks and program.outputs_along(name, "mask"):
+                out[name] = whole, self._data_along(values, latent), ~self._data_along(masks, latent)
         return out
+
+    def _data_along(self, keys: list[Key], latent: Latent) -> Array:
+        """A field of a site that has the latent's plates, at full shape, in the order of the data."""
+        values = {("data", i): x for i, x in self._bundle.data.items()}
+        parts = self._built.program.full.evaluate(keys, values)
+        chain = self._built.program.chain_of(latent.name)
+        if chain is None or len(keys) == 1:
+            return flipped(jnp.broadcast_to(parts[0], latent.shape), chain)
+        # pieces: one for each of a scan's first steps, and one for all later ones
+        first = [jnp.asarray(p)[None] for p in parts[: chain.lag]]
+        rows = [(p, 1) for p in first] + [(p, chain.length - chain.lag) for p in parts[chain.lag :]]
+        return flipped(jnp.concatenate([jnp.broadcast_to(p, (n, *latent.shape[1:])) for p, n in rows]), chain)
+
+    def _hidden_part(self, name: str) -> str:
+        """The latent that holds what is hidden of a site that `obs_mask` split; any other is its own."""
+        return next((part for part, (whole, *_) in self._partly_observed.items() if whole == name), name)
 
     def _merged(self, marginals: Mapping[str, Array]) -> dict[str, Array]:
         out = {}
-        for name, (whole, observed, hidden) in self._partly_observed().items():
+        for name in marginals.keys() & self._partly_observed.keys():
+            whole, observed, hidden = self._partly_observed[name]
             states = jnp.asarray(self._built.program.latents[name].states)
             given = (observed[..., None] == states).astype(marginals[name].dtype)
             out[whole] = jnp.where(hidden[..., None], marginals[name], given)
         return out
+
+    def _merged_pairs(self, name: str, pairs: Array) -> Array:
+        """Joint probabilities of neighbours in time: where one of the two is observed, they are independent."""
+        whole, _, hidden = self._partly_observed[name]
+        each = self.marginals[whole]
+        product = each[:-1, ..., :, None] * each[1:, ..., None, :]
+        return jnp.where((hidden[:-1] & hidden[1:])[..., None, None], pairs, product)
 
     def _backward(self, params, bundle: Bundle, reduce: Callable, choose: Callable) -> dict[str, Array]:
         steps: list[Step | ChainStep] = []
@@ -281,7 +311,7 @@ class Posterior:
 
     def _values(self, indices: Mapping[str, Array]) -> dict[str, Array]:
         out = {z: jnp.asarray(self._built.program.latents[z].states)[i] for z, i in indices.items()}
-        for name, (whole, observed, hidden) in self._partly_observed().items():
+        for name, (whole, observed, hidden) in self._partly_observed.items():
             out[whole] = jnp.where(hidden, out[name], observed)
         return out
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from jax.core import Tracer
 from numpyro.primitives import Messenger
 
 from autoem._errors import DataError, ModelError
@@ -22,6 +23,7 @@ from autoem._support import bounds
 from autoem.families import Family, family_of
 
 CATEGORIES = (dist.CategoricalProbs, dist.CategoricalLogits)  # their density reads the value as an index
+BOUNDS = ("lower_bound", "upper_bound")
 WORDS = {"sample": "sample site", "param": "parameter", "plate": "plate", "deterministic": "deterministic site"}
 NOT_CONCRETE = (
     jax.errors.ConcretizationTypeError,
@@ -182,11 +184,9 @@ class Reader(Messenger):
         auxiliary = bool(msg["infer"].get("is_auxiliary")) and isinstance(base, dist.Unit)
         value, observed = msg["value"], bool(msg["is_observed"])
         given = value
-        if self.drop_nan and observed and not auxiliary and jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            value, seen = without_nan(base, value)
-            mask = seen if mask is None else mask & seen
-        if observed and isinstance(base, CATEGORIES) and jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            value = jnp.asarray(value).astype(int)  # whole numbers out of a table with NaN; checked to be whole later
+        if observed and not auxiliary:
+            value, seen = as_read(base, value, self.drop_nan)
+            mask = seen if mask is None else mask if seen is None else mask & seen
         if observed and not auxiliary:
             refuse_misshapen(msg["name"], jnp.shape(value), msg["fn"].shape())
         frames = tuple(msg["cond_indep_stack"])
@@ -194,6 +194,31 @@ class Reader(Messenger):
             msg["name"], msg["fn"], base, mask, taken, value, observed, auxiliary, msg["scale"], frames,
             None if given is value else given,
         )  # fmt: skip
+
+
+class AtObserved(Messenger):
+    """Lets `change` alter what observed sites say while NumPyro runs the model, inside scans too.
+
+    No handler outside of a scan sees its sites before they have their values.
+    """
+
+    def __init__(self, change: Callable[[dict], None]):
+        super().__init__(None)
+        self.change = change
+
+    def process_message(self, msg):
+        if msg["type"] == "control_flow":
+            step, *rest = msg["args"]
+            msg["args"] = (self.around(step), *rest)
+        elif msg["type"] == "sample" and msg["is_observed"]:
+            self.change(msg)
+
+    def around(self, step: Callable) -> Callable:
+        def inside(*args):
+            with AtObserved(self.change):
+                return step(*args)
+
+        return inside
 
 
 def refuse_odd(name: str, value: Any) -> None:
@@ -247,6 +272,21 @@ def refuse_misshapen(name: str, shape: tuple[int, ...], expected: tuple[int, ...
     raise DataError(name, problem=problem, mend=mend)
 
 
+def as_read(base: Any, value: Any, drop_nan: bool) -> tuple[Any, Any]:
+    """An observed value as its density reads it, and which of it is seen (None for all)."""
+    seen = None
+    if drop_nan and holds_nan(value):
+        value, seen = without_nan(base, value)
+    if isinstance(base, CATEGORIES) and holds_nan(value):
+        value = jnp.asarray(value).astype(int)  # whole numbers out of a table with NaN; checked to be whole later
+    return value, seen
+
+
+def holds_nan(value: Any) -> bool:
+    """Whether NaN is among the numbers that such an array could hold."""
+    return bool(jnp.issubdtype(jnp.result_type(value), jnp.floating))
+
+
 def without_nan(base: Any, value: Any) -> tuple[Any, Any]:
     """A value with something possible in place of NaN, and which of its events are seen in part at least."""
     missing = jnp.isnan(value)
@@ -276,6 +316,13 @@ def described(x: Any) -> str:
     return repr(x) if x is None or (isinstance(x, int | float | str) and len(repr(x)) < 30) else f"a {kind}"
 
 
+def moving_bounds(r: Record) -> dict[str, Any]:
+    """Bounds of an observed site's support that are computed from something."""
+    support = r.base.support if r.observed and not r.auxiliary else None
+    bounds = {b: getattr(support, b, None) for b in BOUNDS}
+    return {b: v for b, v in bounds.items() if isinstance(v, Tracer)}
+
+
 def outputs_of(
     records: Mapping[str, Record], latents: Container[str], truncated: Mapping[str, tuple[int, int]]
 ) -> dict:
@@ -294,6 +341,7 @@ def outputs_of(
         if isinstance(family, Family):
             for arg in (*family.args, *family.fixed):
                 out[name, f"arg:{arg}"] = jnp.asarray(getattr(r.base, arg))
+        out.update({(name, b): v for b, v in moving_bounds(r).items()})
         if name in latents:
             out[name, "low"], out[name, "high"] = (jnp.asarray(b) for b in bounds(name, r.base, truncated))
         if r.given is not None:

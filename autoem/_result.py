@@ -152,7 +152,7 @@ class EMResult:
                     problem=f"these data give it shape {param.shape}, the fit had {np.shape(self.params[name])}",
                     mend="pass data with the columns, and the model the options, of the fit",
                 )
-        return Posterior(built, self.params, built.plain_bundle(source, jax.random.key(0)))
+        return Posterior(built, self.params, built.plain_bundle(source, jax.random.key(0)), source)
 
     def score(self, *args, **kwargs) -> Array:
         """Log density of each datum under the fitted model, in nats; of new data, or of the data of the fit."""

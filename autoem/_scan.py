@@ -64,6 +64,7 @@ class Scan:
         with jax.ensure_compile_time_eval():  # numbers in the model's text stay numbers
             self.init = [x if isinstance(x, Tracer) else jnp.asarray(x) for x in self.init]
         self.xs, self.xs_tree = jax.tree.flatten(xs)
+        self.refuse_lists()
         self.length = int(length if length is not None else jnp.shape(self.xs[0])[0])
         self.num_inputs, given = len(self.xs), self.conditioned(msg)
         self.observed = tuple(given)
@@ -82,6 +83,16 @@ class Scan:
                 self.label,
                 problem=f"handlers.{' and '.join(sorted(around))} around a scan",
                 mend="put the handler inside the step, around its sites",
+            )
+
+    def refuse_lists(self) -> None:
+        """Raise where a list of numbers is run over: to JAX each of them is an input of its own, without steps."""
+        if any(not np.ndim(x) for x in self.xs):
+            raise DataError(
+                self.label,
+                problem="it runs over something without a time axis (a list of numbers, or one number)",
+                mend="scan(step, start, jnp.asarray(data)), or pass the model arrays",
+                kind="scan",
             )
 
     def conditioned(self, msg: Mapping[str, Any]) -> dict[str, Any]:

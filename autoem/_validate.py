@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jax.core import Tracer
 from numpyro.distributions import constraints
 
@@ -19,6 +20,7 @@ from autoem._errors import DataError
 from autoem._jaxpr import Graph, Variable
 from autoem._trace import Record, Source
 
+OPEN = (dist.Beta, dist.BetaProportion, dist.Dirichlet, dist.Kumaraswamy)  # of shares strictly between 0 and 1
 INTEGRAL = ("b", "i", "u")
 
 
@@ -69,6 +71,7 @@ def check_site(name: str, record: Record, value, mask, source: Source, missing: 
         refuse_partly_missing(name, events, source_value(name, value, source))
     check_finite(name, value, hidden, events)
     check_support(name, record, value, hidden, events)
+    check_edges(name, record, value, hidden, events)
 
 
 def source_value(name: str, value, source: Source) -> list[np.ndarray]:
@@ -139,6 +142,24 @@ def check_support(name: str, record: Record, value: np.ndarray, hidden: np.ndarr
         + f" outside the support of {type(record.base).__name__} ({describe(support)}); "
         f"first in {place(first)}: {value_at(value, first, hidden, events)}",
         mend="correct the data, or choose a distribution that can produce them",
+    )
+
+
+def check_edges(name: str, record: Record, value: np.ndarray, hidden: np.ndarray, events: int) -> None:
+    """Refuse shares of exactly 0 or 1 where the density there is zero or infinite whatever the parameters."""
+    if not isinstance(record.base, OPEN):
+        return
+    edge = (value == 0) | (value == 1)
+    wrong = np.broadcast_to(edge.any(-1) if events else edge, hidden.shape) & ~hidden
+    if not wrong.any():
+        return
+    first, count = tuple(int(i) for i in np.argwhere(wrong)[0]), int(wrong.sum())
+    raise DataError(
+        name,
+        problem=("1 of its values is" if count == 1 else f"{count:,} of its values are")
+        + f" exactly 0 or 1, where a {type(record.base).__name__} density is zero or infinite; "
+        f"first in {place(first)}: {value_at(value, first, hidden, events)}",
+        mend="move all n values a little inside, (x * (n - 1) + 0.5) / n, or model exact zeros and ones apart",
     )
 
 

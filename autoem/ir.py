@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from autoem._errors import AutoEMBug
-from autoem._jaxpr import Graph
+from autoem._jaxpr import Graph, Key
 from autoem.families import Family, Opaque
 
 
@@ -223,6 +223,20 @@ class Program:
     def chain_of(self, latent: str) -> Chain | None:
         """The scan that a latent is a path of."""
         return next((c for c in self.chains if latent in c.lags), None)
+
+    def outputs_along(self, name: str, field: str) -> list[Key]:
+        """The outputs that hold a field of a site: one; or of a site in a scan, one a piece, in the order of its steps.
+
+        Empty where the model has no such site, or the site no such field.
+        """
+        if name in self.sites:
+            return [(name, field)] if (name, field) in self.full.outputs else []
+        for chain in self.chains:
+            names = [at_step(name, h) for h in range(min(chain.lag, chain.length))]
+            names += [at_lag(name, 0)] if chain.length > chain.lag else []
+            if names and all((n, field) in self.full.outputs for n in names):
+                return [(n, field) for n in names]
+        return []
 
     def __str__(self) -> str:
         lines = [f"program {self.name}"]

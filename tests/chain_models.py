@@ -60,14 +60,14 @@ BITS = (CUBE > 0.6).astype(int)
 class Case(NamedTuple):
     """A chain and its data.
 
-    `chain` names the latents of the body and `first_order` those with a table of neighbours; `truth` is the model to
+    `chain` names the latents of the body and `paired` those with a table of neighbours; `truth` is the model to
     add up where it is not `model` itself; `exact_step` says that the M-step has closed forms alone, inside its domain.
     """
 
     model: Callable
     args: tuple
     chain: tuple[str, ...] = ("z",)
-    first_order: tuple[str, ...] = ("z",)
+    paired: tuple[str, ...] = ("z",)
     exact_step: bool = True
     truth: Callable | None = None
     options: dict[str, Any] = {}  # noqa: RUF012 (nobody writes to it)
@@ -327,9 +327,10 @@ CASES = {
     "previous observation": Case(previous_observation, (Y[:4],)),
     "counts time": Case(counts_time, (Y,)),
     "input driven": Case(input_driven, (X, Y[:4]), exact_step=False),
-    "second order": Case(second_order, (SYMBOLS,), first_order=()),
-    "lag two": Case(lag_two, (Y,), first_order=()),
-    "factorial": Case(factorial, (Y[:4],), ("a", "b"), ()),
-    "coupled": Case(coupled, (np.array([0, 1, 1, 0]),), ("a", "b"), ()),
+    "second order": Case(second_order, (SYMBOLS,)),
+    "second order, short": Case(second_order, (SYMBOLS[:2],)),
+    "lag two": Case(lag_two, (Y,)),
+    "factorial": Case(factorial, (Y[:4],), ("a", "b"), ("a", "b")),
+    "coupled": Case(coupled, (np.array([0, 1, 1, 0]),), ("a", "b"), ("a", "b")),
     "dynamic network": Case(dynamic_network, (np.array([1, 1, 0, 1]),), ("a", "b"), ()),
 }

@@ -57,6 +57,28 @@ def one_class(y):
     scan(step, 0, y)
 
 
+def class_of_second_order(y):
+    """Two chains of different memories; a class for each sequence chooses the longer one's start and its emissions."""
+    shares, tables, rows, loc = (
+        param("shares", SIMPLEX),
+        param("trans_of_pair", SIMPLEX),
+        param("rows", SIMPLEX),
+        param("locs"),
+    )
+    with numpyro.plate("sequences", y.shape[1]):
+        kind = state(shares, "kind")
+
+    def step(carry, x):
+        older, old, b = carry
+        with numpyro.plate("sequences", y.shape[1]):
+            a, b = state(tables[older, old], "a"), state(rows[b], "b")
+            normal(loc[kind, a] + b, x)
+        return (old, a, b), None
+
+    none = jnp.zeros(y.shape[1], int)
+    scan(step, (none, kind, none), y)
+
+
 def after_the_scan(y, end):
     trans, loc, effect = param("trans", SIMPLEX), param("loc"), param("effect")
 
@@ -283,6 +305,7 @@ CASES = {
     "mixture of chains": Case(mixture_of_chains, (ROWS,)),
     "classes of emissions": Case(classes_of_emissions, (ROWS,)),
     "one class": Case(one_class, (Y,)),
+    "class of second order": Case(class_of_second_order, (ROWS[:3],), ("a", "b"), ("a", "b")),
     "after the scan": Case(after_the_scan, (Y[:4], 1.5)),
     "latent after the scan": Case(latent_after_the_scan, (Y[:4], 1.5)),
     "two scans": Case(two_scans, (Y[:4], COUNTS[:3]), ("z", "w"), ("z", "w")),

@@ -30,7 +30,7 @@ LAYERS = """
     _plan
     _lower
     _build
-    _stop _progress _validate
+    _stop _progress _validate _paths _impute
     _fit _posterior _stderr _init
     _result _verify
     _replay

@@ -136,7 +136,9 @@ def close(
     latents = frozenset().union(waiting.latents, *(t.latents for t in holding)) - start - end
     if steps is not None:
         steps.append(ChainStep(chain, parts, latents))
-    if reduce is log_sum_exp and not layout.logs:
+    if chain.time in layout.given:
+        value = layout.given[chain.time]
+    elif reduce is log_sum_exp and not layout.logs:
         value = chains.proven(parts) if layout.proof else chains.total(parts)
     else:
         value = chains.log_sum(parts, reduce)
@@ -247,28 +249,32 @@ def read_chain(
 
 
 def filtered_path(step: ChainStep, name: str, logs: bool) -> Named:
-    """Probabilities of a chain's latent given what was seen up to each step."""
-    chain, tables = step.chain, step.tables
-    if step.latents:
-        other = min(step.latents)
-        raise PlanError(
-            other,
-            problem="stands above the chain, so what is seen up to a step tells of it too",
-            mend="marginals give the smoothed probabilities",
-        )
+    """Probabilities of a chain's latent given what was seen up to each step, and given the latents above the chain.
+
+    Along `TIME`, whose first entry is the last of the chain's first steps.
+    """
+    tables, now = step.tables, at_lag(name, 0)
     later = chains.filtered(tables, logs)
-    head = tables.head.array - log_sum_exp_over(tables.head, tables.frame.previous)
-    first = relabelled(Named(jnp.exp(head), tables.head.axes), dict(zip(tables.frame.previous, tables.frame.current,
-                       strict=True)))  # fmt: skip
-    others = [a for a in tables.frame.current if a != at_lag(name, 0)]
+    head = Named(jnp.exp(tables.head.array - log_sum_exp_over(tables.head, tables.frame.previous)), tables.head.axes)
+    first = relabelled(head, dict(zip(tables.frame.previous, tables.frame.current, strict=True)))
+    others = [a for a in tables.frame.current if a != now]
     first, later = first.sum(others), later.sum(others)
     axes = tuple(a for a in later.axes if a != TIME)
     start = jnp.broadcast_to(first.to(axes), later.array.shape[1:])
-    names = {TIME: chain.time, at_lag(name, 0): name}
-    return relabelled(Named(jnp.concatenate([start[None], later.to((TIME, *axes))]), (TIME, *axes)), names)
+    return Named(jnp.concatenate([start[None], later.to((TIME, *axes))]), (TIME, *axes))
+
+
+def sums_until(step: ChainStep) -> Named:
+    """Log of the sum over all paths up to each step, along `TIME` as in `filtered_path`."""
+    frame = step.tables.frame
+    head, messages, taken = chains.log_messages(step.tables, log_sum_exp)
+    states = tuple(range(len(frame.kept), head.ndim))
+    sums = jax.nn.logsumexp(messages, axis=tuple(a + 1 for a in states)) + jnp.cumsum(taken, 0)
+    return Named(jnp.concatenate([jax.nn.logsumexp(head, axis=states)[None], sums]), (TIME, *frame.kept))
 
 
 def log_sum_exp_over(table: Named, names: Sequence[str]) -> Array:
-    """`log sum exp` over the axes `names`, kept with size one."""
+    """`log sum exp` over the axes `names`, kept with size one; a finite number where nothing is possible."""
     axes = tuple(i for i, a in enumerate(table.axes) if a in names)
-    return jax.nn.logsumexp(table.array, axis=axes, keepdims=True)
+    out = jax.nn.logsumexp(table.array, axis=axes, keepdims=True)
+    return jnp.where(jnp.isfinite(out), out, 0.0)

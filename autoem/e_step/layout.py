@@ -83,7 +83,7 @@ class Layout:
     """Where every latent lives: its plates, the sizes of all plates, and the multiplicity of its rows (None is one).
 
     `logs` has the messages of chains in logarithms, not in scaled probabilities; `proof` has them so wherever scaled
-    ones could have lost something.
+    ones could have lost something. `given` holds what the sums of some chains, by their time, are to be taken for.
     """
 
     plates_of: Mapping[str, frozenset[str]]
@@ -93,6 +93,7 @@ class Layout:
     chains: tuple[Chain, ...] = ()
     logs: bool = False
     proof: bool = False
+    given: Mapping[str, Named] = dataclasses.field(default_factory=dict)
 
     def chain_at(self, plates: frozenset[str]) -> Chain | None:
         """The chain whose steps, which read one another, are among `plates`."""

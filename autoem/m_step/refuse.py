@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from autoem._errors import ModelError
-from autoem.families import Counting, Covariance, Opaque, Power
+from autoem.families import Counting, Covariance, Family, Opaque, Power
 from autoem.m_step.problem import Use
 from autoem.m_step.rules import Asked
 from autoem.passes.link import Declined, Linear
@@ -56,9 +56,11 @@ def refuse_bounds(asked: Asked) -> None:
 def moves_support(use: Use, name: str) -> bool:
     """Whether the parameter stands in an argument that bounds the support of the place's site."""
     factor, entry = use.factor, use.factor.site.family
-    if isinstance(entry, Opaque) or entry is None:
-        return entry is not None and entry.bounded
-    return any(("param", name) in factor.graph.needs((factor.name, f"arg:{a}")) for a in entry.bounds)
+    if isinstance(entry, Opaque) and entry.bounded:
+        return True
+    bounds = [f"arg:{a}" for a in entry.bounds] if isinstance(entry, Family) else []
+    keys = [(factor.name, b) for b in (*bounds, "lower_bound", "upper_bound")]
+    return any(("param", name) in factor.graph.needs(k) for k in keys if k in factor.graph.outputs)
 
 
 def needed_constraint(rule: Counting | Power | Covariance, use: Use) -> str:

@@ -7,6 +7,7 @@ of the one that came nearest.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -71,11 +72,34 @@ def count_rule(asked: Asked) -> AbstractBlock:
     for kind in kinds:
         try:
             for use in asked.uses:
-                asked.read(lambda p, b, use=use, kind=kind: counting.accept(asked.problem, use, asked.name, kind, p, b))
+                accept_count(asked, use, kind)
             return Count((asked.name,), asked.problem, why(asked, "counted"), asked.uses, kind)
         except Declined as declined:
             reasons.append(str(declined))
     raise Declined(reasons[0])
+
+
+def accept_count(asked: Asked, use: Use, kind: str) -> None:
+    """Decline unless the parameter is counted at this place; the text names the place."""
+    try:
+        asked.read(lambda p, b: counting.accept(asked.problem, use, asked.name, kind, p, b))
+    except Declined as declined:
+        text = str(declined)
+        if str(use) not in text:
+            text = f"{text} in {in_words(use)}, so its expected counts do not give it"
+        raise Declined(text) from None
+
+
+def in_words(use: Use) -> str:
+    """A place as the model's author knows it: of a scan's site, the steps in place of its piece's name."""
+    name = use.factor.name
+    whole, step = name.removesuffix("@0"), re.fullmatch(r"(.*)\[(\d+)\]", name)
+    where = f"'{name}'"
+    if step:
+        where = f"'{step[1]}' at " + ("the first step" if step[2] == "0" else f"step {int(step[2]) + 1}")
+    elif whole != name:
+        where = f"'{whole}' at the later steps"
+    return f"the {use.argument} of {where}" if use.argument else where
 
 
 def power_rule(asked: Asked) -> AbstractBlock:
@@ -228,4 +252,4 @@ def nearest_reason(asked: Asked, reasons: Mapping[Callable, str]) -> str:
     if not reason:
         reason = next(iter(reasons.values()))
     places = ", ".join(dict.fromkeys(str(u) for u in asked.uses))
-    return reason if any(str(u) in reason for u in asked.uses) else f"{reason} in {places}"
+    return reason if any(str(u) in reason or in_words(u) in reason for u in asked.uses) else f"{reason} in {places}"

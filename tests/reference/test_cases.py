@@ -5,16 +5,15 @@ Every case names its source and what its answer was checked by (other programs, 
 """
 
 import functools
-import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpyro.primitives import Messenger
 
 import autoem
 
+from . import checks
 from .cases import BY_NAME, Case, columns
 
 KEY = jax.random.key(0)
@@ -24,60 +23,13 @@ EVERY_CASE = pytest.mark.parametrize("name", BY_NAME)
 @functools.cache
 def fit(name: str, **options) -> tuple[autoem.EMResult, dict]:
     """The case fitted from its start; the plan that was carried out comes with the result."""
-    case = BY_NAME[name]
-    data = case.data()
-    settings = {"init": case.init(data), "tol": 1e-13, "progress": False} | dict(case.options) | options
-    return autoem.EM(case.model, **settings).run(KEY, data), data
-
-
-def relabelled(params: dict, axis_of: dict[str, int]):
-    """Every naming of the labels: the parameters with their label axes permuted alike."""
-    size = max((params[name].shape[axis] for name, axis in axis_of.items()), default=1)
-    for order in itertools.permutations(range(size)):
-        yield {
-            name: jnp.take(value, jnp.array(order), axis=axis_of[name]) if name in axis_of else value
-            for name, value in params.items()
-        }
-
-
-def excess(params: dict, reference: dict) -> float:
-    """The largest distance from the reference in units of its tolerance: at most one when all agree."""
-    tolerance = reference["tolerance"]
-
-    def of(name: str) -> float:
-        expected = np.asarray(reference["params"][name])
-        allowed = np.maximum(tolerance["param_abs"], tolerance["param_rel"] * np.abs(expected))
-        return float(np.max(np.abs(np.asarray(params[name]) - expected) / allowed))
-
-    return max(of(name) for name in reference["params"])
+    return checks.fit(BY_NAME[name], **options)
 
 
 @EVERY_CASE
-def test_reaches_the_reference(name):
-    result, _ = fit(name)
-    reference = BY_NAME[name].reference
-    np.testing.assert_allclose(
-        result.log_likelihood, reference["log_likelihood"], rtol=0, atol=reference["tolerance"]["log_likelihood"]
-    )
-    assert set(result.params) == set(reference["params"])
-    assert min(excess(p, reference) for p in relabelled(result.params, reference.get("label_axis", {}))) <= 1
-    assert result.converged, result.status
-
-
-@EVERY_CASE
-def test_log_likelihood_never_falls(name):
-    result, _ = fit(name)
-    history = np.asarray(result.history)
-    assert len(history) == result.num_steps + 1
-    # float64 carries a sum of n terms to about n ulps
-    assert np.all(np.diff(history) >= -1e-12 * np.abs(history[:-1]).clip(1))
-
-
-@EVERY_CASE
-def test_plan_is_closed_form_wherever_the_algebra_allows(name):
-    plan = fit(name)[0].plan
-    for parameter, words in BY_NAME[name].m_step.items():
-        assert plan.m_step(parameter) in ((words,) if isinstance(words, str) else words), f"{parameter}\n{plan}"
+@pytest.mark.parametrize("law", checks.EVERY)
+def test_case(name, law):
+    law(BY_NAME[name], fit(name)[0])
 
 
 class StartAt(Messenger):

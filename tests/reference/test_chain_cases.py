@@ -4,20 +4,17 @@ Sources and checks stand in `tests/data/reference/<name>.json`, as those of the 
 """
 
 import functools
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import autoem
 
 from . import chain_models as models
+from . import checks
 from .cases import CLOSED, Case, columns, matrix
-from .test_cases import excess
 
 KEY = jax.random.key(0)
 SLOPED = ("Newton", "gradient")  # a start that follows from the transitions leaves them no closed form
@@ -46,44 +43,13 @@ EVERY_CASE = pytest.mark.parametrize("name", BY_NAME)
 
 @functools.cache
 def fit(name: str) -> autoem.EMResult:
-    case = BY_NAME[name]
-    data = case.data()
-    return autoem.EM(case.model, init=case.init(data), tol=1e-13, progress=False, **case.options).run(KEY, data)
-
-
-def relabelled(params: dict[str, Any], axes_of: dict[str, int | list[int]]) -> Iterator[dict[str, Any]]:
-    """Every naming of the states: a table of transitions carries it on both its axes."""
-    axes = {name: [of] if isinstance(of, int) else of for name, of in axes_of.items()}
-    size = max((params[name].shape[of[0]] for name, of in axes.items()), default=1)
-    for order in itertools.permutations(range(size)):
-        out = dict(params)
-        for name, axis in ((name, axis) for name, of in axes.items() for axis in of):
-            out[name] = jnp.take(out[name], jnp.array(order), axis=axis)
-        yield out
+    return checks.fit(BY_NAME[name])[0]
 
 
 @EVERY_CASE
-def test_reaches_the_reference(name):
-    result, reference = fit(name), BY_NAME[name].reference
-    np.testing.assert_allclose(
-        result.log_likelihood, reference["log_likelihood"], rtol=0, atol=reference["tolerance"]["log_likelihood"]
-    )
-    assert set(result.params) == set(reference["params"])
-    assert min(excess(p, reference) for p in relabelled(result.params, reference.get("label_axis", {}))) <= 1
-    assert result.converged, result.status
-
-
-@EVERY_CASE
-def test_log_likelihood_never_falls(name):
-    history = np.asarray(fit(name).history)
-    assert np.all(np.diff(history) >= -1e-12 * np.abs(history[:-1]).clip(1))
-
-
-@EVERY_CASE
-def test_plan_is_closed_form_wherever_the_algebra_allows(name):
-    plan = fit(name).plan
-    for parameter, words in BY_NAME[name].m_step.items():
-        assert plan.m_step(parameter) in ((words,) if isinstance(words, str) else words), f"{parameter}\n{plan}"
+@pytest.mark.parametrize("law", checks.EVERY)
+def test_case(name, law):
+    law(BY_NAME[name], fit(name))
 
 
 @pytest.mark.parametrize("steps", ["1", "10"])

@@ -9,6 +9,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
 import autoem
@@ -115,6 +116,71 @@ def test_what_nothing_reads_is_noted_in_the_plan():
     assert any("'idle'" in n for n in plan.notes)
     assert plan.m_step("idle") == "fixed"
     assert float(_run(unread, Y, WIDE).params["idle"]) == 0.0
+
+
+def test_the_plan_checks_the_start_as_the_run_does():
+    for init, problem in (({"meen": 0.0}, "did you mean 'mean'"), ({"mean": np.zeros(3)}, "has shape")):
+        for ask in (_plan, _run):
+            with pytest.raises((PlanError, DataError), match=problem):
+                ask(priors, Y, init=init)
+
+
+SHARES = np.array([0.2, 0.9, 0.4, 0.7])
+OPEN = {
+    "Beta": lambda a: dist.Beta(a, 2.0),
+    "BetaProportion": lambda a: dist.BetaProportion(0.3, a),
+    "Kumaraswamy": lambda a: dist.Kumaraswamy(a, 2.0),
+}
+
+
+def shares(x, distribution):
+    a = numpyro.param("a", 1.5, constraint=constraints.positive)
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("x", distribution(a), obs=x)
+
+
+@pytest.mark.parametrize("name", OPEN)
+@pytest.mark.parametrize("edge", [0.0, 1.0])
+def test_shares_of_exactly_zero_or_one_are_refused(name, edge):
+    with pytest.raises(DataError, match=rf"site 'x': 1 of its values is exactly 0 or 1.*row 2: {edge}\n.*inside"):
+        _run(shares, np.insert(SHARES, 2, edge), OPEN[name])
+    assert np.isfinite(_run(shares, SHARES, OPEN[name]).log_likelihood)
+
+
+def test_a_composition_with_a_zero_is_refused():
+    def model(x):
+        a = numpyro.param("a", jnp.ones(3), constraint=constraints.positive)
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", dist.Dirichlet(a), obs=x)
+
+    with pytest.raises(DataError, match="2 of its values are exactly 0 or 1, where a Dirichlet"):
+        _run(model, np.array([[0.2, 0.3, 0.5], [0.0, 0.5, 0.5], [1.0, 0.0, 0.0]]))
+
+
+def sequence(y):
+    trans = numpyro.param("trans", jnp.array([[0.8, 0.2], [0.3, 0.7]]), constraint=constraints.simplex)
+    stationary = jnp.linalg.solve((jnp.eye(2) - trans + 1.0).T, jnp.ones(2))
+
+    def step(carry, x):
+        z, t = carry
+        z = numpyro.sample("z", dist.Categorical(jnp.where(t == 0, stationary, trans[z])))
+        numpyro.sample("y", dist.Normal(z, 1.0), obs=x)
+        return (z, t + 1), None
+
+    scan(step, (0, 0), y)
+
+
+def test_a_list_that_a_scan_runs_over_is_refused():
+    for data in ([0.1, 2.0], [[0.1, 2.0], [1.0, 1.0]], 0.3):
+        with pytest.raises(DataError, match=r"scan 'step': it runs over something without a time axis.*\n.*asarray"):
+            _run(sequence, data)
+
+
+def test_a_stationary_start_is_told_in_words():
+    plan = str(_plan(sequence, Y))
+    assert "it enters a sum in the probs of 'z' at the first step, so its expected counts do not give it" in " ".join(
+        plan.split()
+    )
 
 
 def nothing_at_all(x):

@@ -172,6 +172,10 @@ BOUNDS = {
     "LogUniform": lambda b: dist.LogUniform(0.01, b),
     "Pareto": lambda b: dist.Pareto(b, 2.0),
     "Levy": lambda b: dist.Levy(b, 2.0),
+    "low": lambda b: dist.TruncatedNormal(0.0, 1.0, low=b),
+    "high": lambda b: dist.TruncatedNormal(0.0, 1.0, high=b + 3),
+    "low of both": lambda b: dist.TruncatedNormal(0.0, 1.0, low=b, high=9.0),
+    "truncated Cauchy": lambda b: dist.TruncatedCauchy(0.0, 1.0, low=b),
 }
 
 
@@ -187,7 +191,7 @@ def test_a_free_bound_of_the_support_is_refused(name: str) -> None:
     with pytest.raises(autoem.ModelError, match=r"site 'x': the support of .* depends on the parameter 'b'") as error:
         autoem.EM(model, progress=False).plan(x)
     assert "pass the bound as data" in str(error.value)
-    known = 1.0 if name in ("Pareto", "Levy") else 7.0
+    known = 7.0 if name in ("Uniform", "both", "Uniform scaled", "LogUniform") else 1.0
     bounds_known = autoem.EM(model, progress=False).plan(x, known)
     assert bounds_known.m_step("other") == "fixed"
 
