@@ -103,6 +103,12 @@ def contract_sum(keep: Sequence[str], *pairs: tuple[Named, Named]) -> Named:
         return add(*(contract(keep, a, b) for a, b in pairs))
     left = jnp.concatenate([p.left for p in products], 1)
     right = jnp.concatenate([p.right for p in products], 0)
+    first = products[0]
+    if list(keep)[: len(first.columns)] == list(first.columns):  # asked for along the columns first
+        tall = Product(
+            left, right, first.columns, first.rows, first.shape[len(first.rows) :] + first.shape[: len(first.rows)]
+        )
+        return tall.result(keep, tall_product(left, right))
     wide = right.shape[1] >= WIDE and right.shape[0] >= 4 * left.shape[0]
     return products[0].result(keep, wide_product(left, right) if wide else left @ right)
 
@@ -126,6 +132,24 @@ def _wide_backward(saved, slope: Array):
 
 
 wide_product.defvjp(_wide_forward, _wide_backward)
+
+
+@jax.custom_vjp
+def tall_product(left: Array, right: Array) -> Array:
+    """`(left @ right).T`, made in that order; and so are its derivatives."""
+    return right.T @ left.T
+
+
+def _tall_forward(left: Array, right: Array):
+    return tall_product(left, right), (left, right)
+
+
+def _tall_backward(saved, slope: Array):
+    left, right = saved
+    return (right @ slope).T, (slope @ left).T
+
+
+tall_product.defvjp(_tall_forward, _tall_backward)
 
 
 def contract(keep: Sequence[str], *factors: Named) -> Named:

@@ -360,20 +360,25 @@ def log_sum(chain: ChainTables, reduce: Callable[[Array], Array]) -> Named:
     return Named(reduce(flat) + taken.sum(0), frame.kept)
 
 
-def proven(chain: ChainTables) -> Named:
-    """The log of the sum over all paths, in logarithms where scaled messages could have lost something.
+def robust(chain: ChainTables) -> Array:
+    """Whether scaled messages lose nothing that counts.
 
     They lose a state whose probability falls below the smallest number. Where no transition is nearly impossible the
-    other states restore it at the next step, up to the share that was lost; so nothing is lost that counts.
+    other states restore it at the next step, up to the share that was lost.
     """
-    if not chain.pairs:  # one state only
-        return total(chain)
     tiny = float(jnp.finfo(chain.head.array.dtype).tiny)
-    least = jnp.stack([jnp.min(p.array - jnp.max(p.array)) for p in chain.pairs])
+    least = [jnp.min(p.array - jnp.max(p.array)) for p in chain.pairs]  # without pairs there is one state only
+    return jnp.all(jnp.stack(least) > math.log(tiny) / 3) if least else jnp.asarray(True)
+
+
+def proven(chain: ChainTables) -> Named:
+    """The log of the sum over all paths, in logarithms where scaled messages could have lost something."""
+    if not chain.pairs:
+        return total(chain)
     shapes = [jax.eval_shape(f).array.shape for f in (lambda: total(chain), lambda: log_sum(chain, log_sum_exp))]
     shape = jnp.broadcast_shapes(*shapes)
     value = jax.lax.cond(
-        jnp.all(least > math.log(tiny) / 3),
+        robust(chain),
         lambda: jnp.broadcast_to(total(chain).array, shape),
         lambda: jnp.broadcast_to(log_sum(chain, log_sum_exp).array, shape),
     )

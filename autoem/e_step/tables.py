@@ -67,6 +67,7 @@ class Factor:
         params: names of the parameters that the factor reads.
         is_prior: whether it is the prior of a parameter, no part of the data's likelihood.
         direct: why the natural form is not used, for the plan.
+        times: those of `kept` that are the steps of a chain, whose messages read a table step by step.
         coefficients: of a regression in natural form, the variables that hold its coefficients; see `regression`.
     """
 
@@ -84,6 +85,7 @@ class Factor:
     compact: bool
     direct: str = ""
     coefficients: tuple[Variable, ...] = ()
+    times: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -218,7 +220,7 @@ class Factor:
 
     def _keep(self, rows: Rows) -> tuple[str, ...]:
         scaled = rows.scale.axes if rows.scale is not None else ()
-        return union([z.name for z in self.latents], self.kept, scaled)
+        return union(self.times, [z.name for z in self.latents], self.kept, scaled)
 
     def _repeats(self, present: set[str]) -> float:
         """Number of equal terms along the axes that are summed but that nothing varies on."""
