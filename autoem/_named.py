@@ -166,6 +166,40 @@ def contract(keep: Sequence[str], *factors: Named) -> Named:
     return Named(result, out)
 
 
+def looked_up(table: Named, axis: str, index: Named) -> Named:
+    """The entries of `table` along `axis` that `index` names, the index's axes first."""
+    rest = tuple(a for a in table.axes if a != axis)
+    rows = table.to((axis, *rest))
+    numbers = index.array if jnp.issubdtype(index.array.dtype, jnp.integer) else index.array.astype(int)
+    return Named(read_rows(rows, numbers), (*index.axes, *rest))
+
+
+READ_AT_ONCE = 4096  # rows whose derivatives are summed one by one; sums of sums keep the digits of single precision
+
+
+@jax.custom_vjp
+def read_rows(table: Array, index: Array) -> Array:
+    """Rows of `table` by number, whose derivative is summed row by row."""
+    return jnp.take(table, index.astype(int), 0, mode="clip")
+
+
+def _read_forward(table: Array, index: Array):
+    return read_rows(table, index), (table, index)
+
+
+def _read_backward(saved, slope: Array):
+    table, index = saved
+    size, flat = len(table), index.astype(int).ravel()
+    part = jnp.arange(flat.size) // READ_AT_ONCE
+    parts = -(-flat.size // READ_AT_ONCE)
+    slope = slope.reshape(-1, *table.shape[1:])
+    sums = jax.ops.segment_sum(slope, flat + size * part, size * parts)
+    return sums.reshape(parts, *table.shape).sum(0), np.zeros(index.shape, jax.dtypes.float0)
+
+
+read_rows.defvjp(_read_forward, _read_backward)
+
+
 def pick(scores: Named, axis: str, chosen: Named) -> Named:
     """Fix one axis of `scores` at the chosen entries."""
     if axis not in scores.axes:

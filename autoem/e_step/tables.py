@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from autoem._jaxpr import Graph, Variable
-from autoem._named import Named, add, contract, contract_sum, multiply, named, union
+from autoem._named import Named, add, contract, contract_sum, looked_up, multiply, named, union
 from autoem.e_step.elimination import Route, Table
 from autoem.e_step.regression import squared_residuals
 from autoem.families import Family
@@ -202,6 +202,10 @@ class Factor:
         if self.coefficients and rows.mask is None and set(x.axes[1:]) <= set(keep):
             value = squared_residuals(keep, eta, x, lambda: self.features(rows), FEATURE)
             return add(value, self._constants(keep, constants))
+        if self.times and self._family.looks_up and set(x.axes) <= set(keep) - set(eta.axes):
+            value = looked_up(eta, FEATURE, x)
+            value = value if rows.mask is None else multiply(value, rows.mask)
+            return add(value, contract_sum(keep, self._counted(keep, constants, x, rows)))
         features = self.features(rows)
         return contract_sum(keep, (eta, features), self._counted(keep, constants, features, rows))
 
