@@ -63,6 +63,7 @@ class Build:
     model_start: Callable[[dict, Array], dict[str, Array]]
     seeding: dict[bool, Callable] = dataclasses.field(default_factory=dict)
     alike: tuple[str, ...] = ()
+    robust: Callable | None = None
     proof: Callable | None = None
 
     def __post_init__(self):

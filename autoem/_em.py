@@ -212,9 +212,14 @@ def merit(state: State) -> tuple[bool, float]:
 def underflowed(built: Build, begin: Mapping[str, Array], state: State, bundle: Bundle) -> bool:
     """Whether messages of a chain lost, as scaled probabilities, what a later step needed.
 
-    Asked where the fit began and where it ended: messages in logarithms give another likelihood there.
+    Asked where the fit began and where it ended: messages in logarithms give another likelihood there. Where the
+    transitions alone tell that nothing was lost, no likelihood is computed.
     """
     if built.kernel.layout.logs or not any(c.lag for c in built.program.chains):
+        return False
+    if built.robust is None:
+        built.robust = jit_once(lambda p, b: built.kernel.robust(p, b))
+    if all(bool(built.robust(params, bundle)) for params in (begin, state.params)):
         return False
     if built.proof is None:
         built.proof = jit_once(lambda p, b: built.kernel.proof.objective(p, b)[0])

@@ -23,6 +23,8 @@ from jax.sharding import PartitionSpec as P
 from autoem._chunks import Chunks, device_mesh, resized, row_specs, slice_named, slice_rows
 from autoem._integrals import Integral
 from autoem._named import Named
+from autoem.e_step.along_time import ChainStep
+from autoem.e_step.chains import robust
 from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import Layout, Table, eliminate
 from autoem.e_step.tables import Factor, Rows
@@ -88,6 +90,17 @@ class Kernel:
     def _whole(self, cells, integrals: Sequence[Table], bundle: Bundle) -> Array:
         tables = self.tables(cells, bundle.rows, self.likelihood_factors)
         return eliminate([*tables, *integrals], make_layout(self.layout, bundle))
+
+    def robust(self, params: Params, bundle: Bundle) -> Array:
+        """Whether the scaled messages of every chain lose nothing; the compiler leaves out all but the transitions."""
+        factors, rows, layout = self.likelihood_factors, bundle.rows, make_layout(self.layout, bundle)
+        if self.chunks:  # transitions are the same for all rows: see `plan_chunks`
+            factors = [resized(f, self.chunks.plate, self.chunks.main) for f in factors]
+            layout = dataclasses.replace(layout, sizes={**layout.sizes, self.chunks.plate: self.chunks.main})
+        steps: list[Any] = []
+        eliminate(self.tables(self.problem.cells(params, bundle), rows, factors), layout, steps=steps)
+        tables = [s.tables for s in steps if isinstance(s, ChainStep)]
+        return jnp.all(jnp.stack([robust(t) for t in tables])) if tables else jnp.asarray(True)
 
     def expect(self, params: Params, bundle: Bundle) -> tuple[Array, Array, dict[str, Any]]:
         """The E-step: log-likelihood, log prior, and expected statistics as the gradient with respect to the cells."""

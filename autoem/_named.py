@@ -103,6 +103,12 @@ def contract_sum(keep: Sequence[str], *pairs: tuple[Named, Named]) -> Named:
         return add(*(contract(keep, a, b) for a, b in pairs))
     left = jnp.concatenate([p.left for p in products], 1)
     right = jnp.concatenate([p.right for p in products], 0)
+    first = products[0]
+    if list(keep)[: len(first.columns)] == list(first.columns):  # asked for along the columns first
+        tall = Product(
+            left, right, first.columns, first.rows, first.shape[len(first.rows) :] + first.shape[: len(first.rows)]
+        )
+        return tall.result(keep, tall_product(left, right))
     wide = right.shape[1] >= WIDE and right.shape[0] >= 4 * left.shape[0]
     return products[0].result(keep, wide_product(left, right) if wide else left @ right)
 
@@ -128,6 +134,24 @@ def _wide_backward(saved, slope: Array):
 wide_product.defvjp(_wide_forward, _wide_backward)
 
 
+@jax.custom_vjp
+def tall_product(left: Array, right: Array) -> Array:
+    """`(left @ right).T`, made in that order; and so are its derivatives."""
+    return right.T @ left.T
+
+
+def _tall_forward(left: Array, right: Array):
+    return tall_product(left, right), (left, right)
+
+
+def _tall_backward(saved, slope: Array):
+    left, right = saved
+    return (right @ slope).T, (slope @ left).T
+
+
+tall_product.defvjp(_tall_forward, _tall_backward)
+
+
 def contract(keep: Sequence[str], *factors: Named) -> Named:
     """Product of `factors`, summed over every axis not in `keep`; of `keep` those axes remain that some factor has."""
     # the largest factor stays as it lies: the others are transposed to the order of its axes, which costs nothing
@@ -140,6 +164,40 @@ def contract(keep: Sequence[str], *factors: Named) -> Named:
     spec = ",".join("".join(letters[a] for a in f.axes) for f in factors)
     result = jnp.einsum(f"{spec}->{''.join(letters[a] for a in out)}", *(f.array for f in factors))
     return Named(result, out)
+
+
+def looked_up(table: Named, axis: str, index: Named) -> Named:
+    """The entries of `table` along `axis` that `index` names, the index's axes first."""
+    rest = tuple(a for a in table.axes if a != axis)
+    rows = table.to((axis, *rest))
+    numbers = index.array if jnp.issubdtype(index.array.dtype, jnp.integer) else index.array.astype(int)
+    return Named(read_rows(rows, numbers), (*index.axes, *rest))
+
+
+READ_AT_ONCE = 4096  # rows whose derivatives are summed one by one; sums of sums keep the digits of single precision
+
+
+@jax.custom_vjp
+def read_rows(table: Array, index: Array) -> Array:
+    """Rows of `table` by number, whose derivative is summed row by row."""
+    return jnp.take(table, index.astype(int), 0, mode="clip")
+
+
+def _read_forward(table: Array, index: Array):
+    return read_rows(table, index), (table, index)
+
+
+def _read_backward(saved, slope: Array):
+    table, index = saved
+    size, flat = len(table), index.astype(int).ravel()
+    part = jnp.arange(flat.size) // READ_AT_ONCE
+    parts = -(-flat.size // READ_AT_ONCE)
+    slope = slope.reshape(-1, *table.shape[1:])
+    sums = jax.ops.segment_sum(slope, flat + size * part, size * parts)
+    return sums.reshape(parts, *table.shape).sum(0), np.zeros(index.shape, jax.dtypes.float0)
+
+
+read_rows.defvjp(_read_forward, _read_backward)
 
 
 def pick(scores: Named, axis: str, chosen: Named) -> Named:

@@ -19,7 +19,7 @@ from jax import Array
 from autoem._errors import PlanError
 from autoem._named import Named, add, pick, union
 from autoem.e_step import chains
-from autoem.e_step.chains import TIME, ChainTables, Frame
+from autoem.e_step.chain_tables import TIME, ChainTables, Frame
 from autoem.e_step.layout import Held, Layout, Table
 from autoem.e_step.reductions import log_sum_exp
 from autoem.ir import Chain, Program, at_lag, at_step

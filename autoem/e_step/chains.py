@@ -24,44 +24,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from autoem._named import Named, add, pick, union
+from autoem._named import Named, add, pick
+from autoem.e_step.chain_tables import TIME, ChainTables, Spec, arrays_of, einsum, in_time, merged
 from autoem.e_step.reductions import log_sum_exp
 
-TIME = "·t"  # the axis that the messages run along
 SOURCE = "Baum, Petrie, Soules and Weiss 1970 (forward-backward); Rabiner 1989 (scaling)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """Names of the axes: `previous` and `current` states are aligned, `kept` are plates and latents of all time."""
-
-    kept: tuple[str, ...]
-    previous: tuple[str, ...]
-    current: tuple[str, ...]
-
-    @property
-    def before(self) -> tuple[str, ...]:
-        return self.kept + self.previous
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        return self.kept + self.current
-
-    @property
-    def gone(self) -> tuple[str, ...]:
-        """States of the step before that the next message no longer holds."""
-        return tuple(a for a in self.previous if a not in self.current)
-
-
-@dataclasses.dataclass(frozen=True)
-class ChainTables:
-    """What a chain is made of: `head` over `previous`; `single` over `current`; `pairs` over both."""
-
-    frame: Frame
-    head: Named
-    single: Named
-    pairs: tuple[Named, ...]
-    steps: int
 
 
 def total(chain: ChainTables) -> Named:
@@ -69,42 +36,6 @@ def total(chain: ChainTables) -> Named:
     head, single, pairs = arrays_of(chain)
     spec = Spec(chain.frame, tuple(p.axes for p in chain.pairs), chain.steps)
     return Named(_total(spec, head, single, pairs), chain.frame.kept)
-
-
-def arrays_of(chain: ChainTables) -> tuple[Array, Array, tuple[Array, ...]]:
-    """The tables as arrays: the head at full size, the single table with every axis, if of size one."""
-    frame = chain.frame
-    sizes = {a: t.size(a) for t in (chain.head, chain.single, *chain.pairs) for a in t.axes}
-    head = jnp.broadcast_to(chain.head.to(frame.before), [sizes.get(a, 1) for a in frame.before])
-    return head, chain.single.to((TIME, *frame.after)), tuple(p.array for p in chain.pairs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What the compiled recursion needs to know besides the arrays."""
-
-    frame: Frame
-    pair_axes: tuple[tuple[str, ...], ...]
-    steps: int
-
-    @property
-    def varying(self) -> tuple[bool, ...]:
-        return tuple(TIME in axes for axes in self.pair_axes)
-
-    def step(self, out: Sequence[str], message: Array, axes: Sequence[str], pairs: Sequence[Array]) -> Array:
-        """One message through the tables of one step."""
-        named = [Named(p, tuple(a for a in x if a != TIME)) for p, x in zip(pairs, self.pair_axes, strict=True)]
-        return einsum(out, Named(message, tuple(axes)), *named)
-
-
-def einsum(out: Sequence[str], *factors: Named) -> Array:
-    """Product of `factors` summed over what is not in `out`, in the cheapest order (found by `opt_einsum`)."""
-    letters = {a: chr(ord("a") + i) for i, a in enumerate(union(*(f.axes for f in factors), tuple(out)))}
-    present = union(*(f.axes for f in factors))
-    kept = [a for a in out if a in present]
-    spec = ",".join("".join(letters[a] for a in f.axes) for f in factors) + "->" + "".join(letters[a] for a in kept)
-    result = Named(jnp.einsum(spec, *(f.array for f in factors), optimize="optimal"), tuple(kept))
-    return result.to(tuple(out))
 
 
 def scaled(table: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
@@ -133,8 +64,7 @@ jax.tree_util.register_dataclass(Scaled, ["head", "single", "pairs", "taken"], [
 
 
 def _scale(spec: Spec, head: Array, single: Array, pairs: tuple[Array, ...]) -> Scaled:
-    kept = len(spec.frame.kept)
-    states = tuple(range(kept, head.ndim))
+    states = spec.states
     head, top = scaled(head, states)
     total = head.sum(states, keepdims=True)
     head = head / jnp.where(total > 0, total, 1)
@@ -150,80 +80,86 @@ def _scale(spec: Spec, head: Array, single: Array, pairs: tuple[Array, ...]) -> 
 
 
 def _forward(spec: Spec, head: Array, single: Array, pairs: tuple[Array, ...]):
-    """Log of the sum; and the scaled tables with the messages that arrive at every step."""
-    s = _scale(spec, head, single, pairs)
-    frame, states = spec.frame, tuple(range(len(spec.frame.kept), head.ndim))
+    """Log of the sum; the scaled tables; the weight of every step's states given all before it, and its norm."""
+    s, states = _scale(spec, head, single, pairs), spec.states
+    through = spec.forth(s.pairs)
 
-    def step(message, at):
+    def step(before, at):
         single, varying = at
-        arrived = spec.step(frame.after, message, frame.before, merged(spec, s.pairs, varying))
-        weight = arrived * single
-        norm = weight.sum(states, keepdims=True)
-        return weight / jnp.where(norm > 0, norm, 1), arrived
+        return (through(before, one_over(before, states), varying) * single,) * 2
 
     over = jnp.broadcast_to(s.single, (spec.steps, *s.single.shape[1:]))
-    _, arrived = jax.lax.scan(step, s.head, (over, in_time(spec, s.pairs)))
-    norms = (arrived * s.single).sum(tuple(a + 1 for a in states))
-    return s.taken + jnp.log(norms).sum(0), (s, arrived, norms)
+    shape = jnp.broadcast_shapes(s.head.shape, over.shape[1:])
+    _, weights = jax.lax.scan(step, jnp.broadcast_to(s.head, shape), (over, in_time(spec, s.pairs)))
+    norms = weights.sum(tuple(a + 1 for a in states))
+    return s.taken + jnp.log(norms).sum(0), (s, weights, norms)
 
 
-def in_time(spec: Spec, pairs: Sequence[Array]) -> tuple[Array, ...]:
-    return tuple(p for p, v in zip(pairs, spec.varying, strict=True) if v)
-
-
-def merged(spec: Spec, pairs: Sequence[Array], varying: Sequence[Array]) -> list[Array]:
-    """The tables of one step: those that vary in time at that step, the others as they are."""
-    now = iter(varying)
-    return [next(now) if v else p for p, v in zip(pairs, spec.varying, strict=True)]
+def one_over(weight: Array, states: tuple[int, ...]) -> Array:
+    """One over the sum along `states`; what vanished altogether stays zero."""
+    norm = weight.sum(states, keepdims=True)
+    return 1 / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
 
 
 def _backward(spec: Spec, s: Scaled) -> Array:
-    """Messages from the steps after each step, scaled; the last is one."""
-    frame, states = spec.frame, tuple(range(len(spec.frame.kept), s.head.ndim))
-
-    def step(weight, at):
-        single, varying = at
-        back = spec.step(frame.before, weight, frame.after, merged(spec, s.pairs, varying))
-        norm = back.sum(states, keepdims=True)
-        back = back / jnp.where(norm > 0, norm, 1)
-        return back * single, back
-
+    """What every step and those after it say of its states, up to a factor."""
     over = jnp.broadcast_to(s.single, (spec.steps, *s.single.shape[1:]))
-    shape = jnp.broadcast_shapes(s.head.shape, s.single.shape[1:])
-    last = jnp.broadcast_to(over[-1], shape)
-    # the steps in reverse: from step t's weight, through the tables of step t, to step t - 1
-    reverse = tuple(p[::-1][:-1] for p in in_time(spec, s.pairs))
-    _, back = jax.lax.scan(step, last, (over[:-1][::-1], reverse))
-    return jnp.concatenate([back[::-1], jnp.ones((1, *shape), back.dtype)])
+    last = jnp.broadcast_to(over[-1], jnp.broadcast_shapes(s.head.shape, over.shape[1:]))
+    through, varying = spec.back(s.pairs), in_time(spec, s.pairs)
+
+    def step(state):
+        # a loop of our own: the tables are read where they lie, one step apart, and not cut to equal lengths first
+        t, ahead, messages = state
+        later = [jax.lax.dynamic_index_in_dim(p, t + 1, keepdims=False, allow_negative_indices=False) for p in varying]
+        arrived = through(ahead, one_over(ahead, spec.states), later)
+        ahead = arrived * jax.lax.dynamic_index_in_dim(over, t, keepdims=False, allow_negative_indices=False)
+        return t - 1, ahead, jax.lax.dynamic_update_index_in_dim(messages, ahead, t, 0, allow_negative_indices=False)
+
+    messages = jnp.zeros((spec.steps, *last.shape), last.dtype).at[-1].set(last)
+    start = jnp.asarray(spec.steps - 2), last, messages
+    return jax.lax.while_loop(lambda state: state[0] >= 0, step, start)[2]
 
 
 def _total_fwd(spec: Spec, head: Array, single: Array, pairs: tuple[Array, ...]):
-    value, (s, arrived, norms) = _forward(spec, head, single, pairs)
-    return value, (s, arrived, norms, _backward(spec, s))
+    value, (s, weights, norms) = _forward(spec, head, single, pairs)
+    return value, (s, weights, norms, _backward(spec, s))
 
 
 def _total_bwd(spec: Spec, residuals, slope: Array):
-    s, arrived, norms, back = residuals
+    s, weights, norms, ahead = residuals
     frame = spec.frame
-    states = tuple(range(len(frame.kept), s.head.ndim))
-    later = tuple(a + 1 for a in states)
-    ahead = s.single * back
-    norm = (arrived * ahead).sum(later, keepdims=True)
-    ahead = ahead / jnp.where(norm > 0, norm, 1)
-    marginal = arrived * ahead * jnp.expand_dims(slope, states)
-    over = norms.reshape(norms.shape + (1,) * len(states))
-    filtered = arrived * s.single / jnp.where(over > 0, over, 1)
-    before = jnp.concatenate([s.head[None], filtered[:-1]])
-    ahead = ahead * jnp.expand_dims(slope, states)
-    factors = [Named(before, (TIME, *frame.before)), Named(ahead, (TIME, *frame.after))]
+    later = tuple(a + 1 for a in spec.states)
+    norms = jnp.expand_dims(norms, later)
+    over = 1 / jnp.where(norms > 0, norms, 1)
+    filtered = weights * over
+    # a state that cannot have been seen has no weight either, whatever follows it
+    joint = filtered * jnp.where(s.single > 0, ahead / s.single, 0)
+    total = joint.sum(later, keepdims=True)
+    total = 1 / jnp.where(total > 0, total, 1)
+    marginal = joint * (total * slope)
+    ahead = ahead * over * (total * slope)
     tables = [Named(p, axes) for p, axes in zip(s.pairs, spec.pair_axes, strict=True)]
-    pairs = tuple(
-        einsum(t.axes, *factors, *(o for j, o in enumerate(tables) if j != i)) * t.array for i, t in enumerate(tables)
-    )
+    pairs = tuple(pair_marginals(spec, i, s.head, filtered, ahead, tables) for i in range(len(tables)))
     first = [Named(p[0] if v else p, tuple(a for a in x if a != TIME)) for p, v, x in
              zip(s.pairs, spec.varying, spec.pair_axes, strict=True)]  # fmt: skip
     head = einsum(frame.before, Named(ahead[0], frame.after), *first) * s.head
-    return head, summed_to(marginal, s.single.shape), pairs
+    return summed_to(head, s.head.shape), summed_to(marginal, s.single.shape), pairs
+
+
+def pair_marginals(
+    spec: Spec, which: int, head: Array, filtered: Array, ahead: Array, tables: Sequence[Named]
+) -> Array:
+    """Expected counts of neighbours for one of the tables of pairs: a single product over all steps."""
+    frame, table = spec.frame, tables[which]
+    others = [t for i, t in enumerate(tables) if i != which]
+    head = jnp.broadcast_to(head, filtered.shape[1:])
+    if any(spec.varying):
+        before = Named(jnp.concatenate([head[None], filtered[:-1]]), (TIME, *frame.before))
+        return einsum(table.axes, before, Named(ahead, (TIME, *frame.after)), *others) * table.array
+    # the first step apart, so that the product over the others reads the messages where they lie
+    before, after = Named(filtered[:-1], (TIME, *frame.before)), Named(ahead[1:], (TIME, *frame.after))
+    first = einsum(table.axes, Named(head, frame.before), Named(ahead[0], frame.after), *others)
+    return (first + einsum(table.axes, before, after, *others)) * table.array
 
 
 _total.defvjp(_total_fwd, _total_bwd)
@@ -239,14 +175,14 @@ def filtered(chain: ChainTables, logs: bool) -> Named:
     """Probabilities of the states of every step given what was seen up to it, with the time axis first."""
     if logs:
         messages = log_messages(chain, log_sum_exp)[1]
-        states = tuple(range(1 + len(chain.frame.kept), messages.ndim))
+        states = tuple(range(1, 1 + len(chain.frame.current)))
         weight = jax.nn.softmax(messages, axis=states)
         return Named(weight, (TIME, *chain.frame.after))
     head, single, pairs = arrays_of(chain)
     spec = Spec(chain.frame, tuple(p.axes for p in chain.pairs), chain.steps)
-    _, (s, arrived, norms) = _forward(spec, head, single, pairs)
-    over = norms.reshape(norms.shape + (1,) * (head.ndim - len(chain.frame.kept)))
-    return Named(arrived * s.single / jnp.where(over > 0, over, 1), (TIME, *chain.frame.after))
+    _, (_, weights, norms) = _forward(spec, head, single, pairs)
+    over = jnp.expand_dims(norms, tuple(a + 1 for a in spec.states))
+    return Named(weights / jnp.where(over > 0, over, 1), (TIME, *chain.frame.after))
 
 
 def log_messages(chain: ChainTables, reduce: Callable[[Array], Array]) -> tuple[Array, Array, Array]:
@@ -256,7 +192,7 @@ def log_messages(chain: ChainTables, reduce: Callable[[Array], Array]) -> tuple[
     """
     frame, spec = chain.frame, Spec(chain.frame, tuple(p.axes for p in chain.pairs), chain.steps)
     head, single, pairs = arrays_of(chain)
-    states = tuple(range(len(frame.kept), head.ndim))
+    states = spec.states
 
     def step(message, at):
         single, varying = at
@@ -284,24 +220,29 @@ def log_sum(chain: ChainTables, reduce: Callable[[Array], Array]) -> Named:
     frame = chain.frame
     _, messages, taken = log_messages(chain, reduce)
     last = messages[-1]
-    flat = jnp.moveaxis(last.reshape(*last.shape[: len(frame.kept)], -1), -1, 0)
+    flat = last.reshape(-1, *last.shape[len(frame.current) :])
     return Named(reduce(flat) + taken.sum(0), frame.kept)
 
 
-def proven(chain: ChainTables) -> Named:
-    """The log of the sum over all paths, in logarithms where scaled messages could have lost something.
+def robust(chain: ChainTables) -> Array:
+    """Whether scaled messages lose nothing that counts.
 
     They lose a state whose probability falls below the smallest number. Where no transition is nearly impossible the
-    other states restore it at the next step, up to the share that was lost; so nothing is lost that counts.
+    other states restore it at the next step, up to the share that was lost.
     """
-    if not chain.pairs:  # one state only
-        return total(chain)
     tiny = float(jnp.finfo(chain.head.array.dtype).tiny)
-    least = jnp.stack([jnp.min(p.array - jnp.max(p.array)) for p in chain.pairs])
+    least = [jnp.min(p.array - jnp.max(p.array)) for p in chain.pairs]  # without pairs there is one state only
+    return jnp.all(jnp.stack(least) > math.log(tiny) / 3) if least else jnp.asarray(True)
+
+
+def proven(chain: ChainTables) -> Named:
+    """The log of the sum over all paths, in logarithms where scaled messages could have lost something."""
+    if not chain.pairs:
+        return total(chain)
     shapes = [jax.eval_shape(f).array.shape for f in (lambda: total(chain), lambda: log_sum(chain, log_sum_exp))]
     shape = jnp.broadcast_shapes(*shapes)
     value = jax.lax.cond(
-        jnp.all(least > math.log(tiny) / 3),
+        robust(chain),
         lambda: jnp.broadcast_to(total(chain).array, shape),
         lambda: jnp.broadcast_to(log_sum(chain, log_sum_exp).array, shape),
     )

@@ -108,9 +108,11 @@ def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     if site.role == "parameter":
         params = (site.name, *params)
     sizes = {p.name: p.size for p in program.plates.values()}
+    steps = {t for c in program.chains if c.lag for t in (c.time, c.bulk)}
+    times = tuple(a for a in kept if a in steps)
     return Factor(
         site, latents, site.role == "latent", kept, plates, route, family, params, site.role == "parameter", sizes,
-        graph, usable, direct, coefficients or (),
+        graph, usable, direct, coefficients or (), times,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from autoem._jaxpr import Graph, Variable
-from autoem._named import Named, add, contract, contract_sum, multiply, named, union
+from autoem._named import Named, add, contract, contract_sum, looked_up, multiply, named, union
 from autoem.e_step.completions import NODES, Completions
 from autoem.e_step.elimination import Route, Table
 from autoem.e_step.regression import squared_residuals
@@ -68,6 +68,7 @@ class Factor:
         params: names of the parameters that the factor reads.
         is_prior: whether it is the prior of a parameter, no part of the data's likelihood.
         direct: why the natural form is not used, for the plan.
+        times: those of `kept` that are the steps of a chain, whose messages read a table step by step.
         coefficients: of a regression in natural form, the variables that hold its coefficients; see `regression`.
         completions: the continuous latents that it reads, its own among them; see `completions`.
     """
@@ -86,6 +87,7 @@ class Factor:
     compact: bool
     direct: str = ""
     coefficients: tuple[Variable, ...] = ()
+    times: tuple[str, ...] = ()
     completions: Completions | None = None
 
     @property
@@ -220,6 +222,10 @@ class Factor:
         if self.coefficients and rows.mask is None and set(x.axes[1:]) <= set(keep):
             value = squared_residuals(keep, eta, x, lambda: self.features(rows), FEATURE)
             return add(value, self._constants(keep, constants))
+        if self.times and self._family.looks_up and set(x.axes) <= set(keep) - set(eta.axes):
+            value = looked_up(eta, FEATURE, x)
+            value = value if rows.mask is None else multiply(value, rows.mask)
+            return add(value, contract_sum(keep, self._counted(keep, constants, x, rows)))
         features = self.features(rows)
         return contract_sum(keep, (eta, features), self._counted(keep, constants, features, rows))
 
@@ -238,7 +244,8 @@ class Factor:
 
     def _keep(self, rows: Rows) -> tuple[str, ...]:
         scaled = rows.scale.axes if rows.scale is not None else ()
-        return union([z.name for z in self.latents], (NODES,) if self.completions else (), self.kept, scaled)
+        nodes = (NODES,) if self.completions else ()
+        return union(self.times, [z.name for z in self.latents], nodes, self.kept, scaled)
 
     def _repeats(self, present: set[str]) -> float:
         """Number of equal terms along the axes that are summed but that nothing varies on."""

@@ -121,6 +121,8 @@ class Family:
         otherwise: for families with `fixed` attributes, the sentence for the plan where one of them is not data.
         sized_by: the argument whose last axis has the length `p` that `features` cannot read off the values (the number
             of categories); `features` finds it under "size". Empty where the values tell.
+        looks_up: whether the statistics are one for the value's own category and zero for the others, so that a log
+            density is an entry of `eta`, read by the value.
         fixed_rules: for those of `fixed` that may be solved for where the site is evaluated row by row, how.
         bounds: those of `args` and `fixed` that the support depends on; no parameter may stand in them.
         source: where the natural form and its maximum are derived.
@@ -140,6 +142,7 @@ class Family:
     when: str | None = None
     otherwise: str = ""
     sized_by: str = ""
+    looks_up: bool = False
     fixed_rules: Mapping[str, Rule] = dataclasses.field(default_factory=dict)
     bounds: tuple[str, ...] = ()
 

@@ -170,6 +170,7 @@ _register(
     base=_zero,
     arg_dim=1,
     sized=True,
+    looks_up=True,
     source=_BROWN,
 )
 

@@ -42,13 +42,15 @@ def own(start, single, trans):
     import jax
 
     from autoem._named import Named
-    from autoem.e_step import chains
+    from autoem.e_step import chain_tables, chains
 
-    frame = chains.Frame((), ("p",), ("c",))
+    frame = chain_tables.Frame((), ("p",), ("c",))
 
     def value(start, single, trans):
         pairs = (Named(trans, ("p", "c")),)
-        tables = chains.ChainTables(frame, Named(start, ("p",)), Named(single, (chains.TIME, "c")), pairs, len(single))
+        tables = chain_tables.ChainTables(
+            frame, Named(start, ("p",)), Named(single, (chain_tables.TIME, "c")), pairs, len(single)
+        )
         return chains.total(tables).array
 
     return jax.value_and_grad(value, (0, 1, 2))(start, single, trans)
