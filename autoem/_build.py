@@ -28,8 +28,10 @@ from autoem.e_step.strategies import AbstractEStep, Exact, Truncated
 from autoem.e_step.tables import Factor, log_density_constant
 from autoem.ir import Program
 from autoem.m_step.choose import choose
+from autoem.m_step.mixed_signs import mixed_signs
 from autoem.m_step.problem import Bundle, Problem
 from autoem.m_step.strategies import AbstractMStep
+from autoem.m_step.superposition import Superposition
 from autoem.passes.classify import classify, continuous_latents, nearest
 
 LARGE = 1_000_000  # entries of the data from which their preparation is compiled well rather than fast
@@ -65,6 +67,8 @@ class Build:
     alike: tuple[str, ...] = ()
     robust: Callable | None = None
     proof: Callable | None = None
+    sums: tuple[Superposition, ...] = ()
+    mixed: frozenset[str] = frozenset()
 
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
@@ -103,9 +107,18 @@ class Build:
         return self.model_start(start_data(self.found, source), key)
 
     def fits(self, source: Source) -> bool:
-        """Whether the supports computed from this data are those that the plan was made for."""
+        """Whether the supports, and the signs of sums, computed from this data are those that the plan was made for."""
         moved = support_limits(self.found, source)
-        return all(np.array_equal(self.limits[n], v) for n, v in moved.items())
+        same = all(np.array_equal(self.limits[n], v) for n, v in moved.items())
+        return same and self.mixed == self.signs(source).keys()
+
+    def signs(self, source: Source) -> dict[str, str]:
+        """What the signs of this data forbid; see `mixed_signs`."""
+        if not self.sums:
+            return {}
+        key = jax.random.key(0)
+        values = {**{("data", i): x for i, x in self.data(source).items()}, ("key", 0): key}
+        return mixed_signs(self.sums, self.program.params, self.start(source, key), values)
 
 
 def support_limits(found: Discovery, source: Source) -> dict[str, np.ndarray]:
@@ -231,12 +244,17 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
     if integrals:  # what the M-step sees of the data has nodes in it
         draft = Kernel(program, problem, layout, (), None, integrals)
         shapes = jax.eval_shape(draft.completed, params, shapes)
-    blocks = choose(problem, params, shapes, asked(program, options))
+    wishes = asked(program, options)
+    blocks = choose(problem, params, shapes, wishes)
+    sums = tuple(b for b in blocks if isinstance(b, Superposition))
+    if mixed := mixed_signs(sums, program.params, params, values):
+        blocks = choose(problem, params, shapes, wishes, mixed)
     chunks = None if integrals else plan_chunks(program, problem, layout, params, shapes)
     notes = notes_of(program, options)
     plan = make_plan(program, problem, layout, blocks, chunks, params, shapes, notes, integrals)
     kernel = Kernel(program, problem, layout, blocks, chunks, integrals)
-    return Build(plan, kernel, found, source, factors, support_limits(found, source), model_start)
+    limits = support_limits(found, source)
+    return Build(plan, kernel, found, source, factors, limits, model_start, sums=sums, mixed=frozenset(mixed))
 
 
 def asked(program: Program, options: Options) -> dict[str, AbstractMStep | None]:

@@ -210,7 +210,7 @@ def check_m_step(built: Build, params, bundle: Bundle) -> list[Check]:
     for block in kernel.blocks:
         solve = jax.jit(lambda p, s, b, block=block: block.solve(p, s, b, block.init(p))[0])
         current.update(solve(current, statistics, bundle))
-        if block.strategy != CLOSED_FORM:
+        if block.strategy != CLOSED_FORM or not block.maximises:
             continue
         touched = kernel.problem.touched(block.names)
         for n in block.names:

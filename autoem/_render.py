@@ -30,7 +30,8 @@ def plan_text(plan: Plan) -> str:
             shown = order if len(order) <= 10 else (*order[:8], f"... {len(order) - 8} more")
             lines += _wrapped("    order: ", ", ".join(shown))
     else:
-        lines += ["    no latents: the likelihood is maximised directly"]
+        split = dict.fromkeys(b.augmentation for b in plan.blocks if b.augmentation)
+        lines += _wrapped("    no latents: ", "; ".join(split) or "the likelihood is maximised directly")
     if plan.chunks:
         c = plan.chunks
         lines += [

@@ -29,6 +29,8 @@ class AbstractBlock(abc.ABC):
         names: the parameters that it updates.
         problem: the factors.
         reason: why this strategy, as one sentence for the plan.
+        maximises: whether one solution leaves no slope of `Q` in the parameters; otherwise it raises `Q`.
+        augmentation: the latent that is not in the model's text but in the update, as a clause for the plan; or empty.
     """
 
     names: tuple[str, ...]
@@ -37,11 +39,16 @@ class AbstractBlock(abc.ABC):
 
     strategy = CLOSED_FORM
     order = 0
+    maximises = True
     source = "Dempster, Laird and Rubin 1977"
 
     @abc.abstractmethod
     def solve(self, params: Params, statistics: Statistics, bundle: Bundle, state: Any) -> tuple[dict[str, Array], Any]:
         """New values of the block's parameters, and the optimiser's new state."""
+
+    @property
+    def augmentation(self) -> str:
+        return ""
 
     def init(self, params: Params) -> Any:
         """The optimiser's first state; None where there is none."""

@@ -67,9 +67,15 @@ def on_circle(constraint) -> bool:
 
 
 def choose(
-    problem: Problem, params: Params, bundle: Bundle, asked_for: Mapping[str, AbstractMStep | None]
+    problem: Problem,
+    params: Params,
+    bundle: Bundle,
+    asked_for: Mapping[str, AbstractMStep | None],
+    mixed: Mapping[str, str] | None = None,
 ) -> tuple[AbstractBlock, ...]:
     """A block for every parameter that is not fixed, in the order of their updates.
+
+    `mixed` tells of parameters what the data's signs forbid; see `mixed_signs`.
 
     Raises:
         PlanError: a closed form was asked for where there is none.
@@ -82,7 +88,7 @@ def choose(
         if isinstance(wish, Fixed):
             continue
         kind = "angle" if on_circle(param.constraint) else kind_of(param.constraint)
-        asked = Asked(name, kind, tuple(uses_of(name, factors)), problem, params, bundle)
+        asked = Asked(name, kind, tuple(uses_of(name, factors)), problem, params, bundle, (mixed or {}).get(name, ""))
         if not asked.uses and param.prior is None:
             continue  # nothing observed depends on it: it stays where it is
         refuse_unconstrained(asked)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import jax
 
 from autoem.families import Covariance, Family, NoClosedForm, Opaque
-from autoem.m_step import counting, covariance, direction, location, median, power, structured
+from autoem.m_step import counting, covariance, direction, location, median, power, structured, superposition
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.counting import Count
 from autoem.m_step.covariance import Scatter
@@ -24,6 +24,7 @@ from autoem.m_step.median import Middle
 from autoem.m_step.power import Scale
 from autoem.m_step.priors import COUNTS, MATRICES, NORMAL, POWERS, prior_of, readable
 from autoem.m_step.problem import Bundle, Params, Problem, Use
+from autoem.m_step.superposition import Superposition
 from autoem.passes.link import Declined
 
 T = TypeVar("T")
@@ -31,7 +32,10 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Asked:
-    """The question that every rule answers: a parameter, its places, and the point at which links are read."""
+    """The question that every rule answers: a parameter, its places, and the point at which links are read.
+
+    `mixed` says, where it is known, what of the rates that are sums in the parameter may be negative.
+    """
 
     name: str
     kind: str
@@ -39,6 +43,7 @@ class Asked:
     problem: Problem
     params: Params
     bundle: Bundle
+    mixed: str = ""
 
     def read(self, question: Callable[[Params, Bundle], T]) -> T:
         """Ask about a link under abstract evaluation: nothing is computed, only what JAX traces."""
@@ -192,8 +197,24 @@ def median_rule(asked: Asked) -> AbstractBlock:
     return Middle((asked.name,), asked.problem, why(asked, "the location of"), asked.uses)
 
 
+def superposition_rule(asked: Asked) -> AbstractBlock:
+    """Poisson rates that are non-negative sums."""
+    if asked.kind != "positive" or not asked.uses:
+        raise Declined("it is not positive")
+    prior = prior_of(asked.name, asked.problem.factors)
+    entry = POWERS.get(prior.site.distribution) if prior else None
+    if prior and (entry is None or entry[1] not in (None, 1.0) or not readable(prior, entry[0])):
+        raise Declined(f"its prior {prior.site.distribution} is not conjugate to it")
+    for use in asked.uses:
+        asked.read(lambda p, b, use=use: superposition.accept(asked.problem, use, asked.name, p, b))
+    if asked.mixed:
+        raise Declined(asked.mixed)
+    how = "EM by superposition, each count split over the terms of its rate, a non-negative sum"
+    return Superposition((asked.name,), asked.problem, why(asked, how), asked.uses)
+
+
 RULES: tuple[Callable[[Asked], AbstractBlock], ...] = (
-    count_rule, power_rule, location_rule, covariance_rule, direction_rule, median_rule,
+    count_rule, power_rule, location_rule, covariance_rule, direction_rule, median_rule, superposition_rule,
 )  # fmt: skip
 PREFERRED = {
     "simplex": count_rule,
@@ -232,6 +253,8 @@ def closed_form(asked: Asked) -> AbstractBlock:
 
 def nearest_reason(asked: Asked, reasons: Mapping[Callable, str]) -> str:
     """Why the rule that came nearest declined, in the family's own words where it has none."""
+    if asked.mixed:
+        return asked.mixed
     for use in asked.uses:
         family = use.factor.family
         if use.argument and family:

@@ -14,3 +14,7 @@ def to_unconstrained(param: Param, value: Array) -> Array:
 
 def to_constrained(param: Param, value: Array) -> Array:
     return biject_to(param.constraint)(value)
+
+
+def unconstrained_shape(param: Param, value: Array) -> tuple[int, ...]:
+    return biject_to(param.constraint).inverse_shape(value.shape)

@@ -181,6 +181,13 @@ def coronary(d):
         _node(d, "family", p["family"][mental_work])
 
 
+def tomography(d):
+    system, y = d["system"], d["counts"]
+    activity = positive("activity", jnp.full(system.shape[1], y.sum() / system.shape[1]))
+    with numpyro.plate("bins", len(y)):
+        numpyro.sample("y", dist.Poisson((system * activity).sum(1) + 0.0), obs=y)
+
+
 def dawid_skene(d):
     classes, raters, items = 4, 5, 45
     prevalence = simplex("prevalence", jnp.full(classes, 1 / classes))

@@ -59,6 +59,12 @@ def sequences() -> Columns:
     return {"sequences": jnp.array([["ACGT".index(letter) for letter in line] for line in lines[1::2]])}
 
 
+def phantom() -> Columns:
+    strip, counts = columns("phantom_system.csv"), columns("phantom_counts.csv")["count"]
+    system = jnp.zeros((len(counts), 64)).at[strip["bin"], strip["pixel"]].set(strip["weight"] / 300)
+    return {"system": system, "counts": counts}
+
+
 def majority_vote(d: Columns) -> dict[str, Any]:
     """As in Dawid and Skene 1979: an item's class is at first as probable as it is frequent among the labels."""
     counts = jnp.zeros((45, 4)).at[d["item"], d["label"]].add(1.0)
@@ -180,6 +186,7 @@ CASES = (
         dict.fromkeys(("beta", "gamma"), ("Newton", "gradient")),
         "model",
     ),
+    Case("pet_phantom", models.tomography, phantom, _closed("activity"), options=_SLOW | {"tol": 1e-12}),
     Case("biochemists_constant", models.zero_inflated(()), _file("biochemists.csv"), _closed("beta", "gamma"), "model"),
 )
 BY_NAME = {case.name: case for case in CASES}

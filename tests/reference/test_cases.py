@@ -74,6 +74,19 @@ def test_log_likelihood_along_the_path_of_word_alignment():
     np.testing.assert_allclose(result.history[:3], expected, rtol=0, atol=1e-8)
 
 
+def test_log_likelihood_along_the_path_of_tomography():
+    """After 1, 10 and 100 steps from the uniform image, as computed in NumPy; and every photon is accounted for."""
+    result, data = fit("pet_phantom")
+    reference = BY_NAME["pet_phantom"].reference
+    for step, expected in reference["path_log_likelihood"].items():
+        np.testing.assert_allclose(result.history[int(step)], expected, rtol=0, atol=1e-6)
+    fitted = (data["system"] @ result.params["activity"]).sum()
+    np.testing.assert_allclose(fitted, reference["fitted_total"], rtol=1e-6)
+    assert int((result.params["activity"] < 1e-6).sum()) == 23
+    assert any("on its boundary" in warning for warning in result.warnings)
+    assert "superposition" in str(result.plan)
+
+
 def test_posterior_finds_the_parties_of_unlabelled_members():
     result, data = fit("house_votes")
     unlabelled = data["label"] < 0
