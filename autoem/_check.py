@@ -16,15 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.flatten_util import ravel_pytree
 from numpyro import handlers
 
 from autoem._build import Build
 from autoem._errors import DataError, ModelError, PlanError
+from autoem._lower import with_nodes
 from autoem._posterior import Posterior
 from autoem._result import EMResult
 from autoem._stderr import free_entries, move
 from autoem._trace import Source
 from autoem._verify import by_model, host_params, noise_for, verify
+from autoem.e_step.completions import NODES
 from autoem.m_step._base import CLOSED_FORM
 from autoem.m_step.problem import Bundle, graph_values
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 MAX_COMPLETIONS = 20_000
 MAX_ROWS = 2_000
+MAX_COORDINATES = 400
 TAIL = 14.0  # a statistic beyond the bound comes by chance once in exp(14), about a million
 
 
@@ -161,6 +165,8 @@ def check_brute_force(em: EM, call: Call, key: Array) -> Check:
     """Sum over every completion of few enough cells; the elimination must give the same."""
     name = "likelihood equals the sum over all completions"
     latents = call.built.program.latents
+    if call.built.program.continuous:
+        return check_integral(em, call, key)
     if not latents:
         return not_tried(name, "no latents")
     most, digits, size = float(np.log10(MAX_COMPLETIONS)), digits_of(call.built), largest_plate(call.built)
@@ -175,6 +181,43 @@ def check_brute_force(em: EM, call: Call, key: Array) -> Check:
     agree = abs(brute - ours) <= max(1e-10, 300 * eps()) * (1 + abs(brute))
     rows = largest_plate(built)
     return Check(name, agree, f"{ours:.10g} against {brute:.10g} over {count:,} completions of {rows} rows")
+
+
+def check_integral(em: EM, call: Call, key: Array) -> Check:
+    """Integrate the model's own log density as one Gaussian over all cells of all continuous latents."""
+    name = "likelihood equals the integral over all latents at once"
+    if call.built.program.latents:
+        return not_tried(name, "discrete latents are beside the continuous ones")
+    size, rows = coordinates(call.built), largest_plate(call.built)
+    if size > MAX_COORDINATES and (fewer := on_fewer_rows(em, call, max(2, rows * MAX_COORDINATES // size))):
+        call = fewer
+    if (size := coordinates(call.built)) > MAX_COORDINATES:
+        return not_tried(name, f"{size:,} coordinates (give fewer rows to em.check)")
+    built, bundle = call.built, call.built.whole_bundle(call.source, key)
+    if any(s.scaled or s.masked for s in built.program.sites.values()):
+        return not_tried(name, "weighted or masked sites have no plain integral")
+    params: Any = random_params(built, call.source, key)
+    flat, unravel = ravel_pytree({n: jnp.zeros(z.shape + z.event) for n, z in built.program.continuous.items()})
+
+    def density(v: Array) -> Array:
+        values = graph_values(bundle, params) | {("latent", n): u for n, u in unravel(v).items()}
+        return sum((site_density(built, f, values) for f in built.kernel.problem.factors.values()), jnp.zeros(()))
+
+    @jax.jit
+    def integral() -> Array:
+        precision, slope = -jax.hessian(density)(flat), jax.grad(density)(flat)
+        fit = 0.5 * slope @ jnp.linalg.solve(precision, slope)
+        return density(flat) + fit - 0.5 * jnp.linalg.slogdet(precision / (2 * jnp.pi))[1]
+
+    ours, dense = Posterior(built, params, bundle).total, float(integral())
+    priors = float(built.kernel.log_prior(built.kernel.problem.cells(dict(params), bundle), bundle))
+    agree = abs(dense - priors - ours) <= max(1e-8, 1e4 * eps()) * (1 + abs(dense))
+    return Check(name, agree, f"{ours:.10g} against {dense - priors:.10g} over {size} coordinates")
+
+
+def coordinates(built: Build) -> int:
+    """How many numbers the continuous latents hold in all."""
+    return sum(int(np.prod(z.shape + z.event, dtype=int)) for z in built.program.continuous.values())
 
 
 def summed(built: Build, params, bundle: Bundle) -> tuple[float, float, int]:
@@ -207,6 +250,7 @@ def check_m_step(built: Build, params, bundle: Bundle) -> list[Check]:
         else jax.jit(dataclasses.replace(kernel, chunks=None).expect)(params, bundle)
     )
     checks, current = [], dict(params)
+    bundle = with_nodes(bundle, statistics.get(NODES, {}))
     for block in kernel.blocks:
         solve = jax.jit(lambda p, s, b, block=block: block.solve(p, s, b, block.init(p))[0])
         current.update(solve(current, statistics, bundle))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from autoem._build import Build
@@ -20,8 +19,10 @@ from autoem._errors import PlanError
 from autoem._impute import impute
 from autoem._jaxpr import Key, jit_once
 from autoem._lower import Kernel, disagree
-from autoem._named import Named, add, named, pick
+from autoem._moments import completed, mixed_moments
+from autoem._named import Named, named, pick
 from autoem._paths import filtered, neighbours
+from autoem._per_datum import datum_plate, per_datum
 from autoem._trace import Source
 from autoem.e_step.along_time import add_paths, in_pieces, read_chain
 from autoem.e_step.elimination import (
@@ -34,10 +35,11 @@ from autoem.e_step.elimination import (
     maximum,
     route_to_rows,
 )
-from autoem.e_step.tables import log_density_constant
 from autoem.ir import Chain, Latent, at_lag
 from autoem.m_step.problem import Bundle, make_layout
 from autoem.passes.classify import nearest
+
+CONTINUOUS = 2**31  # a stream of random numbers apart from those of discrete latents
 
 
 class Marginals(dict):
@@ -62,7 +64,46 @@ class Posterior:
         self._logs = self._underflows()
 
     def __repr__(self) -> str:
-        return f"Posterior of {', '.join(self._built.program.latents) or 'no latents'}"
+        program = self._built.program
+        return f"Posterior of {', '.join([*program.latents, *program.continuous]) or 'no latents'}"
+
+    @functools.cached_property
+    def mean(self) -> Marginals:
+        """By continuous latent, its posterior mean, `(*plates, *event)`."""
+        return Marginals({n: mean for n, (mean, _) in self._moments.items()})
+
+    @functools.cached_property
+    def covariance(self) -> Marginals:
+        """By continuous latent, the posterior covariance of each of its cells, `(*plates, d, d)`."""
+        return Marginals({n: covariance for n, (_, covariance) in self._moments.items()})
+
+    @functools.cached_property
+    def sd(self) -> Marginals:
+        """By continuous latent, its posterior standard deviation, `(*plates, *event)`."""
+        shapes = {n: z.shape + z.event for n, z in self._built.program.continuous.items()}
+        variances = {n: jnp.diagonal(c, axis1=-2, axis2=-1) for n, c in self.covariance.items()}
+        return Marginals({n: jnp.sqrt(jnp.maximum(v, 0)).reshape(shapes[n]) for n, v in variances.items()})
+
+    def interval(self, name: str, level: float = 0.95) -> tuple[Array, Array]:
+        """Lower and upper end of the central interval that holds a continuous latent with probability `level`.
+
+        That of a Gaussian with the posterior's mean and standard deviation: exact where no discrete latent is beside.
+
+        Raises:
+            KeyError: the model has no such continuous latent. ValueError: `level` is not between 0 and 1.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"interval(level={level}): level must lie between 0 and 1")
+        half = jax.scipy.special.ndtri(0.5 + level / 2) * self.sd[name]
+        return self.mean[name] - half, self.mean[name] + half
+
+    @functools.cached_property
+    def _moments(self) -> dict[str, tuple[Array, Array]]:
+        def run(params, bundle):
+            tables, layout = self._plain_tables(params, bundle), self._layout(bundle)
+            return mixed_moments(self._built.kernel, params, bundle, lambda t: eliminate([*tables, *t], layout))
+
+        return jit_once(run)(self._params, self._bundle) if self._built.program.continuous else {}
 
     @functools.cached_property
     def marginals(self) -> Marginals:
@@ -108,10 +149,14 @@ class Posterior:
         return probabilities / probabilities.sum(tuple(range(len(axes), probabilities.ndim)), keepdims=True)
 
     def mode(self) -> dict[str, Array]:
-        """The most probable joint completion: a value for every cell of every latent (Viterbi's, on any structure)."""
+        """The most probable joint completion: a value for every cell of every latent (Viterbi's, on any structure).
+
+        Of continuous latents beside discrete ones: the discrete mode with the continuous integrated, then their mean.
+        """
 
         def run(params, bundle):
-            return self._backward(params, bundle, maximum, lambda _, scores: jnp.argmax(scores, axis=0))
+            chosen = self._backward(params, bundle, maximum, lambda _, scores: jnp.argmax(scores, axis=0))
+            return {**chosen, **completed(self._built.kernel, params, bundle, chosen, None)}
 
         return self._values(jit_once(run)(self._params, self._bundle))
 
@@ -119,12 +164,16 @@ class Posterior:
         """Exact joint draws of all latents, with a leading axis of `num_samples`."""
 
         def run(key, params, bundle):
-            return self._backward(
+            chosen = self._backward(
                 params,
                 bundle,
                 log_sum_exp,
                 lambda i, scores: jax.random.categorical(jax.random.fold_in(key, i), scores, axis=0),
             )
+            return {
+                **chosen,
+                **completed(self._built.kernel, params, bundle, chosen, jax.random.fold_in(key, CONTINUOUS)),
+            }
 
         keys = jax.random.split(rng_key, num_samples)
         return self._values(jit_once(jax.vmap(run, in_axes=(0, None, None)))(keys, self._params, self._bundle))
@@ -139,6 +188,7 @@ class Posterior:
         program, draws = self._built.program, self.sample(to_latents, num_samples)
         # of a scan in reverse, NumPyro takes the values that it is given as the steps run
         latents = {n: jax.vmap(lambda z, n=n: flipped(z, program.chain_of(n)))(draws[n]) for n in program.latents}
+        latents |= {n: draws[n] for n in program.continuous}
         return impute(program, self._source, self._params, latents, jax.random.split(to_data, num_samples))
 
     def pairs(self, name: str) -> Array:
@@ -205,9 +255,14 @@ class Posterior:
         """Observed-data log-likelihood, in nats."""
         return float(jit_once(lambda p, b: self._log_z({}, p, b) + b.constant)(self._params, self._bundle))
 
-    def _tables(self, params, bundle: Bundle) -> list[Table]:
+    def _plain_tables(self, params, bundle: Bundle) -> list[Table]:
+        """Tables of the sites that read no continuous latent."""
         kernel = self._built.kernel
         return kernel.tables(kernel.problem.cells(params, bundle), bundle.rows, kernel.likelihood_factors)
+
+    def _tables(self, params, bundle: Bundle) -> list[Table]:
+        integrals = [block.integrate(params, bundle)[0] for block in self._built.kernel.integrals]
+        return [*self._plain_tables(params, bundle), *integrals]
 
     def _layout(self, bundle: Bundle) -> Layout:
         return dataclasses.replace(make_layout(self._built.kernel.layout, bundle), logs=self._logs)
@@ -310,7 +365,8 @@ class Posterior:
         }
 
     def _values(self, indices: Mapping[str, Array]) -> dict[str, Array]:
-        out = {z: jnp.asarray(self._built.program.latents[z].states)[i] for z, i in indices.items()}
+        latents = self._built.program.latents
+        out = {z: jnp.asarray(latents[z].states)[i] if z in latents else i for z, i in indices.items()}
         for name, (whole, observed, hidden) in self._partly_observed.items():
             out[whole] = jnp.where(hidden, out[name], observed)
         return out
@@ -318,42 +374,10 @@ class Posterior:
     @functools.cached_property
     def datum_plate(self) -> str | None:
         """The plate whose rows are the independent data: the largest that all parts of the likelihood have, or None."""
-        found: list[frozenset[str]] = []
-
-        def run(params, bundle):
-            found[:] = [part.plates for part in self._parts(params, bundle)]
-            return ()
-
-        jax.eval_shape(run, self._params, self._bundle)
-        shared = frozenset.intersection(*found) if found else frozenset()
-        sizes = self._built.kernel.layout.sizes
-        return max(shared, key=lambda p: (sizes[p], p)) if shared else None
-
-    def _parts(self, params, bundle: Bundle) -> list[Table]:
-        """Independent contributions to the log-likelihood, before their sum over plates; constants included."""
-        kernel, parts, tables = self._built.kernel, [], []
-        cells = kernel.problem.cells(params, bundle)
-        for factor in kernel.likelihood_factors:
-            rows = bundle.rows[factor.name]
-            if not factor.latents:  # no latent varies along its plates, but the data do
-                factor = dataclasses.replace(factor, kept=factor.site.plates, plates=frozenset(factor.site.plates))
-            table = factor.table(cells[factor.name], rows)
-            constant = log_density_constant(factor, dataclasses.replace(rows, weight=rows.scale))
-            if constant is not None:
-                constant = constant.sum(a for a in constant.axes if a not in factor.kept)
-                table = dataclasses.replace(table, value=add(table.value, constant))
-            tables.append(table)
-        eliminate(tables, self._layout(bundle), parts=parts)
-        return parts
+        return datum_plate(self._built.kernel, self._logs, self._params, self._bundle)
 
     def _per_datum(self, params, bundle: Bundle) -> Array:
-        sizes, plate = self._built.kernel.layout.sizes, self.datum_plate
-        total = jnp.zeros(sizes[plate] if plate else ())
-        for part in self._parts(params, bundle):
-            kept = part.value.sum(a for a in part.value.axes if a != plate)
-            absent = [sizes[p] for p in part.plates if p not in part.value.axes and p != plate]
-            total = total + (kept.to((plate,)) if plate else kept.array) * float(np.prod(absent, dtype=float))
-        return total
+        return per_datum(self._built.kernel, self._logs, params, bundle, self.datum_plate)
 
 
 def flipped(array: Array, chain: Chain | None) -> Array:

@@ -30,6 +30,8 @@ LAYERS = """
     _plan
     _lower
     _build
+    _moments
+    _per_datum
     _stop _progress _validate _paths _impute
     _fit _posterior _stderr _init
     _result _verify

@@ -138,6 +138,10 @@ class GaussianBlock:
         whole = self._widened(f, precision, shift, cells)
         return *whole, add(constant, scale)
 
+    def constant(self, f: Factor, value: Named, cells: Mapping[str, Array]) -> Named:
+        """A quantity of the rows of a factor, summed over those of each cell."""
+        return self._home(f, tuple(a for a in self._inner(f) if a != EVENT), (), cells, value)
+
     def _elements(self, f: Factor) -> int:
         """Scalars in one event of a latent's own site, `log 2 pi` of each of which the constants leave to be said."""
         return int(np.prod(next(m for m in self.members if m.name == f.name).event[len(self._events(f)) :], dtype=int))
