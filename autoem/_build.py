@@ -22,8 +22,9 @@ from autoem._lower import Kernel
 from autoem._named import Named
 from autoem._plan import Plan, make_plan
 from autoem._trace import Discovery, Source, trace
-from autoem.e_step.factors import TURN_UP_TO, build_factors, build_layout, prepare
+from autoem.e_step.factors import TURN_UP_TO, build_factors, prepare
 from autoem.e_step.groups import build_blocks
+from autoem.e_step.places import build_layout
 from autoem.e_step.strategies import AbstractEStep, Exact, Truncated
 from autoem.e_step.tables import Factor, log_density_constant
 from autoem.ir import Program

@@ -314,7 +314,7 @@ def weights_in_pieces(built: Build, weights: Mapping[str, Named]) -> dict[str, N
     """Responsibilities along a chain, for each of the pieces that its sites read."""
     out = {}
     for chain in built.program.chains:
-        for name in chain.lags:
+        for name in (n for n in chain.lags if n in weights):
             whole = weights[name]
             steps = [h for h in range(-chain.ending, chain.lag) if -chain.length <= h < chain.length]
             out |= {at_step(name, h): at(whole, chain.time, h) for h in steps}

@@ -270,7 +270,7 @@ class Posterior:
     def _underflows(self) -> bool:
         """Whether the messages of a chain have to be logarithms: asked of these data, which may not be those fitted."""
         kernel = self._built.kernel
-        if kernel.layout.logs or not any(c.lag for c in self._built.program.chains):
+        if kernel.layout.logs or not any(c.lag for c in kernel.layout.chains):
             return kernel.layout.logs
         kernels = (self._scaled, self._scaled.proof)
         scaled, exact = (float(jit_once(k.log_likelihood)(self._params, self._bundle)) for k in kernels)

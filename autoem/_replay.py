@@ -20,7 +20,7 @@ from autoem._errors import DataError, ModelError
 from autoem._jaxpr import jit_once
 from autoem._reader import AtObserved, as_read, unwrap
 from autoem._trace import Source
-from autoem._verify import by_model, host_params, noise_for, random_states
+from autoem._verify import by_model, host_params, noise_for, random_states, random_values
 
 
 def replay(built: Build, source: Source) -> tuple[dict[str, float], float]:
@@ -31,6 +31,7 @@ def replay(built: Build, source: Source) -> tuple[dict[str, float], float]:
     params = host_params(built, start, noise)
     chosen = random_states(built, source)
     latents = {n: jnp.asarray(z.states)[chosen[n]] for n, z in built.program.latents.items()}
+    latents |= random_values(built.program)
 
     def read(params, latents, data):
         values = {("data", i): x for i, x in data.items()} | {("key", 0): key}

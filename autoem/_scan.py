@@ -51,6 +51,10 @@ class Body:
         return [k for k in self.graph.outputs if k[0] == name]
 
 
+def is_discrete(record: Record) -> bool:
+    return record.auxiliary or bool(record.base.support.is_discrete)
+
+
 class Scan:
     """One scan, with its start and its inputs, being read by `reader`."""
 
@@ -146,29 +150,21 @@ class Scan:
 
     def outputs(self, inner: Reader) -> dict:
         """Everything that later stages ask of the body's sites."""
-        self.refuse_continuous(inner)
-        latents = {n for n, r in inner.records.items() if not r.observed}
+        latents = {n for n, r in inner.records.items() if not r.observed and is_discrete(r)}
         return outputs_of(inner.records, latents, self.reader.truncated)
-
-    def refuse_continuous(self, inner: Reader) -> None:
-        for name, r in inner.records.items():
-            if not r.observed and not r.auxiliary and not r.base.support.is_discrete:
-                raise ModelError(
-                    name,
-                    problem="a continuous latent at every step of a scan; only discrete ones are summed out so far",
-                    mend="observe it (obs=), or declare it outside the scan where it is a parameter",
-                )
 
     @functools.cached_property
     def shapes(self) -> dict[str, Any]:
         """Shape of each latent of the body: full, or 1 along its plates."""
         out = {}
         for name, r in self.trace(self.init, {}).records.items():
-            if not r.observed:
-                bounds(name, r.base, self.reader.truncated)
+            if not r.observed and not r.auxiliary:
+                if is_discrete(r):
+                    bounds(name, r.base, self.reader.truncated)
                 batch = tuple(r.fn.batch_shape)
                 batch = (1,) * len(batch) if self.compact else batch
-                out[name] = jax.ShapeDtypeStruct(batch + tuple(r.fn.event_shape), jnp.result_type(int))
+                kind = jnp.result_type(int if is_discrete(r) else float)
+                out[name] = jax.ShapeDtypeStruct(batch + tuple(r.fn.event_shape), kind)
         return out
 
     @functools.cached_property

@@ -99,6 +99,8 @@ class Source:
                 if r.observed or r.auxiliary:
                     continue
                 if (ready := getattr(r, "ready", None)) is not None:
+                    if "low" not in ready:  # a continuous latent
+                        continue
                     out[name, "low"], out[name, "high"] = ready["low"], ready["high"]
                     continue
                 if r.base.support.is_discrete:

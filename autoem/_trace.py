@@ -18,6 +18,7 @@ import numpy as np
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._jaxpr import Constant, Graph
 from autoem._reader import NOT_CONCRETE, Reader, Record, outputs_of
+from autoem._scan import is_discrete
 from autoem._source import Discovery, Source, line_in, model_name
 from autoem._support import enumerate_states
 from autoem.families import family_of
@@ -73,8 +74,8 @@ def _trace(model: Callable, source: Source, continuous: Mapping[str, str]) -> tu
     plates = read_plates(found)
     found_latents = read_latents(found, source)
     latents, pieces = with_paths(found, found_latents)
-    hidden = read_continuous(found, continuous)
-    every = {**latents, **pieces, **hidden}
+    hidden, strands = continuous_paths(found, read_continuous(found, continuous))
+    every = {**latents, **pieces, **hidden, **strands}
 
     def outputs(reader: Reader) -> dict:
         return outputs_of(reader.records, {**latents, **pieces}, source.truncated)
@@ -82,7 +83,7 @@ def _trace(model: Callable, source: Source, continuous: Mapping[str, str]) -> tu
     reader, full = source.read(full_inputs(found, {**latents, **hidden}, compact=False), outputs)
     unused = unused_arguments(found, full, source)
     refuse_unobserved(model, reader, unused)
-    graph, compact = full, dict.fromkeys({**latents, **hidden}, False)
+    graph, compact = full, dict.fromkeys({**latents, **hidden, **strands}, False)
     if latents or hidden:
         try:
             _, graph = source.read(full_inputs(found, every, compact=True), outputs, compact=True)
@@ -102,7 +103,7 @@ def _trace(model: Callable, source: Source, continuous: Mapping[str, str]) -> tu
     notes += tuple(f"argument '{n}' reaches no site: is obs={n} forgotten?" for n in unused)
     program = Program(
         model_name(model), sites, plates, latents, params, graph, full, compact, source.tree, notes, subsampled,
-        found.chains, pieces, hidden,
+        found.chains, pieces, hidden, strands,
     )  # fmt: skip
     return check(program), found, source
 
@@ -141,12 +142,40 @@ def refuse_unobserved(model: Callable, reader: Reader, unused: list[str]) -> Non
 
 def read_continuous(found: Discovery, names: Mapping[str, str]) -> dict[str, Continuous]:
     """The continuous latents among the sites that were found."""
-    out = {}
-    for name, reason in names.items():
+    out, steps = {}, [n for n, r in found.records.items() if hasattr(r, "ready") and not r.observed]
+    steps = [n for n in steps if not is_discrete(found.records[n])]
+    for name, reason in {**names, **dict.fromkeys(steps, "at every step of a scan")}.items():
         r = found.records[name]
-        batch = tuple(r.fn.batch_shape)
+        batch = tuple(getattr(r, "batch_shape", r.fn.batch_shape))
         out[name] = Continuous(name, r.axes[: len(batch)], batch, tuple(r.fn.event_shape), reason)
     return out
+
+
+def continuous_paths(
+    found: Discovery, read: dict[str, Continuous]
+) -> tuple[dict[str, Continuous], dict[str, Continuous]]:
+    """The model's continuous latents, those of a chain as paths; and the pieces that the sites of a chain read."""
+    whole, strands = dict(read), {}
+    for chain in found.chains:
+        for name, lag in chain.lags.items():
+            known = next((read[n] for n in (at_lag(name, 0), at_step(name, 0), name) if n in read), None)
+            if known is None:
+                continue
+            plates = known.axes if known.name == at_step(name, 0) else known.axes[1:]
+            shape = known.shape[len(known.axes) - len(plates) :]
+            for n in (at_lag(name, 0), *(at_step(name, h) for h in range(chain.lag))):
+                whole.pop(n, None)
+
+            def piece(n: str, time: str, steps: int, known=known, plates=plates, shape=shape) -> Continuous:
+                axes, sizes = ((time, *plates), (steps, *shape)) if time else (plates, shape)
+                return Continuous(n, axes, sizes, known.event, known.reason)
+
+            whole[name] = piece(name, chain.time, chain.length)
+            bulk = [at_lag(name, i) for i in range(max(chain.lag, lag) + 1)]
+            ends = [at_step(name, h) for h in (*range(chain.lag), *range(-chain.ending, 0))]
+            strands |= {n: piece(n, chain.bulk, chain.length - chain.lag) for n in bulk}
+            strands |= {n: piece(n, "", 1) for n in ends}
+    return whole, strands
 
 
 def full_inputs(found: Discovery, latents: Mapping[str, Latent | Continuous], compact: bool) -> dict:
@@ -190,7 +219,7 @@ def read_latents(found: Discovery, source: Source) -> dict[str, Latent]:
     """Discrete latents with their supports, whose bounds are computed from the data."""
     latents = {}
     for name, r in found.records.items():
-        if r.observed or not r.base.support.is_discrete:
+        if r.observed or not is_discrete(r):
             continue
         needs = found.graph.needs((name, "low"), (name, "high"))
         if bad := [k[1] for k in needs if k[0] == "init"]:
@@ -212,7 +241,9 @@ def with_paths(found: Discovery, latents: Mapping[str, Latent]) -> tuple[dict[st
     whole, pieces = dict(latents), {}
     for chain in found.chains:
         for name, lag in chain.lags.items():
-            known = next(latents[n] for n in (at_lag(name, 0), at_step(name, 0), name) if n in latents)
+            known = next((latents[n] for n in (at_lag(name, 0), at_step(name, 0), name) if n in latents), None)
+            if known is None:
+                continue
             plates = known.axes if known.name == at_step(name, 0) else known.axes[1:]
             shape = known.shape[len(known.axes) - len(plates) :]
             for n in (at_lag(name, 0), *(at_step(name, h) for h in range(chain.lag))):

@@ -24,7 +24,7 @@ from autoem._lower import with_nodes
 from autoem._named import multiply, named, pick
 from autoem._trace import Source
 from autoem.e_step.elimination import route_to_rows
-from autoem.e_step.factors import pad, scale_of
+from autoem.e_step.places import pad, scale_of
 from autoem.e_step.tables import Factor, log_density_constant
 from autoem.ir import Program, at_lag, at_step
 from autoem.m_step.choose import kind_of
@@ -152,7 +152,7 @@ def densities(built: Build, params, bundle: Bundle, chosen: Mapping[str, Array])
         latent = program.latents[n]
         values["latent", n] = jnp.asarray(latent.states)[index]
     chosen = {**chosen, **pieces_of_paths(program, chosen)}
-    drawn = {n: random_values(z.shape + z.event, i) for i, (n, z) in enumerate(program.continuous.items())}
+    drawn = random_values(program)
     values.update({("latent", n): v for n, v in drawn.items()})
     nodes = {k: v for block in built.kernel.integrals for k, v in block.nodes_at(drawn, bundle).items()}
     bundle = with_nodes(bundle, nodes)
@@ -164,7 +164,7 @@ def densities(built: Build, params, bundle: Bundle, chosen: Mapping[str, Array])
         sites = [f.name for f in block.factors]
         name = block.block.names[0]
         whole = by_quadratic(built, block, drawn, params, bundle, chosen)
-        constants = [log_density_constant(f, bundle.rows[f.name]) for f in block.factors if f.name not in drawn]
+        constants = [log_density_constant(f, bundle.rows[f.name]) for f in block.factors if not f.is_hidden]
         ours[name] = whole + sum((c.array.sum() for c in constants if c is not None), start=jnp.zeros(()))
         theirs[name], size[name] = sum(theirs[s] for s in sites), sum(size[s] for s in sites)
     return ours, theirs, size
@@ -179,9 +179,10 @@ def by_quadratic(built: Build, block: Integral, drawn, params, bundle: Bundle, c
     return value.array.sum() * float(np.prod(absent, dtype=float))
 
 
-def random_values(shape: tuple[int, ...], seed: int) -> Array:
-    """Values for a continuous latent, the same at every call."""
-    return jnp.asarray(np.random.default_rng(30 + seed).normal(size=shape))
+def random_values(program: Program) -> dict[str, Array]:
+    """A value for every cell of every continuous latent, the same at every call."""
+    rng = np.random.default_rng(30)
+    return {n: jnp.asarray(rng.normal(size=z.shape + z.event)) for n, z in program.continuous.items()}
 
 
 def random_states(built: Build, source: Source) -> dict[str, np.ndarray]:
@@ -201,7 +202,7 @@ def pieces_of_paths(program: Program, paths: Mapping[str, Array]) -> dict[str, A
     """The values along each chain's paths as its sites read them: at the first steps, the last, and steps back."""
     out = {}
     for chain in program.chains:
-        for name in chain.lags:
+        for name in (n for n in chain.lags if n in paths):
             path, first = paths[name], chain.lag
             out |= {at_step(name, h): path[h] for h in range(-chain.ending, chain.lag) if -len(path) <= h < len(path)}
             lags = range(chain.lag + 1) if len(path) > first else ()

@@ -209,11 +209,17 @@ class Program:
     chains: tuple[Chain, ...] = ()
     pieces: Mapping[str, Latent] = dataclasses.field(default_factory=dict)
     continuous: Mapping[str, Continuous] = dataclasses.field(default_factory=dict)
+    strands: Mapping[str, Continuous] = dataclasses.field(default_factory=dict)
 
     @property
     def every_latent(self) -> dict[str, Latent]:
         """The latents, and the pieces of those that are carried along a chain."""
         return {**self.latents, **self.pieces}
+
+    @property
+    def every_continuous(self) -> dict[str, Continuous]:
+        """The continuous latents, and the pieces of those that are carried along a chain."""
+        return {**self.continuous, **self.strands}
 
     def base_of(self, piece: str) -> str:
         """The latent that a piece belongs to; a name that is no piece is its own."""

@@ -19,21 +19,17 @@ from autoem._errors import ModelError
 from autoem._jaxpr import Constant, Graph
 from autoem._named import Named, arranged, named
 from autoem.e_step.completions import Completions
-from autoem.e_step.elimination import Layout, Route, route_to_rows
+from autoem.e_step.elimination import Route, route_to_rows
+from autoem.e_step.places import pad, plates_of, scale_of, scaled_site
 from autoem.e_step.regression import REGRESSION, design, find_coefficients
 from autoem.e_step.tables import Factor, Rows
 from autoem.families import Family
 from autoem.families._arrays import as_float
-from autoem.ir import Continuous, Latent, Program, Site, at_lag, at_step
+from autoem.ir import Continuous, Latent, Program, Site
 from autoem.passes.cells import NONE, SEVERAL, cells_read
 from autoem.passes.gaussian import Group, continuous_of, latent_groups
 
 TURN_UP_TO = 256 * 2**20  # bytes: larger data are not copied but turned chunk by chunk, which costs up to a fifth
-
-
-def plates_of(latent: Latent) -> frozenset[str]:
-    """Plates that a latent has a cell for each combination of."""
-    return frozenset(a for a in latent.axes if not a.startswith("#"))
 
 
 def build_factors(program: Program, values: Mapping[Any, Any]) -> tuple[tuple[Factor, ...], dict[str, np.ndarray]]:
@@ -120,7 +116,7 @@ def completed_factor(program: Program, site: Site, latents: tuple[Latent, ...], 
     """The factor of a site that reads continuous latents, with an axis for the nodes that stand for them."""
     factor = build_factor(program, site, latents, None)
     read = continuous_of(program, site)
-    members = tuple(program.continuous[n] for n in group.members if n in read)
+    members = tuple(z for n, z in program.every_continuous.items() if n in read)
     usable = all(program.compact[m.name] for m in members) and factor.compact
     plates = frozenset(site.plates) if latents or site.scaled else frozenset()
     return dataclasses.replace(
@@ -234,11 +230,6 @@ def prepare(factor: Factor, program: Program, values: Mapping, cells: Mapping) -
     return own_rows(factor, rows) if factor.own else observed_rows(factor, graph, values, rows)
 
 
-def pad(array, rank: int):
-    array = jnp.asarray(array)
-    return array.reshape((1,) * (rank - array.ndim) + array.shape)
-
-
 def output(factor: Factor, graph, field: str, values) -> Named | None:
     key = (factor.name, field)
     if key not in graph.outputs:
@@ -247,13 +238,6 @@ def output(factor: Factor, graph, field: str, values) -> Named | None:
     return (
         scale_of(array, factor.site) if field == "scale" else named(pad(array, len(factor.site.axes)), factor.site.axes)
     )
-
-
-def scale_of(array, site: Site) -> Named:
-    """A scale with its axes named; it stands outside `to_event`, so the event's axes are not among its own."""
-    array = jnp.asarray(array)
-    inner = sum(1 for a in site.axes if a.startswith("#") and not a.startswith("#unit"))
-    return named(pad(array.reshape(array.shape + (1,) * inner), len(site.axes)), site.axes)
 
 
 def relative_scale(factor: Factor, program: Program, values, cells: Mapping) -> Named | None:
@@ -360,36 +344,3 @@ def moments(raw: Array, site: Site) -> tuple[Array, Array]:
     over, raw = tuple(i for i, a in enumerate(site.axes) if not a.startswith("#")), as_float(raw)
     centre, variance = raw.mean(over, keepdims=True), raw.var(over, keepdims=True)
     return centre, jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 1.0)
-
-
-def build_layout(program: Program, values: Mapping, cells: Mapping) -> Layout:
-    """Where every latent lives and how often its rows count."""
-    scales: dict[str, Named | None] = {}
-    for name in program.every_latent:
-        site = scaled_site(program, name)
-        scales[name] = (
-            scale_of(program.full.evaluate([(site, "scale")], values)[0], program.sites[site]) if site else None
-        )
-    sizes = {p.name: p.size for p in program.plates.values()}
-    plates = {n: plates_of(z) for n, z in program.every_latent.items()}
-    refuse_scales_in_time(program, scales)
-    return Layout(plates, sizes, scales, cells, program.chains)
-
-
-def scaled_site(program: Program, name: str) -> str | None:
-    """The site whose scale is that of the latent `name`: its own, or another piece of the same path."""
-    bases = [n for c in program.chains for n in c.variables if name == n or name.startswith((f"{n}@", f"{n}["))]
-    names = [name, *(p for n in bases for p in (at_lag(n, 0), at_step(n, 0), n))]
-    return next((n for n in names if (n, "scale") in program.full.outputs), None)
-
-
-def refuse_scales_in_time(program: Program, scales: Mapping[str, Named | None]) -> None:
-    """Raise where the steps of a chain count differently often."""
-    for chain in program.chains:
-        for name in chain.variables:
-            if (scale := scales[name]) is not None and {chain.time, chain.bulk} & set(scale.axes):
-                raise ModelError(
-                    name,
-                    problem="its scale differs from step to step, and a path cannot count differently often at each",
-                    mend="scale whole sequences (one number for each), or mask steps",
-                )

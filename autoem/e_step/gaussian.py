@@ -69,6 +69,7 @@ class GaussianBlock:
         plates: plates of the cells, of sizes `shape`; none where all cells are one vector.
         routed: factors whose rows find their cells by index.
         sizes: sizes of all plates.
+        base: for every latent that a factor reads, the one that it is a piece of.
     """
 
     members: tuple[Continuous, ...]
@@ -79,6 +80,7 @@ class GaussianBlock:
     dense: bool
     routed: frozenset[str]
     sizes: Mapping[str, int]
+    base: Mapping[str, str]
 
     @property
     def dim(self) -> int:
@@ -128,7 +130,7 @@ class GaussianBlock:
         """What one factor adds to them."""
         weights = [w for w in (r.weight, r.mask) if w is not None]
         other = Named(r.slope.array, tuple(OTHER if a == DIM else a for a in r.slope.axes))
-        own = -0.5 * LOG_2PI * self._elements(f) if f.name in self.names else 0.0
+        own = -0.5 * LOG_2PI * self._elements(f) if f.is_hidden else 0.0
         inner = self._inner(f)
         square = Named(-0.5 * r.y.array**2, r.y.axes)
         precision = self._home(f, inner, (DIM, OTHER), cells, r.slope, other, *weights)
@@ -144,7 +146,7 @@ class GaussianBlock:
 
     def _elements(self, f: Factor) -> int:
         """Scalars in one event of a latent's own site, `log 2 pi` of each of which the constants leave to be said."""
-        return int(np.prod(next(m for m in self.members if m.name == f.name).event[len(self._events(f)) :], dtype=int))
+        return int(np.prod(member_of(f).event[len(self._events(f)) :], dtype=int))
 
     def _events(self, f: Factor) -> tuple[str, ...]:
         return tuple(a for a in f.site.axes if a.startswith("#") and not a.startswith("#unit"))
@@ -215,7 +217,7 @@ class GaussianBlock:
         parts = []
         for m in f.completions.members:
             index = cells[index_name(f, m)].ravel()
-            parts.append(offset[m.name] + index[:, None] * m.dim + np.arange(m.dim))
+            parts.append(offset[self.base[m.name]] + index[:, None] * m.dim + np.arange(m.dim))
         return jnp.concatenate(parts, 1)
 
     def nodes(self, f: Factor, moments: Moments, cells: Mapping[str, Array]) -> Named:
@@ -271,13 +273,13 @@ class GaussianBlock:
         return named(jnp.concatenate(parts, -1), (*self.plates, DIM))
 
     def _filled(self, f: Factor, nodes: Named) -> tuple[Array, Named | None]:
-        own = self._own_value(f, nodes) if f.name in self.names else None
+        own = self._own_value(f, nodes) if f.is_hidden else None
         return nodes.to((*(z.name for z in f.parents), NODES, DIM, *f.site.axes)), own
 
     def _own_value(self, f: Factor, nodes: Named) -> Named:
         """Values of a latent at its nodes, as the data of its own site."""
         assert f.completions is not None and f.family is not None
-        member = next(m for m in self.members if m.name == f.name)
+        member = member_of(f)
         where = f.completions.span(f.name)
         rest = tuple(a for a in nodes.axes if a != DIM)
         array = nodes.to((*rest, DIM))[..., where]
@@ -288,6 +290,12 @@ class GaussianBlock:
         order = (*base, *rest, *events)
         value = Named(array, axes)
         return Named(value.to(order), order)
+
+
+def member_of(f: Factor) -> Continuous:
+    """A latent's own site's latent."""
+    assert f.completions is not None
+    return next(m for m in f.completions.members if m.name == f.name)
 
 
 def index_name(f: Factor, member: Continuous) -> str:

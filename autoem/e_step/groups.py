@@ -46,7 +46,8 @@ def gaussian_block(
     parts = tuple(factors[s] for s in group.sites)
     discrete = tuple({z.name: z for f in parts for z in f.latents}.values())
     index = {(f.name, m.name): cells_of_rows(program, f, m, values) for f in parts for m in read_by(f)}
-    same = len({m.axes for m in members}) == 1 and all(agree(index, f) for f in parts)
+    every = {m.name for f in parts for m in read_by(f)}
+    same = len({m.axes for m in members}) == 1 and all(agree(index, f) for f in parts) and every <= set(group.members)
     routed = frozenset(f.name for f in parts if not set(members[0].plates) <= set(f.site.plates))
     size = sum(m.dim * int(np.prod(m.shape, dtype=int)) for m in members)
     if not same and (size > MAX_DENSE or discrete):
@@ -59,14 +60,36 @@ def gaussian_block(
     plates = tuple(a for a in members[0].axes if not a.startswith("#")) if same else ()
     shape = tuple(s for a, s in zip(members[0].axes, members[0].shape, strict=True) if not a.startswith("#"))
     sizes = {p.name: p.size for p in program.plates.values()}
-    block = GaussianBlock(members, discrete, parts, plates, shape if same else (), not same, routed, sizes)
-    kept = {index_name(factors[s], program.continuous[n]): v for (s, n), v in index.items() if not same or s in routed}
+    base = {n: program.base_of(n) for n in every}
+    block = GaussianBlock(members, discrete, parts, plates, shape if same else (), not same, routed, sizes, base)
+    latents = program.every_continuous
+    if not same:
+        index = {(s, n): in_path(program, latents[n])[v] for (s, n), v in index.items()}
+    kept = {index_name(factors[s], latents[n]): v for (s, n), v in index.items() if not same or s in routed}
     return block, kept
+
+
+def in_path(program: Program, piece: Continuous) -> np.ndarray:
+    """For each cell of a latent its flat number among those of the path that it is a piece of."""
+    base = program.continuous[program.base_of(piece.name)]
+    ids = np.arange(int(np.prod(base.shape, dtype=int))).reshape(base.shape)
+    if piece.name == base.name:
+        return ids.ravel()
+    chain = next(c for c in program.chains if base.name in c.lags)
+    if piece.name.startswith(f"{base.name}["):
+        return ids[int(piece.name[len(base.name) + 1 : -1])].ravel()
+    back = int(piece.name[len(base.name) + 1 :])
+    return ids[chain.lag - back : chain.length - back].ravel()
 
 
 def read_by(f: Factor) -> tuple[Continuous, ...]:
     assert f.completions is not None
     return f.completions.members
+
+
+def fits(member: Continuous, f: Factor) -> bool:
+    """Whether a factor has all plates of a latent, in its order."""
+    return [p for p in f.site.plates if p in member.plates] == list(member.plates)
 
 
 def agree(index: Mapping[tuple[str, str], np.ndarray], f: Factor) -> bool:
@@ -78,9 +101,11 @@ def agree(index: Mapping[tuple[str, str], np.ndarray], f: Factor) -> bool:
 def cells_of_rows(program: Program, f: Factor, member: Continuous, values: Mapping[Any, Any]) -> np.ndarray:
     """For each row of the factor's plates, the flat number of the latent's cell that it reads."""
     sizes = dict(zip(f.site.axes, f.site.shape, strict=True))
-    if f.name == member.name:
-        ids = np.arange(int(np.prod(member.shape, dtype=int))).reshape(member.shape)
-        return ids.reshape([sizes[p] for p in f.site.plates])
+    if f.name == member.name or (program.chain_of(program.base_of(member.name)) and fits(member, f)):
+        ids = np.arange(int(np.prod(member.shape, dtype=int)))
+        ids = ids.reshape([s for a, s in zip(member.axes, member.shape, strict=True) if not a.startswith("#")])
+        ids = ids[tuple(slice(None) if p in member.plates else None for p in f.site.plates)]
+        return np.broadcast_to(ids, [sizes[p] for p in f.site.plates])
     ids = row_cells(program, f.site, member, values)
     first = [0 if a.startswith("#") else slice(None) for a in f.site.axes]
     return ids[tuple(first)]

@@ -95,6 +95,11 @@ class Factor:
         return self.site.name
 
     @property
+    def is_hidden(self) -> bool:
+        """Whether the site is itself a continuous latent."""
+        return self.site.role == "continuous"
+
+    @property
     def parents(self) -> tuple[Latent, ...]:
         """Latents that the arguments of the distribution read."""
         return tuple(z for z in self.latents if z.name != self.name)

@@ -16,7 +16,7 @@ import numpy as np
 
 from autoem._errors import ModelError, PlanError
 from autoem.families import Family
-from autoem.ir import Param, Program, Site
+from autoem.ir import Param, Program, Site, at_step
 
 MAXIMISED = "maximised because maximize= names it"
 PRIOR = "a parameter with a prior: its prior reads no other parameter, and no data stand in its plates"
@@ -129,6 +129,9 @@ def why_latent(program: Program, site: Site) -> str:
     if others:
         return f"its prior depends on {', '.join(others)}"
     below = [s for s in program.sites.values() if site.name in s.parents and s.role != "parameter"]
+    for child in below:
+        if child.role == "continuous" and child.name == at_step(program.base_of(child.name), 0) != site.name:
+            return f"the chain of '{program.base_of(child.name)}' starts from it"
     for child in below:
         if shared := set(site.plates) & set(child.plates):
             return f"it stands in plate '{min(shared)}' with '{child.name}', which depends on it"

@@ -38,9 +38,10 @@ def latent_groups(program: Program) -> tuple[Group, ...]:
         read = continuous_of(program, site)
         if not read:
             continue
-        touching = [p for p in parts if p[0] & read]
-        parts = [p for p in parts if not p[0] & read]
-        parts.append((read.union(*(p[0] for p in touching)), [*(s for p in touching for s in p[1]), site.name]))
+        base = {program.base_of(n) for n in read}
+        touching = [p for p in parts if p[0] & base]
+        parts = [p for p in parts if not p[0] & base]
+        parts.append((base.union(*(p[0] for p in touching)), [*(s for p in touching for s in p[1]), site.name]))
     groups = []
     for members, sites in parts:
         ordered = tuple(n for n in program.continuous if n in members)
@@ -52,22 +53,23 @@ def latent_groups(program: Program) -> tuple[Group, ...]:
 
 def continuous_of(program: Program, site: Site) -> set[str]:
     """The continuous latents that a site's density reads, its own among them."""
-    own = {site.name} if site.name in program.continuous else set()
-    return own | {n for n in site.parents if n in program.continuous}
+    every = program.every_continuous
+    return {n for n in (site.name, *site.parents) if n in every}
 
 
 def why_not(program: Program, site: Site) -> str:
     """Why the site's log density is not a quadratic in its continuous latents; an empty string where it is."""
     if site.distribution not in FAMILIES or not isinstance(site.family, Family):
         return f"it is {site.distribution}, not Normal"
-    if site.distribution == "LogNormal" and site.name in program.continuous:
+    own = site.name in program.every_continuous
+    if site.distribution == "LogNormal" and own:
         return "it is LogNormal, not Normal"
     graph = program.graph
     read = {("latent", n) for n in continuous_of(program, site)}
     for arg in site.family.args:
         if arg != "loc" and graph.needs((site.name, f"arg:{arg}")) & read:
             return f"its {arg} depends on {named(read & graph.needs((site.name, f'arg:{arg}')))}"
-    if site.name not in program.continuous and graph.needs((site.name, "value")) & read:
+    if not own and graph.needs((site.name, "value")) & read:
         return "its observed value depends on a latent"
     return affine_in(graph, (site.name, "arg:loc"), read - {("latent", site.name)})
 
