@@ -268,7 +268,7 @@ def sums_until(step: ChainStep) -> Named:
     """Log of the sum over all paths up to each step, along `TIME` as in `filtered_path`."""
     frame = step.tables.frame
     head, messages, taken = chains.log_messages(step.tables, log_sum_exp)
-    states = tuple(range(len(frame.kept), head.ndim))
+    states = tuple(range(len(frame.current)))
     sums = jax.nn.logsumexp(messages, axis=tuple(a + 1 for a in states)) + jnp.cumsum(taken, 0)
     return Named(jnp.concatenate([jax.nn.logsumexp(head, axis=states)[None], sums]), (TIME, *frame.kept))
 
