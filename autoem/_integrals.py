@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._named import Named, add, contract, multiply
+from autoem._named import Named, multiply
 from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import Table
-from autoem.e_step.gaussian import DIM, OTHER, GaussianBlock, Moments
 from autoem.e_step.tables import Factor
 from autoem.m_step.problem import Bundle, Params, graph_values
 
@@ -34,7 +33,7 @@ class Row:
 class Integral:
     """One block, with what the kernel asks of it."""
 
-    block: GaussianBlock
+    block: Any
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -42,27 +41,13 @@ class Integral:
 
     def rows(self) -> list[Row]:
         """How each latent is treated, in words."""
-        block, out = self.block, []
-        for m in block.members:
-            cells = int(np.prod(m.shape, dtype=int))
-            reason = "Gaussian: every site that reads it is Normal with a mean affine in it"
-            reason += f"; {cells:,} cells of {m.dim} dimensions" if cells > 1 else f"; {m.dim} dimensions"
-            if len(block.members) > 1:
-                reason += f", together with {', '.join(n for n in block.names if n != m.name)}"
-            if block.discrete:
-                reason += f"; a Gaussian for each state of {', '.join(block.states)}"
-            if block.dense:
-                reason += f"; all cells are one vector of {block.dim:,}, since rows read them by different indices"
-            elif block.routed:
-                reason += "; rows find their cell by index"
-            out.append(Row(m.name, cells, reason))
-        return out
+        return [Row(m.name, int(np.prod(m.shape, dtype=int)), self.block.reason(m)) for m in self.block.members]
 
-    def integrate(self, params: Params, bundle: Bundle) -> tuple[Table, Moments]:
+    def integrate(self, params: Params, bundle: Bundle) -> tuple[Table, Any]:
         """The integral over the latents as a table, and the moments of their posterior."""
         return self.block.integrate(graph_values(bundle, params), bundle.rows, bundle.cells)
 
-    def nodes_of_factors(self, moments: Moments, bundle: Bundle) -> dict[str, tuple[Any, Named | None]]:
+    def nodes_of_factors(self, moments: Any, bundle: Bundle) -> dict[str, tuple[Any, Named | None]]:
         """For each factor its nodes, and the values of its own latent there (None where it has none)."""
         return {f.name: self.block.complete(f, moments, bundle.cells) for f in self.factors}
 
@@ -72,13 +57,7 @@ class Integral:
 
     def density_at(self, latents: Mapping[str, Array], params: Params, bundle: Bundle) -> Named:
         """The log density of all its sites by the quadratic form that is integrated."""
-        block = self.block
-        precision, shift, constant = block.quadratic(graph_values(bundle, params), bundle.rows, bundle.cells)
-        w = block.coordinates(latents)
-        other = Named(w.array, tuple(OTHER if a == DIM else a for a in w.axes))
-        keep = (*block.states, *block.plates)
-        linear, square = contract(keep, shift, w), contract(keep, precision, w, other)
-        return add(constant, linear, Named(-0.5 * square.array, square.axes))
+        return self.block.density_at(latents, graph_values(bundle, params), bundle.rows, bundle.cells)
 
     def weights(self, slope: Named) -> Named:
         """Posterior probabilities of the discrete latents of each cell, from the gradient by the block's table."""

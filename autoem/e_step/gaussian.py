@@ -19,7 +19,6 @@ References:
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,26 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._named import Named, add, contract, named, union
-from autoem.e_step.completions import NODES, gaussian_nodes
+from autoem._named import Named, add, contract, multiply, named, pick, union
+from autoem.e_step.completions import NODES, Completions, gaussian_nodes, root
 from autoem.e_step.layout import Table
+from autoem.e_step.quadratic import DIM, LOG_2PI, OTHER, Residual, filled, quadratic_terms, residual, summed
 from autoem.e_step.tables import Factor, Rows
 from autoem.ir import Continuous, Latent
 
 SOURCE = "Dempster, Laird and Rubin 1977, section 4.6; Laird and Ware 1982 (Gaussian posteriors)"
-DIM, OTHER, EVENT = "·dim", "·dim'", "·event"
-LOG_2PI = math.log(2 * math.pi)
-
-
-@dataclasses.dataclass(frozen=True)
-class Residual:
-    """A Normal site as `y - M w`, whitened: `slope` is `M` along `DIM`, `log_scale` the log of the divisor."""
-
-    y: Named
-    slope: Named
-    log_scale: Named
-    weight: Named | None
-    mask: Named | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +102,7 @@ class GaussianBlock:
         mean = Named(jnp.einsum("...ij,...j->...i", covariance.array, whole), (*axes, DIM))
         fit = Named(0.5 * (mean.array * whole).sum(-1), axes)
         spread = Named(-0.5 * log_det + 0.5 * self.dim * LOG_2PI, axes)
-        value = add(constant, _fewer(fit), _fewer(spread))
+        value = add(constant, named(fit.array, fit.axes), named(spread.array, spread.axes))
         return Table(value, frozenset(self.states), frozenset(self.plates)), Moments(mean, covariance)
 
     def _batch(self, array: Named, axes: tuple[str, ...]) -> tuple[int, ...]:
@@ -123,56 +110,32 @@ class GaussianBlock:
 
     def quadratic(self, values, rows, cells) -> tuple[Named, Named, Named]:
         """Precision, precision times mean, and constant of every cell, summed over the rows of all factors."""
-        parts = [self.terms(f, residual(f, values, rows[f.name]), rows[f.name], cells) for f in self.factors]
+        parts = [self.terms(f, residual(f, values, rows[f.name]), cells) for f in self.factors]
         return tuple(add(*terms) for terms in zip(*parts, strict=True))  # type: ignore[return-value]
 
-    def terms(self, f: Factor, r: Residual, rows: Rows, cells: Mapping[str, Array]) -> tuple[Named, Named, Named]:
+    def terms(self, f: Factor, r: Residual, cells: Mapping[str, Array]) -> tuple[Named, Named, Named]:
         """What one factor adds to them."""
-        weights = [w for w in (r.weight, r.mask) if w is not None]
-        other = Named(r.slope.array, tuple(OTHER if a == DIM else a for a in r.slope.axes))
-        own = -0.5 * LOG_2PI * self._elements(f) if f.is_hidden else 0.0
-        inner = self._inner(f)
-        square = Named(-0.5 * r.y.array**2, r.y.axes)
-        precision = self._home(f, inner, (DIM, OTHER), cells, r.slope, other, *weights)
-        shift = self._home(f, inner, (DIM,), cells, r.slope, r.y, *weights)
-        constant = self._home(f, inner, (), cells, square, *weights)
-        scale = self._home(f, tuple(a for a in inner if a != EVENT), (), cells, minus(r.log_scale, own), *weights)
-        whole = self._widened(f, precision, shift, cells)
-        return *whole, add(constant, scale)
+        precision, shift, constant = quadratic_terms(f, r, self._kept(f))
+        if f.name in self.routed and not self.dense:
+            precision = self._by_index(f, precision, (DIM, OTHER), cells)
+            shift = self._by_index(f, shift, (DIM,), cells)
+        return *self._widened(f, precision, shift, cells), self._home(f, constant, cells)
+
+    def _kept(self, f: Factor) -> tuple[str, ...]:
+        """Axes that tell cells apart, or rows where rows find their cells by index."""
+        source = f.site.plates if f.name in self.routed or self.dense else self.plates
+        return (*self.states, *(a for a in f.site.axes if a in source))
 
     def constant(self, f: Factor, value: Named, cells: Mapping[str, Array]) -> Named:
         """A quantity of the rows of a factor, summed over those of each cell."""
-        return self._home(f, tuple(a for a in self._inner(f) if a != EVENT), (), cells, value)
+        return self._home(f, summed(f, self._kept(f), value), cells)
 
-    def _elements(self, f: Factor) -> int:
-        """Scalars in one event of a latent's own site, `log 2 pi` of each of which the constants leave to be said."""
-        return int(np.prod(member_of(f).event[len(self._events(f)) :], dtype=int))
-
-    def _events(self, f: Factor) -> tuple[str, ...]:
-        return tuple(a for a in f.site.axes if a.startswith("#") and not a.startswith("#unit"))
-
-    def _inner(self, f: Factor) -> tuple[str, ...]:
-        """Axes of the factor that are summed within one cell, or one row where rows find their cells by index."""
-        source = f.site.plates if f.name in self.routed or self.dense else self.plates
-        return tuple(a for a in (*f.site.axes, EVENT) if a not in source)
-
-    def _home(self, f: Factor, inner, dims: tuple[str, ...], cells: Mapping[str, Array], *terms: Named) -> Named:
-        """A product of terms, summed over the rows of each cell."""
-        size = {**dict(zip(f.site.axes, f.site.shape, strict=True))}
-        present = {a for t in terms for a in t.axes}
-        kept = (*self.states, *(a for a in f.site.axes if a not in inner), *dims)
-        times = float(np.prod([size[a] for a in inner if a in size and a not in present], dtype=float))
-        out = contract(kept, *terms)
-        out = out if times == 1 else Named(out.array * times, out.axes)
+    def _home(self, f: Factor, value: Named, cells: Mapping[str, Array]) -> Named:
+        """Rows brought to the cells that they read."""
         if self.dense:
-            return out if dims else self._total(f, out)
-        return self._by_index(f, out, dims, cells) if f.name in self.routed else out
-
-    def _total(self, f: Factor, value: Named) -> Named:
-        absent = [
-            s for a, s in zip(f.site.axes, f.site.shape, strict=True) if a in f.site.plates and a not in value.axes
-        ]
-        return Named(value.array.sum() * float(np.prod(absent, dtype=float)), ())
+            absent = [self.sizes[p] for p in f.site.plates if p not in value.axes]
+            return Named(value.array.sum() * float(np.prod(absent, dtype=float)), ())
+        return self._by_index(f, value, (), cells) if f.name in self.routed else value
 
     def _by_index(self, f: Factor, value: Named, dims: tuple[str, ...], cells: Mapping[str, Array]) -> Named:
         """Add each row to the cell that it reads."""
@@ -181,7 +144,7 @@ class GaussianBlock:
         array = value.to((*source, *lead))
         array = jnp.broadcast_to(array, (*(self.sizes[p] for p in source), *array.shape[len(source) :]))
         flat = array.reshape(-1, *array.shape[len(source) :])
-        home = jax.ops.segment_sum(flat, cells[index_name(f, self.members[0])].ravel(), int(np.prod(self.shape)))
+        home = jax.ops.segment_sum(flat, cells[self._index(f)].ravel(), int(np.prod(self.shape)))
         return Named(home.reshape(*self.shape, *home.shape[1:]), (*self.plates, *lead))
 
     def _widened(self, f: Factor, precision: Named, shift: Named, cells) -> tuple[Named, Named]:
@@ -208,6 +171,10 @@ class GaussianBlock:
         s = jnp.broadcast_to(s, (*s.shape[:-1], d))
         vector = jnp.zeros((*s.shape[:-1], self.dim), s.dtype).at[..., where].set(s)
         return Named(matrix, (*rest, DIM, OTHER)), Named(vector, (*others, DIM))
+
+    def _index(self, f: Factor) -> str:
+        assert f.completions is not None
+        return index_name(f, f.completions.members[0])
 
     def positions(self, f: Factor, cells: Mapping[str, Array]) -> Array:
         """Of every row of a factor, where its latents' coordinates stand in the one vector of all cells."""
@@ -246,13 +213,13 @@ class GaussianBlock:
         flat = value.to((*self.plates, *rest))
         flat = jnp.broadcast_to(flat, (*self.shape, *flat.shape[len(self.shape) :]))
         flat = flat.reshape(-1, *flat.shape[len(self.shape) :])
-        index = cells[index_name(f, self.members[0])].ravel()
+        index = cells[self._index(f)].ravel()
         sizes = [self.sizes[p] for p in f.site.plates]
         return named(flat[index].reshape(*sizes, *flat.shape[1:]), (*f.site.plates, *rest))
 
     def complete(self, f: Factor, moments: Moments, cells: Mapping[str, Array]) -> tuple[Array, Named | None]:
         """The factor's nodes as its arguments want them, and its own latent's values there."""
-        return self._filled(f, self.by_row(f, self.nodes(f, moments, cells), cells))
+        return filled(f, self.by_row(f, self.nodes(f, moments, cells), cells))
 
     def at(self, f: Factor, latents: Mapping[str, Array], cells: Mapping[str, Array]) -> tuple[Array, Named | None]:
         """The same with one node, where the latents have given values."""
@@ -261,9 +228,9 @@ class GaussianBlock:
         if self.dense:
             rows = vector.array[self.positions(f, cells)]
             sizes = [self.sizes[p] for p in f.site.plates]
-            return self._filled(f, named(rows.reshape(*sizes, -1), (*f.site.plates, DIM)))
+            return filled(f, named(rows.reshape(*sizes, -1), (*f.site.plates, DIM)))
         chosen = vector.to((*self.plates, DIM))[..., f.completions.within(self.members)]
-        return self._filled(f, self.by_row(f, named(chosen, (*self.plates, DIM)), cells))
+        return filled(f, self.by_row(f, named(chosen, (*self.plates, DIM)), cells))
 
     def coordinates(self, latents: Mapping[str, Array]) -> Named:
         """Values of the latents as coordinates of every cell, or of all cells in one vector."""
@@ -272,93 +239,76 @@ class GaussianBlock:
         parts = [jnp.reshape(latents[m.name], (*self.shape, m.dim)) for m in self.members]
         return named(jnp.concatenate(parts, -1), (*self.plates, DIM))
 
-    def _filled(self, f: Factor, nodes: Named) -> tuple[Array, Named | None]:
-        own = self._own_value(f, nodes) if f.is_hidden else None
-        return nodes.to((*(z.name for z in f.parents), NODES, DIM, *f.site.axes)), own
+    def density_at(self, latents: Mapping[str, Array], values, rows, cells) -> Named:
+        """Log density of all sites by the quadratic form that is integrated."""
+        precision, shift, constant = self.quadratic(values, rows, cells)
+        w = self.coordinates(latents)
+        other, keep = Named(w.array, tuple(OTHER if a == DIM else a for a in w.axes)), (*self.states, *self.plates)
+        linear, square = contract(keep, shift, w), contract(keep, precision, w, other)
+        return add(constant, linear, Named(-0.5 * square.array, square.axes))
 
-    def _own_value(self, f: Factor, nodes: Named) -> Named:
-        """Values of a latent at its nodes, as the data of its own site."""
-        assert f.completions is not None and f.family is not None
-        member = member_of(f)
-        where = f.completions.span(f.name)
-        rest = tuple(a for a in nodes.axes if a != DIM)
-        array = nodes.to((*rest, DIM))[..., where]
-        array = array.reshape(*array.shape[:-1], *member.event)
-        events = self._events(f)
-        base = tuple(f"event{i}" for i in range(f.family.event_dim))
-        axes = (*rest, *events, *base)
-        order = (*base, *rest, *events)
-        value = Named(array, axes)
-        return Named(value.to(order), order)
+    def mixed(self, moments: Moments, weight: Named) -> Moments:
+        """Moments with the discrete latents beside them summed out, whose probabilities are `weight`."""
+        mean = multiply(moments.mean, weight).sum(self.states)
+        second = add(moments.covariance, product(moments.mean))
+        square = product(mean)
+        return Moments(mean, add(multiply(second, weight).sum(self.states), Named(-square.array, square.axes)))
+
+    def marginal(self, m: Continuous, moments: Moments) -> tuple[Array, Array]:
+        """Mean `(*shape, *event)` and covariance `(*shape, dim, dim)` of one latent in every of its cells."""
+        where = self._place(m)
+        if self.dense:
+            mean, covariance = moments.mean.array[where], moments.covariance.array[where[:, :, None], where[:, None, :]]
+        else:
+            mean = jnp.broadcast_to(moments.mean.to((*self.plates, DIM)), (*self.shape, self.dim))[..., where]
+            whole = moments.covariance.to((*self.plates, DIM, OTHER))
+            whole = jnp.broadcast_to(whole, (*self.shape, self.dim, self.dim))
+            covariance = whole[..., where[:, None], where[None, :]]
+        return mean.reshape(*m.shape, *m.event), covariance.reshape(*m.shape, m.dim, m.dim)
+
+    def _place(self, m: Continuous) -> np.ndarray:
+        """A latent's coordinates in a cell, or (cells, coordinates) in the one vector."""
+        if not self.dense:
+            return Completions(self.members).span(m.name)
+        before = self.members[: self.names.index(m.name)]
+        start = sum(o.dim * int(np.prod(o.shape, dtype=int)) for o in before)
+        cells = int(np.prod(m.shape, dtype=int))
+        return start + np.arange(cells * m.dim).reshape(cells, m.dim)
+
+    def draw(self, moments: Moments, chosen: Mapping[str, Array], key: Array | None) -> dict[str, Array]:
+        """Values of the latents given those of the discrete ones: drawn with `key`, or their mean without."""
+        mean, covariance = moments.mean, moments.covariance
+        for z in self.discrete:
+            index = named(jnp.asarray(chosen[z.name]), z.axes)
+            mean, covariance = pick(mean, z.name, index), pick(covariance, z.name, index)
+        vector = jnp.broadcast_to(mean.to((*self.plates, DIM)), (*self.shape, self.dim))
+        if key is not None:
+            noise = jax.random.normal(key, vector.shape, vector.dtype)
+            vector = vector + jnp.einsum("...ij,...j->...i", root(covariance.to((*self.plates, DIM, OTHER))), noise)
+        return {m.name: vector[..., self._place(m)].reshape(*m.shape, *m.event) for m in self.members}
+
+    def reason(self, m: Continuous) -> str:
+        """How the latent is treated, in words."""
+        cells = int(np.prod(m.shape, dtype=int))
+        size = f"{m.dim} dimension{'s' * (m.dim > 1)}"
+        reason = "Gaussian: every site that reads it is Normal with a mean affine in it"
+        reason += f"; {cells:,} cells of {size}" if cells > 1 else f"; {size}"
+        if len(self.members) > 1:
+            reason += f", together with {', '.join(n for n in self.names if n != m.name)}"
+        if self.discrete:
+            reason += f"; a Gaussian for each state of {', '.join(self.states)}"
+        if self.dense:
+            reason += f"; all cells are one vector of {self.dim:,}, since rows read them by different indices"
+        elif self.routed:
+            reason += "; rows find their cell by index"
+        return reason
 
 
-def member_of(f: Factor) -> Continuous:
-    """A latent's own site's latent."""
-    assert f.completions is not None
-    return next(m for m in f.completions.members if m.name == f.name)
+def product(mean: Named) -> Named:
+    """A vector times itself, as a matrix."""
+    return multiply(mean, Named(mean.array, tuple(OTHER if a == DIM else a for a in mean.axes)))
 
 
 def index_name(f: Factor, member: Continuous) -> str:
     """Under what the cells of a latent, as a factor's rows read them, stand among the data's cells."""
     return f"{f.name}·{member.name}"
-
-
-def minus(value: Named, own: float) -> Named:
-    return Named(own - value.array, value.axes)
-
-
-def _fewer(value: Named) -> Named:
-    return named(value.array, value.axes)
-
-
-def residual(f: Factor, values: Mapping[Any, Any], rows: Rows) -> Residual:
-    """A Normal factor, whitened, as an affine function of its latents' coordinates."""
-    family, group = f._family, f.completions
-    assert group is not None
-    axes = (*(z.name for z in f.parents), DIM, *f.site.axes)
-    vector = family.event_dim
-    args = {
-        a: f.argument(f"arg:{a}", values, d, at_points=True) for a, d in zip(family.args, family.arg_dims, strict=True)
-    }
-    if family.standardise is not None and rows.centre is not None and rows.spread is not None:
-        args = family.standardise(args, rows.centre, rows.spread)
-    loc, at = args["loc"], len(f.parents)
-    first = jnp.take(loc, jnp.arange(1), at)
-    slope = jnp.take(loc, jnp.arange(1, loc.shape[at]), at) - first
-    own = next((m for m in group.members if m.name == f.name), None)
-    if slope.shape[at] == 0:
-        slope = jnp.zeros((*slope.shape[:at], group.dim, *slope.shape[at + 1 :]), loc.dtype)
-    if own is not None:
-        unit = np.zeros((group.dim, *own.event))
-        unit.reshape(group.dim, -1)[group.span(f.name)] = np.eye(own.dim)
-        outer = slope.ndim - at - 1 - len(own.event)
-        slope = slope - unit.reshape(group.dim, *(1,) * outer, *own.event)
-        y = -first
-    else:
-        x = f.observations(rows)
-        y = x.to((*f.site.axes, *x.axes[:vector])) - first
-    y, slope, log_scale = whitened(args, y, slope, vector)
-    named_axes = (*axes, EVENT) if vector else axes
-    mask = None if rows.mask is None else Named(rows.mask.array.astype(log_scale.dtype), rows.mask.axes)
-    return Residual(named(y, named_axes), named(slope, named_axes), named(log_scale, axes), rows.scale, mask)
-
-
-def whitened(args: Mapping[str, Array], y: Array, slope: Array, vector: int) -> tuple[Array, Array, Array]:
-    """Residuals and slopes divided by the scale, or by the root of the covariance; and its log determinant."""
-    if not vector:
-        scale = args["scale"]
-        return y / scale, slope / scale, jnp.log(scale)
-    form, matrix = next((k, v) for k, v in args.items() if k != "loc")
-    if form == "precision_matrix":
-        upper = jnp.swapaxes(jnp.linalg.cholesky(matrix), -1, -2)
-        log_det = -jnp.log(jnp.diagonal(upper, axis1=-2, axis2=-1)).sum(-1)
-        return _times(upper, y), _times(upper, slope), log_det
-    lower = jnp.linalg.cholesky(matrix) if form == "covariance_matrix" else matrix
-    eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
-    inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
-    log_det = jnp.log(jnp.abs(jnp.diagonal(lower, axis1=-2, axis2=-1))).sum(-1)
-    return _times(inverse, y), _times(inverse, slope), log_det
-
-
-def _times(matrix: Array, vectors: Array) -> Array:
-    return jnp.einsum("...ij,...j->...i", matrix, vectors)

@@ -14,16 +14,18 @@ import numpy as np
 from autoem._errors import PlanError
 from autoem.e_step.factors import row_cells
 from autoem.e_step.gaussian import GaussianBlock, index_name
+from autoem.e_step.gaussian_chain import GaussianChain
 from autoem.e_step.tables import Factor
-from autoem.ir import Continuous, Program
+from autoem.ir import Continuous, Latent, Program, at_lag
 from autoem.passes.gaussian import Group, latent_groups
 
+Block = GaussianBlock | GaussianChain
 MAX_DENSE = 4096  # coordinates of crossed latents, all in one vector
 
 
 def build_blocks(
     program: Program, factors: Sequence[Factor], values: Mapping[Any, Any]
-) -> tuple[tuple[GaussianBlock, ...], dict[str, np.ndarray]]:
+) -> tuple[tuple[Block, ...], dict[str, np.ndarray]]:
     """The blocks, and for each factor and latent the cell that every row reads."""
     blocks, cells = [], {}
     for group in latent_groups(program):
@@ -35,7 +37,7 @@ def build_blocks(
 
 def gaussian_block(
     program: Program, group: Group, factors: Mapping[str, Factor], values: Mapping[Any, Any]
-) -> tuple[GaussianBlock, dict[str, np.ndarray]]:
+) -> tuple[Block, dict[str, np.ndarray]]:
     members = tuple(program.continuous[n] for n in group.members)
     if group.refusal:
         raise PlanError(
@@ -60,6 +62,8 @@ def gaussian_block(
     plates = tuple(a for a in members[0].axes if not a.startswith("#")) if same else ()
     shape = tuple(s for a, s in zip(members[0].axes, members[0].shape, strict=True) if not a.startswith("#"))
     sizes = {p.name: p.size for p in program.plates.values()}
+    if (chain := gaussian_chain(program, members, parts, discrete)) is not None:
+        return chain, {}
     base = {n: program.base_of(n) for n in every}
     block = GaussianBlock(members, discrete, parts, plates, shape if same else (), not same, routed, sizes, base)
     latents = program.every_continuous
@@ -67,6 +71,39 @@ def gaussian_block(
         index = {(s, n): in_path(program, latents[n])[v] for (s, n), v in index.items()}
     kept = {index_name(factors[s], latents[n]): v for (s, n), v in index.items() if not same or s in routed}
     return block, kept
+
+
+def gaussian_chain(
+    program: Program, members: Sequence[Continuous], factors: Sequence[Factor], discrete: Sequence[Latent]
+) -> GaussianChain | None:
+    """The latents as states of one chain, and such as only its start reads; None where they are not that."""
+    chains = {id(c): c for m in members if (c := program.chain_of(m.name)) is not None}
+    chain = next(iter(chains.values()), None)
+    if chain is None or len(chains) > 1 or discrete or not 0 < chain.lag < chain.length:
+        return None
+    paths = tuple(m for m in members if m.name in chain.lags)
+    outside = tuple(m for m in members if m.name not in chain.lags)
+    plates = paths[0].plates[1:]
+    shape = tuple(s for a, s in zip(paths[0].axes, paths[0].shape, strict=True) if not a.startswith("#"))[1:]
+    if any(m.plates[1:] != plates for m in paths) or any(m.plates != plates for m in outside):
+        return None
+    block = GaussianChain(
+        chain, paths, outside, tuple(factors), plates, shape, {p.name: p.size for p in program.plates.values()}
+    )
+    return block if all(stands_in_chain(block, f) for f in factors) else None
+
+
+def stands_in_chain(block: GaussianChain, f: Factor) -> bool:
+    """Whether a factor reads states of its own step and the few before it, or of the first steps, in its own row."""
+    kind, names = block.kind(f), {m.name for m in read_by(f)}
+    if not set(block.plates) <= set(f.site.plates) or any(f"{m.name}[-" in n for m in block.paths for n in names):
+        return False
+    if not kind:
+        return True
+    here = {m.name for m in block.paths}
+    if kind == block.chain.bulk:
+        here = {at_lag(n, i) for n in here for i in range(block.chain.lag + 1)}
+    return names <= here
 
 
 def in_path(program: Program, piece: Continuous) -> np.ndarray:

@@ -6,12 +6,13 @@ eliminated from the sum of the message so far and the step's own terms, by sweep
 .. math:: K = \begin{pmatrix} \Lambda & \eta \\ \eta^\top & -2c \end{pmatrix}
 
 on its coordinates, which leaves the message to the next step and, beside it, the conditional law of what was
-eliminated. Backwards, these laws make moments of every window of states (Rauch, Tung and Striebel) or draws of the path.
+eliminated. Backwards, these laws make moments of every window of states, or draws of the path.
 
 In: the sites of one chain as quadratics. Out: the integral, and moments of every window.
 
 References:
-    Rauch, Tung and Striebel 1965; Durbin and Koopman 2012, chapter 4; Goodnight 1979, "A tutorial on the sweep operator".
+    Rauch, Tung and Striebel 1965. Durbin and Koopman 2012, "Time series analysis by state space methods", chapter 4.
+    Goodnight 1979, "A tutorial on the sweep operator".
 """
 
 from __future__ import annotations

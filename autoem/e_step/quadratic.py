@@ -1,0 +1,144 @@
+r"""A Normal site as a quadratic in its continuous latents.
+
+In: a factor at given parameters, with its rows. Out: the residual `y - M w`, whitened; precision, shift and constant
+summed over any of its axes; and nodes in the form that the factor's arguments and rows take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from autoem._named import Named, add, contract, named
+from autoem.e_step.completions import NODES
+from autoem.e_step.tables import Factor, Rows
+from autoem.ir import Continuous
+
+DIM, OTHER, EVENT = "·dim", "·dim'", "·event"
+LOG_2PI = math.log(2 * math.pi)
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """A Normal site as `y - M w`, whitened: `slope` is `M` along `DIM`, `log_scale` the log of the divisor."""
+
+    y: Named
+    slope: Named
+    log_scale: Named
+    weight: Named | None
+    mask: Named | None
+
+
+def quadratic_terms(f: Factor, r: Residual, keep: Sequence[str]) -> tuple[Named, Named, Named]:
+    """Precision, precision times mean, and constant, with the axes `keep` and summed over all others."""
+    weights = [w for w in (r.weight, r.mask) if w is not None]
+    other = Named(r.slope.array, tuple(OTHER if a == DIM else a for a in r.slope.axes))
+    own = -0.5 * LOG_2PI * elements(f) if f.is_hidden else 0.0
+    square = Named(-0.5 * r.y.array**2, r.y.axes)
+    log_scale = Named(own - r.log_scale.array, r.log_scale.axes)
+    precision = summed(f, (*keep, DIM, OTHER), r.slope, other, *weights)
+    shift = summed(f, (*keep, DIM), r.slope, r.y, *weights)
+    return precision, shift, add(summed(f, keep, square, *weights), summed(f, keep, log_scale, *weights))
+
+
+def summed(f: Factor, keep: Sequence[str], *terms: Named) -> Named:
+    """A product of terms over the axes of a factor, summed over those that are not kept."""
+    present = {a for t in terms for a in t.axes}
+    absent = [s for a, s in zip(f.site.axes, f.site.shape, strict=True) if a not in present and a not in keep]
+    out = contract(keep, *terms)
+    times = float(np.prod(absent, dtype=float))
+    return out if times == 1 else Named(out.array * times, out.axes)
+
+
+def elements(f: Factor) -> int:
+    """Scalars in one event of a latent's own site, `log 2 pi` of each of which the constants leave to be said."""
+    return int(np.prod(member_of(f).event[len(events_of(f)) :], dtype=int))
+
+
+def events_of(f: Factor) -> tuple[str, ...]:
+    """Axes that `to_event` made part of the event."""
+    return tuple(a for a in f.site.axes if a.startswith("#") and not a.startswith("#unit"))
+
+
+def filled(f: Factor, nodes: Named) -> tuple[Array, Named | None]:
+    """Nodes as a factor's arguments want them, and its own latent's values there."""
+    own = own_value(f, nodes) if f.is_hidden else None
+    return nodes.to((*(z.name for z in f.parents), NODES, DIM, *f.site.axes)), own
+
+
+def own_value(f: Factor, nodes: Named) -> Named:
+    """Values of a latent at its nodes, as the data of its own site."""
+    assert f.completions is not None and f.family is not None
+    member = member_of(f)
+    rest = tuple(a for a in nodes.axes if a != DIM)
+    array = nodes.to((*rest, DIM))[..., f.completions.span(f.name)]
+    array = array.reshape(*array.shape[:-1], *member.event)
+    events, base = events_of(f), tuple(f"event{i}" for i in range(f.family.event_dim))
+    order = (*base, *rest, *events)
+    return Named(Named(array, (*rest, *events, *base)).to(order), order)
+
+
+def member_of(f: Factor) -> Continuous:
+    """A latent's own site's latent."""
+    assert f.completions is not None
+    return next(m for m in f.completions.members if m.name == f.name)
+
+
+def residual(f: Factor, values: Mapping[Any, Any], rows: Rows) -> Residual:
+    """A Normal factor, whitened, as an affine function of its latents' coordinates."""
+    family, group = f._family, f.completions
+    assert group is not None
+    axes = (*(z.name for z in f.parents), DIM, *f.site.axes)
+    vector = family.event_dim
+    args = {
+        a: f.argument(f"arg:{a}", values, d, at_points=True) for a, d in zip(family.args, family.arg_dims, strict=True)
+    }
+    if family.standardise is not None and rows.centre is not None and rows.spread is not None:
+        args = family.standardise(args, rows.centre, rows.spread)
+    loc, at = args["loc"], len(f.parents)
+    first = jnp.take(loc, jnp.arange(1), at)
+    slope = jnp.take(loc, jnp.arange(1, loc.shape[at]), at) - first
+    own = next((m for m in group.members if m.name == f.name), None)
+    if slope.shape[at] == 0:
+        slope = jnp.zeros((*slope.shape[:at], group.dim, *slope.shape[at + 1 :]), loc.dtype)
+    if own is not None:
+        unit = np.zeros((group.dim, *own.event))
+        unit.reshape(group.dim, -1)[group.span(f.name)] = np.eye(own.dim)
+        outer = slope.ndim - at - 1 - len(own.event)
+        slope = slope - unit.reshape(group.dim, *(1,) * outer, *own.event)
+        y = -first
+    else:
+        x = f.observations(rows)
+        y = x.to((*f.site.axes, *x.axes[:vector])) - first
+    y, slope, log_scale = whitened(args, y, slope, vector)
+    named_axes = (*axes, EVENT) if vector else axes
+    mask = None if rows.mask is None else Named(rows.mask.array.astype(log_scale.dtype), rows.mask.axes)
+    return Residual(named(y, named_axes), named(slope, named_axes), named(log_scale, axes), rows.scale, mask)
+
+
+def whitened(args: Mapping[str, Array], y: Array, slope: Array, vector: int) -> tuple[Array, Array, Array]:
+    """Residuals and slopes divided by the scale, or by the root of the covariance; and its log determinant."""
+    if not vector:
+        scale = args["scale"]
+        return y / scale, slope / scale, jnp.log(scale)
+    form, matrix = next((k, v) for k, v in args.items() if k != "loc")
+    if form == "precision_matrix":
+        upper = jnp.swapaxes(jnp.linalg.cholesky(matrix), -1, -2)
+        log_det = -jnp.log(jnp.diagonal(upper, axis1=-2, axis2=-1)).sum(-1)
+        return _times(upper, y), _times(upper, slope), log_det
+    lower = jnp.linalg.cholesky(matrix) if form == "covariance_matrix" else matrix
+    eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
+    inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
+    log_det = jnp.log(jnp.abs(jnp.diagonal(lower, axis1=-2, axis2=-1))).sum(-1)
+    return _times(inverse, y), _times(inverse, slope), log_det
+
+
+def _times(matrix: Array, vectors: Array) -> Array:
+    return jnp.einsum("...ij,...j->...i", matrix, vectors)
