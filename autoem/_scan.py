@@ -359,7 +359,10 @@ class Scan:
         for i in self.states if self.compact else ():  # the same for all plates: as good as the state of one cell
             number = self.reader.numbers.get((self.time, "carry", i))
             if number is not None and number.size and (number == number.flat[0]).all():
-                carry[i] = carry[i][(slice(0, 1),) * carry[i].ndim]
+                later = self.body.graph.shape(("·carry", i))  # of a state that is a vector, its own axis stays
+                same = len(later) == carry[i].ndim
+                ones = [s == 1 or not same for s in (later if same else carry[i].shape)]
+                carry[i] = carry[i][tuple(slice(0, 1) if one else slice(None) for one in ones)]
         for h in range(min(self.lag, self.length)):
             body = self.trace(carry, self.shapes)
             values: dict = {("·carry", i): v for i, v in enumerate(carry)}
