@@ -24,7 +24,7 @@ from autoem._posterior import Posterior
 from autoem._result import EMResult
 from autoem._stderr import free_entries, move
 from autoem._trace import Source
-from autoem._verify import by_model, host_params, noise_for, verify
+from autoem._verify import by_model, host_params, model_fields, noise_for, verify
 from autoem.m_step._base import CLOSED_FORM
 from autoem.m_step.problem import Bundle, graph_values
 
@@ -195,7 +195,7 @@ def summed(built: Build, params, bundle: Bundle) -> tuple[float, float, int]:
 
 
 def site_density(built: Build, factor, values) -> Array:
-    return by_model(built, factor, values)[0]
+    return by_model(factor, model_fields(built, values, [factor.name]))[0]
 
 
 def check_m_step(built: Build, params, bundle: Bundle) -> list[Check]:
