@@ -26,7 +26,7 @@ from autoem._posterior import Posterior
 from autoem._result import EMResult
 from autoem._stderr import free_entries, move
 from autoem._trace import Source
-from autoem._verify import by_model, host_params, noise_for, verify
+from autoem._verify import by_model, host_params, model_fields, noise_for, verify
 from autoem.e_step.completions import NODES
 from autoem.m_step._base import CLOSED_FORM
 from autoem.m_step.problem import Bundle, graph_values
@@ -201,7 +201,8 @@ def check_integral(em: EM, call: Call, key: Array) -> Check:
 
     def density(v: Array) -> Array:
         values = graph_values(bundle, params) | {("latent", n): u for n, u in unravel(v).items()}
-        return sum((site_density(built, f, values) for f in built.kernel.problem.factors.values()), jnp.zeros(()))
+        fields, factors = model_fields(built, values), built.kernel.problem.factors.values()
+        return sum((by_model(f, fields)[0] for f in factors), jnp.zeros(()))
 
     @jax.jit
     def integral() -> Array:
@@ -238,7 +239,7 @@ def summed(built: Build, params, bundle: Bundle) -> tuple[float, float, int]:
 
 
 def site_density(built: Build, factor, values) -> Array:
-    return by_model(built, factor, values)[0]
+    return by_model(factor, model_fields(built, values, [factor.name]))[0]
 
 
 def check_m_step(built: Build, params, bundle: Bundle) -> list[Check]:

@@ -88,7 +88,7 @@ def alike_at(built: Build, params: Params, bundle: Callable[[], Bundle], given: 
     twins = any(np.array_equal(a, b) for i, a in enumerate(values) for b in values[:i])
     if not all(by_state) or not (by_state or twins or built.alike):
         return ()
-    return no_spread(jit_once(lambda p, b: state_spreads(built, p, b))(dict(params), bundle()))
+    return no_spread(jit_once(lambda p, b: state_spreads(built, tables_at(built, p, b)))(dict(params), bundle()))
 
 
 def same_along(value: np.ndarray, axis: int) -> bool:
@@ -101,12 +101,18 @@ def no_spread(spread: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(n for n, v in spread.items() if float(v) <= 100 * float(jnp.finfo(jnp.result_type(float)).eps))
 
 
-def state_spreads(built: Build, params: Params, bundle: Bundle) -> dict[str, Array]:
+def tables_at(built: Build, params: Params, bundle: Bundle) -> dict[str, Named]:
+    """The table of every factor that reads no continuous latent."""
+    problem = built.kernel.problem
+    cells = problem.cells(params, bundle)
+    return {n: problem.factors[n].table(cells[n], bundle.rows[n]).value for n in cells}
+
+
+def state_spreads(built: Build, tables: Mapping[str, Named]) -> dict[str, Array]:
     """How far the states of each latent differ in any factor but its own prior; zero at a saddle point of EM."""
-    cells = built.kernel.problem.cells(params, bundle)
     out: dict[str, list[Array]] = {}
     for f in built.kernel.likelihood_factors:
-        table = f.table(cells[f.name], bundle.rows[f.name]).value
+        table = tables[f.name]
         for z in f.latents:
             if z.name == f.name or z.num_states < 2:
                 continue

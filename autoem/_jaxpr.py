@@ -7,6 +7,7 @@ variable is written once, before it is read. Nothing here knows of models or of 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -65,27 +66,53 @@ class Graph:
     outputs: dict[Key, Atom]
     equations: tuple[Equation, ...]
 
+    @functools.cached_property
+    def makers(self) -> dict[Variable, int]:
+        """Number of the equation that writes a variable; inputs are written by none."""
+        return {v: i for i, eqn in enumerate(self.equations) for v in eqn.outputs}
+
+    @functools.cached_property
+    def keys(self) -> dict[Variable, Key]:
+        """Names of the inputs."""
+        return {v: k for k, v in self.inputs.items()}
+
+    @functools.cached_property
+    def kinds(self) -> dict[Variable, frozenset[Any]]:
+        """First part of the names of all inputs that a variable depends on: the kinds of input."""
+        out = {v: frozenset([k[0]]) for k, v in self.inputs.items()}
+        for eqn in self.equations:
+            read = frozenset().union(*(out.get(a, frozenset()) for a in eqn.inputs if isinstance(a, Variable)))
+            out.update(dict.fromkeys(eqn.outputs, read))
+        return out
+
     def slice(self, atoms: Iterable[Atom], given: Iterable[Variable] = ()) -> list[Equation]:
         """The equations that `atoms` need, in order, the variables `given` being known."""
-        given = set(given)
-        wanted = {a for a in atoms if isinstance(a, Variable)} - given
-        kept = []
-        for eqn in reversed(self.equations):
-            if wanted.intersection(eqn.outputs):
-                kept.append(eqn)
-                wanted.update(a for a in eqn.inputs if isinstance(a, Variable) and a not in given)
-        return kept[::-1]
+        return [self.equations[i] for i in sorted(self.reach(atoms, given)[0])]
+
+    def reach(self, atoms: Iterable[Atom], given: Iterable[Variable] = ()) -> tuple[set[int], set[Variable]]:
+        """Numbers of the equations that `atoms` need, and all variables that these read; only they are visited."""
+        makers, given = self.makers, set(given)
+        found: set[int] = set()
+        pending = [a for a in atoms if isinstance(a, Variable)]
+        seen = set(pending)
+        while pending:
+            variable = pending.pop()
+            maker = None if variable in given else makers.get(variable)
+            if maker is None or maker in found:
+                continue
+            found.add(maker)
+            new = {a for a in self.equations[maker].inputs if isinstance(a, Variable)} - seen
+            seen |= new
+            pending += new
+        return found, seen
 
     def needs(self, *keys: Key) -> frozenset[Key]:
         """Names of the inputs on which the outputs `keys` depend."""
         return self.needs_of([self.outputs[k] for k in keys])
 
     def needs_of(self, atoms: Iterable[Atom]) -> frozenset[Key]:
-        atoms = list(atoms)
-        read = {a for a in atoms if isinstance(a, Variable)}
-        for eqn in self.slice(atoms):
-            read.update(a for a in eqn.inputs if isinstance(a, Variable))
-        return frozenset(k for k, v in self.inputs.items() if v in read)
+        read = self.reach(atoms)[1]
+        return frozenset(self.keys[v] for v in read if v in self.keys)
 
     def shape(self, key: Key) -> tuple[int, ...]:
         atom = self.outputs[key]

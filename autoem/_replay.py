@@ -20,7 +20,7 @@ from autoem._errors import DataError, ModelError
 from autoem._jaxpr import jit_once
 from autoem._reader import AtObserved, as_read, unwrap
 from autoem._trace import Source
-from autoem._verify import by_model, host_params, noise_for, random_states, random_values
+from autoem._verify import by_model, host_params, model_fields, noise_for, random_states, random_values
 
 
 def replay(built: Build, source: Source) -> tuple[dict[str, float], float]:
@@ -36,7 +36,8 @@ def replay(built: Build, source: Source) -> tuple[dict[str, float], float]:
     def read(params, latents, data):
         values = {("data", i): x for i, x in data.items()} | {("key", 0): key}
         values |= {("param", n): v for n, v in params.items()} | {("latent", n): v for n, v in latents.items()}
-        return {n: by_model(built, f, values, once=False)[0] for n, f in built.kernel.problem.factors.items()}
+        fields = model_fields(built, values)
+        return {n: by_model(f, fields, once=False)[0] for n, f in built.kernel.problem.factors.items()}
 
     ours = jit_once(read)(params, latents, built.data(source))
 

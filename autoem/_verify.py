@@ -6,7 +6,7 @@ What does not agree is refused with the site's name, so that a silent wrong answ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,11 +17,11 @@ from numpyro.distributions import constraints
 
 from autoem._build import Build
 from autoem._errors import ModelError
-from autoem._init import no_spread, state_spreads
+from autoem._init import no_spread, state_spreads, tables_at
 from autoem._integrals import Integral
 from autoem._jaxpr import jit_once
 from autoem._lower import with_nodes
-from autoem._named import multiply, named, pick
+from autoem._named import Named, multiply, named, pick
 from autoem._trace import Source
 from autoem.e_step.elimination import route_to_rows
 from autoem.e_step.places import pad, scale_of
@@ -71,7 +71,8 @@ def verify(built: Build) -> tuple[str, ...]:
 def compare(built: Build, params, noise, bundle: Bundle, chosen):
     """Densities at `params`, and how far the states differ there; one compiled program."""
     params = {n: moved(built.program.params[n], v, noise[n]) for n, v in params.items()}
-    return *densities(built, params, bundle, chosen), state_spreads(built, params, bundle)
+    tables = tables_at(built, params, bundle)
+    return *densities(built, params, bundle, chosen, tables), state_spreads(built, tables)
 
 
 def moved(param, value: Array, noise: Array) -> Array:
@@ -142,7 +143,9 @@ def shrunken(source: Source, plate_size: int) -> tuple[tuple, dict] | None:
     return source.call(data) if cut else None
 
 
-def densities(built: Build, params, bundle: Bundle, chosen: Mapping[str, Array]) -> tuple[dict, dict, dict]:
+def densities(
+    built: Build, params, bundle: Bundle, chosen: Mapping[str, Array], tables: Mapping[str, Named]
+) -> tuple[dict, dict, dict]:
     """Log density of every site by its table and by the model.
 
     With it comes the sum of absolute values that sets the rounding.
@@ -157,9 +160,13 @@ def densities(built: Build, params, bundle: Bundle, chosen: Mapping[str, Array])
     nodes = {k: v for block in built.kernel.integrals for k, v in block.nodes_at(drawn, bundle).items()}
     bundle = with_nodes(bundle, nodes)
     ours, theirs, size = {}, {}, {}
+    fields, given = model_fields(built, values), graph_values(bundle, params)
+    hidden = {f.name: f for block in built.kernel.integrals for f in block.factors}
+    at = {n: f.table(f.cells(given, bundle.rows[n]), bundle.rows[n]).value for n, f in hidden.items()}
+    tables = {**tables, **at}
     for name, factor in built.kernel.problem.factors.items():
-        theirs[name], size[name] = by_model(built, factor, values)
-        ours[name] = by_table(built, factor, params, bundle, chosen)
+        theirs[name], size[name] = by_model(factor, fields)
+        ours[name] = by_table(built, factor, tables[name], bundle, chosen)
     for block in built.kernel.integrals:  # and what is integrated, against the sum of its sites
         sites = [f.name for f in block.factors]
         name = block.block.names[0]
@@ -210,15 +217,21 @@ def pieces_of_paths(program: Program, paths: Mapping[str, Array]) -> dict[str, A
     return out
 
 
-def by_model(built: Build, factor: Factor, values: Mapping[Any, Any], once: bool = True) -> tuple[Array, Array]:
-    """Masked and scaled log density of the site, from the model at full shape.
+def model_fields(built: Build, values: Mapping[Any, Any], names: Iterable[str] | None = None) -> dict[tuple, Array]:
+    """Log density, mask and scale of every factor's site, from the model at full shape: one evaluation for all."""
+    full = built.program.full
+    names = built.kernel.problem.factors if names is None else names
+    keys = [(n, f) for n in names for f in ("elem", "mask", "scale") if (n, f) in full.outputs]
+    return dict(zip(keys, full.evaluate(keys, values), strict=True))
+
+
+def by_model(factor: Factor, fields: Mapping[tuple, Array], once: bool = True) -> tuple[Array, Array]:
+    """Masked and scaled log density of the site, from its `fields`.
 
     A latent that a mask takes out counts `once` over all its states, as in the tables; NumPyro leaves it out.
     """
-    program, name = built.program, factor.name
-    rank = len(factor.site.axes)
-    fields = [f for f in ("elem", "mask", "scale") if (name, f) in program.full.outputs]
-    got = dict(zip(fields, program.full.evaluate([(name, f) for f in fields], values), strict=True))
+    rank, name = len(factor.site.axes), factor.name
+    got = {field: fields[name, field] for field in ("elem", "mask", "scale") if (name, field) in fields}
     elem = jnp.broadcast_to(pad(got["elem"], rank), factor.site.shape)
     if "mask" in got:
         otherwise = -jnp.log(float(factor.latents[0].num_states)) if factor.own and once else 0.0
@@ -232,11 +245,9 @@ def by_model(built: Build, factor: Factor, values: Mapping[Any, Any], once: bool
     return elem.sum(), jnp.abs(elem).sum()
 
 
-def by_table(built: Build, factor: Factor, params, bundle: Bundle, chosen: Mapping[str, Array]) -> Array:
+def by_table(built: Build, factor: Factor, value: Named, bundle: Bundle, chosen: Mapping[str, Array]) -> Array:
     """The same from the factor's table, read at the chosen states."""
     layout, rows = built.kernel.layout, bundle.rows[factor.name]
-    cells = factor.cells(graph_values(bundle, params), rows)
-    value = factor.table(cells, rows).value
     for z in factor.latents:
         route = factor.route if factor.route and z.name in factor.route.latents else None
         value = pick(value, z.name, route_to_rows(named(chosen[z.name], z.axes), route, bundle.cells))

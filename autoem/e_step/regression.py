@@ -30,6 +30,7 @@ from autoem.ir import Program, Site
 from autoem.passes.link import Declined, Known, Linear, Value, look_up, run
 
 MAX_COEFFICIENTS = 24
+FIXED, FREE = {"data", "key"}, {"param", "latent"}  # kinds of input
 
 
 def find_coefficients(program: Program, site: Site) -> tuple[Variable, ...] | None:
@@ -44,27 +45,19 @@ def find_coefficients(program: Program, site: Site) -> tuple[Variable, ...] | No
         return None
     if jnp.result_type(float) != jnp.float64:  # squares of observations would cancel in single precision
         return None
-    fixed, free = reads(graph, ("data", "key")), reads(graph, ("param", "latent"))
-    if loc not in fixed or loc not in free:
+    kinds = graph.kinds
+    if kinds[loc].isdisjoint(FIXED) or kinds[loc].isdisjoint(FREE):
         return None
     cut: dict[Variable, None] = {}
     for eqn in graph.slice([loc]):
-        if any(o in fixed for o in eqn.outputs):
-            cut.update(dict.fromkeys(a for a in eqn.inputs if isinstance(a, Variable) and a in free and a not in fixed))
+        if not kinds[eqn.outputs[0]].isdisjoint(FIXED):
+            inputs = [a for a in eqn.inputs if isinstance(a, Variable)]
+            cut.update(dict.fromkeys(a for a in inputs if kinds[a] & FREE and not kinds[a] & FIXED))
     if not cut or any(not jnp.issubdtype(v.aval.dtype, jnp.floating) for v in cut):
         return None
     if sum(int(np.prod(v.shape)) for v in cut) > MAX_COEFFICIENTS or not is_affine(graph, loc, tuple(cut)):
         return None
     return tuple(cut)
-
-
-def reads(graph: Graph, kinds: tuple[str, ...]) -> set[Variable]:
-    """Variables that depend on an input of one of `kinds`."""
-    found = {v for k, v in graph.inputs.items() if k[0] in kinds}
-    for eqn in graph.equations:
-        if any(a in found for a in eqn.inputs if isinstance(a, Variable)):
-            found.update(eqn.outputs)
-    return found
 
 
 def is_affine(graph: Graph, loc: Variable, cut: tuple[Variable, ...]) -> bool:

@@ -81,12 +81,15 @@ class Count(AbstractBlock):
     def counts(self, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, Array]:
         """Expected counts of the parameter and of its complement, pseudo-counts of the prior included."""
         zero = jnp.zeros_like(params[self.names[0]])
-        a, b = zero, zero
-        for use in self.uses:
-            cotangents = self.cotangents(use, params, statistics, bundle)
-            _, pull = jax.vjp(lambda u, v, use=use: self.parts(use, u, v, params, bundle), zero, zero)
-            da, db = pull(cotangents)
-            a, b = a + da, b + db
+        places: list[Linked] = []
+
+        def parts(u: Array, v: Array) -> list[tuple[Array, ...]]:
+            places[:] = [linked(self.problem, use, self.names[0], self.kind, u, v, params, bundle) for use in self.uses]
+            return [place.arrays for place in places]
+
+        arrays, pull = jax.vjp(parts, zero, zero)  # of all places at once: each pull is a program of its own to JAX
+        counts = zip(self.uses, places, arrays, strict=True)
+        a, b = pull([self.cotangents(use, Linked(place.form, x), statistics) for use, place, x in counts])
         prior = prior_of(self.names[0], self.problem.factors)
         if prior is not None:
             names, terms = COUNTS[prior.site.distribution]
@@ -94,13 +97,8 @@ class Count(AbstractBlock):
             a, b = a + pa, b + pb
         return a, b
 
-    def parts(self, use: Use, u: Array, v: Array, params: Params, bundle: Bundle) -> tuple[Array, ...]:
-        return linked(self.problem, use, self.names[0], self.kind, u, v, params, bundle).arrays
-
-    def cotangents(self, use: Use, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, ...]:
+    def cotangents(self, use: Use, out: Linked, statistics: Statistics) -> tuple[Array, ...]:
         """Expected counts in the shape of the place's logarithms."""
-        zero = jnp.zeros_like(params[self.names[0]])
-        out = linked(self.problem, use, self.names[0], self.kind, zero, zero, params, bundle)
         if use.argument is None:
             return (jnp.broadcast_to(statistics[use.factor.name], out.arrays[0].shape),)
         t, n = self.problem.statistics(use, statistics)

@@ -12,6 +12,7 @@ cancels. `LeastSquares` is the general affine case (regression): the normal equa
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,10 +50,7 @@ class Mean(AbstractBlock):
     def solve(self, params: Params, statistics: Statistics, bundle: Bundle, state):
         (name,) = self.names
         old = params[name]
-        slope, curvature = jnp.zeros_like(old), jnp.zeros_like(old)
-        for use in self.uses:
-            g, h = self.terms(use, params, statistics, bundle)
-            slope, curvature = slope + g, curvature + h
+        slope, curvature = self.terms(params, statistics, bundle)
         prior = prior_of(name, self.problem.factors)
         if prior is not None:
             g, h = prior_terms(prior, old, params, bundle)
@@ -60,38 +58,46 @@ class Mean(AbstractBlock):
         step = slope / jnp.where(curvature > 0, curvature, 1)
         return {name: jnp.where(curvature > 0, old + step, old).astype(old.dtype)}, state
 
-    def terms(self, use: Use, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, Array]:
-        """Slope and curvature of `Q` along every entry of the parameter."""
+    def terms(self, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, Array]:
+        """Slope and curvature of `Q` along every entry of the parameter, of all places at once."""
         (name,) = self.names
-        args = self.problem.arguments(use, params, bundle)
-        arg = use.argument or ""
+        places = [self.problem.arguments(use, params, bundle) for use in self.uses]
 
-        def link(value: Array) -> Array:
-            return self.problem.arguments(use, {**params, name: value}, bundle)[arg]
+        def link(value: Array) -> list[Array]:
+            at = {**params, name: value}
+            return [self.problem.arguments(use, at, bundle)[use.argument or ""] for use in self.uses]
 
         _, pull = jax.vjp(link, params[name])
         jacobian = jax.jvp(link, (params[name],), (jnp.ones_like(params[name]),))[1]
-        t, n = self.problem.statistics(use, statistics)
-        slope, curvature = (vector_terms if use.event_dim else scalar_terms)(use, args, t, n)
-        shape = args[arg].shape
-        return pull(fit(slope, shape))[0], pull(fit(curvature, shape) * jacobian)[0]
+        scalars = [i for i, use in enumerate(self.uses) if not use.event_dim]
+        separate = self.scalar_terms([(self.uses[i], places[i]) for i in scalars], statistics)
+        found = dict(zip(scalars, separate, strict=True))
+        for i, use in enumerate(self.uses):
+            if use.event_dim:
+                found[i] = vector_terms(use, places[i], *self.problem.statistics(use, statistics))
+        shapes = [place[use.argument or ""].shape for use, place in zip(self.uses, places, strict=True)]
+        slopes = [fit(found[i][0], shape) for i, shape in enumerate(shapes)]
+        curvatures = [fit(found[i][1], shape) * jacobian[i] for i, shape in enumerate(shapes)]
+        return pull(slopes)[0], pull(curvatures)[0]
 
+    def scalar_terms(self, places: Sequence[tuple[Use, dict]], statistics: Statistics) -> list[tuple[Array, Array]]:
+        """Slope and curvature of the cells' objectives in scalar locations."""
+        counts = [self.problem.statistics(use, statistics) for use, _ in places]
 
-def scalar_terms(use: Use, args, t: Array, n: Array) -> tuple[Array, Array]:
-    """Slope and curvature of the cells' objective in a scalar location."""
-    family, arg = use.factor._family, use.argument or ""
-    shape = jnp.broadcast_shapes(args[arg].shape, n.shape)
+        def objective(values: list[Array]) -> Array:
+            total = jnp.zeros(())
+            for (use, args), (t, n), v in zip(places, counts, values, strict=True):
+                eta, log_normalizer = use.factor._family.natural({**args, use.argument or "": v})
+                total = total + (eta * t).sum() - (log_normalizer * n).sum()
+            return total
 
-    def slope(value: Array) -> Array:
-        def objective(v: Array) -> Array:
-            eta, log_normalizer = family.natural({**args, arg: v})
-            return (eta * t).sum() - (log_normalizer * n).sum()
-
-        return jax.grad(objective)(value)
-
-    at = jnp.broadcast_to(args[arg], shape)
-    g, h = jax.jvp(slope, (at,), (jnp.ones_like(at),))
-    return g, -h
+        sized = zip(places, counts, strict=True)
+        at = [
+            jnp.broadcast_to(a := args[use.argument or ""], jnp.broadcast_shapes(a.shape, n.shape))
+            for (use, args), (_, n) in sized
+        ]
+        slopes, curvatures = jax.jvp(jax.grad(objective), (at,), ([jnp.ones_like(x) for x in at],))
+        return [(g, -h) for g, h in zip(slopes, curvatures, strict=True)]
 
 
 def vector_terms(use: Use, args, t: Array, n: Array) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -49,6 +49,11 @@ class Asked:
         """Ask about a link under abstract evaluation: nothing is computed, only what JAX traces."""
         return abstractly(question, self.params, self.bundle)
 
+    def at_each(self, question: Callable[[Use, Params, Bundle], T], uses: Sequence[Use] | None = None) -> list[T]:
+        """Ask the same about every place, in one evaluation."""
+        uses = self.uses if uses is None else uses
+        return self.read(lambda p, b: [question(use, p, b) for use in uses])
+
 
 def abstractly(question: Callable[[Params, Bundle], T], params: Params, bundle: Bundle) -> T:
     answer: list[T] = []
@@ -76,18 +81,17 @@ def count_rule(asked: Asked) -> AbstractBlock:
     reasons = []
     for kind in kinds:
         try:
-            for use in asked.uses:
-                accept_count(asked, use, kind)
+            asked.at_each(lambda use, p, b, kind=kind: accept_count(asked, use, kind, p, b))
             return Count((asked.name,), asked.problem, why(asked, "counted"), asked.uses, kind)
         except Declined as declined:
             reasons.append(str(declined))
     raise Declined(reasons[0])
 
 
-def accept_count(asked: Asked, use: Use, kind: str) -> None:
+def accept_count(asked: Asked, use: Use, kind: str, params: Params, bundle: Bundle) -> None:
     """Decline unless the parameter is counted at this place; the text names the place."""
     try:
-        asked.read(lambda p, b: counting.accept(asked.problem, use, asked.name, kind, p, b))
+        counting.accept(asked.problem, use, asked.name, kind, params, bundle)
     except Declined as declined:
         text = str(declined)
         if str(use) not in text:
@@ -112,7 +116,9 @@ def power_rule(asked: Asked) -> AbstractBlock:
     if asked.kind not in ("positive", "real"):
         raise Declined("it is not positive")
     real = asked.kind == "real"
-    degrees = {power_at(asked, use, real) for use in asked.uses}
+    plain = [use for use in asked.uses if not in_matrix(use)]
+    degrees = set(asked.at_each(lambda use, p, b: power.accept(asked.problem, use, asked.name, real, p, b), plain))
+    degrees |= {matrix_power_at(asked, use, real) for use in asked.uses if in_matrix(use)}
     prior = prior_of(asked.name, asked.problem.factors)
     entry = POWERS.get(prior.site.distribution) if prior else None
     if not degrees and entry and entry[1]:
@@ -125,11 +131,14 @@ def power_rule(asked: Asked) -> AbstractBlock:
     return Scale((asked.name,), asked.problem, why(asked, "a power of it scales"), asked.uses, degree, real)
 
 
-def power_at(asked: Asked, use: Use, real: bool) -> float:
-    """The degree of one place of a parameter of which it is a power."""
+def in_matrix(use: Use) -> bool:
+    """Whether a place is in a covariance or the like."""
     family = use.factor.family
-    if not (use.argument and family and isinstance(family.rules[use.argument], Covariance)):
-        return asked.read(lambda p, b: power.accept(asked.problem, use, asked.name, real, p, b))
+    return bool(use.argument and family and isinstance(family.rules[use.argument], Covariance))
+
+
+def matrix_power_at(asked: Asked, use: Use, real: bool) -> float:
+    """The degree of a place in a matrix whose entries are powers of the parameter."""
     if sum(u.factor is use.factor for u in asked.uses) > 1:
         raise Declined(f"it enters {use} and another argument of it")
     return structured.accept_matrix(asked.problem, use, asked.name, real, asked.params, asked.bundle)
@@ -142,9 +151,7 @@ def location_rule(asked: Asked) -> AbstractBlock:
     prior = prior_of(asked.name, asked.problem.factors)
     if prior and (prior.site.distribution != "Normal" or not readable(prior, NORMAL)):
         raise Declined(f"its prior {prior.site.distribution} is not Normal")
-    forms = [
-        asked.read(lambda p, b, u=u: location.accept_linear(asked.problem, u, (asked.name,), p, b)) for u in asked.uses
-    ]
+    forms = asked.at_each(lambda use, p, b: location.accept_linear(asked.problem, use, (asked.name,), p, b))
     only = asked.uses[0] if len(asked.uses) == 1 else None  # two places weigh a vector by a matrix each
     if all(f.simple for f in forms) and (
         all(u.event_dim == 0 for u in asked.uses)
@@ -162,7 +169,7 @@ def covariance_rule(asked: Asked) -> AbstractBlock:
     """Pooled scatter matrices."""
     if asked.kind != "matrix":
         raise Declined("it is not a matrix")
-    forms = {asked.read(lambda p, b, u=u: covariance.accept(asked.problem, u, asked.name, p, b)) for u in asked.uses}
+    forms = set(asked.at_each(lambda use, p, b: covariance.accept(asked.problem, use, asked.name, p, b)))
     if len(forms) != 1:
         raise Declined("its places want different forms of the matrix")
     prior = prior_of(asked.name, asked.problem.factors)
@@ -182,8 +189,7 @@ def direction_rule(asked: Asked) -> AbstractBlock:
         or (prior.site.distribution == "Uniform" and asked.kind == "angle")
     ):
         raise Declined(f"its prior {prior.site.distribution} is not conjugate to it")
-    for use in asked.uses:
-        asked.read(lambda p, b, use=use: direction.accept(asked.problem, use, asked.name, p, b))
+    asked.at_each(lambda use, p, b: direction.accept(asked.problem, use, asked.name, p, b))
     return Turn((asked.name,), asked.problem, why(asked, "the direction of"), asked.uses)
 
 
@@ -192,8 +198,7 @@ def median_rule(asked: Asked) -> AbstractBlock:
     prior = prior_of(asked.name, asked.problem.factors)
     if asked.kind != "real" or prior or not asked.uses:
         raise Declined("it is constrained, or has a prior, so a median may not be its maximum")
-    for use in asked.uses:
-        asked.read(lambda p, b, use=use: median.accept(asked.problem, use, asked.name, p, b))
+    asked.at_each(lambda use, p, b: median.accept(asked.problem, use, asked.name, p, b))
     return Middle((asked.name,), asked.problem, why(asked, "the location of"), asked.uses)
 
 
