@@ -35,7 +35,9 @@ def mixed_moments(
     out = {}
     for integral, (_, moments), slope in zip(kernel.integrals, done, slopes, strict=True):
         whole = integral.block.mixed(moments, integral.weights(slope))
-        out.update({m.name: integral.block.marginal(m, whole) for m in integral.block.members})
+        for m in integral.block.members:
+            mean, covariance = integral.block.marginal(m, whole)
+            out[m.name] = in_order(kernel, m.name, mean), in_order(kernel, m.name, covariance)
     return out
 
 
@@ -47,7 +49,13 @@ def completed(
     for i, integral in enumerate(kernel.integrals):
         own = None if key is None else jax.random.fold_in(key, i)
         out.update(integral.block.draw(integral.integrate(params, bundle)[1], chosen, own))
-    return out
+    return {n: in_order(kernel, n, v) for n, v in out.items()}
+
+
+def in_order(kernel: Kernel, name: str, path: Array) -> Array:
+    """A path in the order of the data, where its scan runs in reverse."""
+    chain = kernel.program.chain_of(name)
+    return path[::-1] if chain is not None and chain.reverse else path
 
 
 def with_constants(block: Integral, table: Table, bundle: Bundle) -> Table:

@@ -186,9 +186,9 @@ class Posterior:
         """
         to_latents, to_data = jax.random.split(rng_key)
         program, draws = self._built.program, self.sample(to_latents, num_samples)
+        names = program.latents.keys() | program.continuous.keys()
         # of a scan in reverse, NumPyro takes the values that it is given as the steps run
-        latents = {n: jax.vmap(lambda z, n=n: flipped(z, program.chain_of(n)))(draws[n]) for n in program.latents}
-        latents |= {n: draws[n] for n in program.continuous}
+        latents = {n: jax.vmap(lambda z, n=n: flipped(z, program.chain_of(n)))(draws[n]) for n in draws.keys() & names}
         return impute(program, self._source, self._params, latents, jax.random.split(to_data, num_samples))
 
     def pairs(self, name: str) -> Array:
