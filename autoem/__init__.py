@@ -1,6 +1,6 @@
 """autoem: expectation maximisation, derived automatically from ordinary NumPyro models."""
 
-from autoem import e_step, m_step
+from autoem import accelerate, e_step, m_step
 from autoem._em import EM
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._plan import Plan
@@ -20,6 +20,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Posterior",
+    "accelerate",
     "e_step",
     "m_step",
     "padded",

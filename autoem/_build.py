@@ -22,12 +22,14 @@ from autoem._lower import Kernel
 from autoem._named import Named
 from autoem._plan import Plan, make_plan
 from autoem._trace import Discovery, Source, trace
+from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.factors import TURN_UP_TO, build_factors, prepare
 from autoem.e_step.groups import build_blocks
 from autoem.e_step.places import build_layout
 from autoem.e_step.strategies import AbstractEStep, Exact, Truncated
 from autoem.e_step.tables import Factor, log_density_constant
 from autoem.ir import Program
+from autoem.m_step._base import AbstractBlock
 from autoem.m_step.choose import choose
 from autoem.m_step.mixed_signs import mixed_signs
 from autoem.m_step.problem import Bundle, Problem
@@ -47,6 +49,7 @@ class Options:
     latent: tuple[str, ...] = ()
     maximize: tuple[str, ...] = ()
     missing: str = "error"
+    accelerate: AbstractAcceleration | None = None
 
     def truncated(self) -> dict[str, tuple[int, int]]:
         asked = self.e_step.items() if isinstance(self.e_step, Mapping) else ()
@@ -70,6 +73,7 @@ class Build:
     proof: Callable | None = None
     sums: tuple[Superposition, ...] = ()
     mixed: frozenset[str] = frozenset()
+    accelerator: Accelerator | None = None
 
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
@@ -254,8 +258,29 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
     notes = notes_of(program, options)
     plan = make_plan(program, problem, layout, blocks, chunks, params, shapes, notes, integrals)
     kernel = Kernel(program, problem, layout, blocks, chunks, integrals)
-    limits = support_limits(found, source)
-    return Build(plan, kernel, found, source, factors, limits, model_start, sums=sums, mixed=frozenset(mixed))
+    accelerator = accelerated(options.accelerate, program, blocks)
+    plan = dataclasses.replace(plan, accelerate=accelerator and accelerator.method)
+    return Build(
+        plan, kernel, found, source, factors, support_limits(found, source), model_start, sums=sums,
+        mixed=frozenset(mixed), accelerator=accelerator,
+    )  # fmt: skip
+
+
+def accelerated(
+    method: AbstractAcceleration | None, program: Program, blocks: tuple[AbstractBlock, ...]
+) -> Accelerator | None:
+    """The acceleration of the EM map that the blocks make.
+
+    Raises:
+        PlanError: that is no map, since an optimiser remembers where it was.
+    """
+    for block in blocks if method else ():
+        if block.remembers:
+            problem = "its optimiser's state makes every EM step another map, which accelerate= cannot extrapolate"
+            mend = f'accelerate=None, or m_step={{"{block.names[0]}": autoem.m_step.Newton()}}'
+            raise PlanError(block.names[0], problem=problem, mend=mend)
+    names = tuple(n for b in blocks for n in b.names if np.prod(program.params[n].shape) > 0)
+    return Accelerator(method, program.params, names) if method and names else None
 
 
 def asked(program: Program, options: Options) -> dict[str, AbstractMStep | None]:

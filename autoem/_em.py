@@ -25,6 +25,7 @@ from autoem._stop import DIVERGED, FELL, INTERRUPTED, Stop
 from autoem._trace import Source
 from autoem._validate import validate
 from autoem._verify import LARGE, shrunken, verify
+from autoem.accelerate import AbstractAcceleration
 from autoem.e_step.strategies import AbstractEStep
 from autoem.m_step.problem import Bundle
 from autoem.m_step.strategies import AbstractMStep
@@ -54,6 +55,9 @@ class EM:
         max_steps: M-steps at most.
         tol: relative change of the objective below which a step counts as flat.
         patience: flat steps in a row that end the fit.
+        accelerate: None (plain EM), `autoem.accelerate.Squarem()` or `autoem.accelerate.Anderson()`. A step is one EM
+            map, an E-step and an M-step, so that `num_steps` compares with plain EM; one that was spent on a point
+            that is then refused counts too.
         missing: "error", or "marginalize" to drop NaN entries of observed sites exactly.
         progress: show a bar for fits that take longer than about two seconds.
 
@@ -77,6 +81,7 @@ class EM:
         max_steps: int = 1000,
         tol: float = 1e-9,
         patience: int = 2,
+        accelerate: AbstractAcceleration | None = None,
         missing: str = "error",
         progress: bool = True,
     ):
@@ -93,7 +98,9 @@ class EM:
             raise ValueError(f"EM(restarts={restarts}): restarts must be at least 1")
         names = [latent] if isinstance(latent, str) else latent, [maximize] if isinstance(maximize, str) else maximize
         self.model, self.init, self.restarts, self.progress = model, init, restarts, progress
-        self.options = Options(e_step, m_step, tuple(names[0]), tuple(names[1]), missing)
+        if accelerate is not None and not isinstance(accelerate, AbstractAcceleration):
+            raise TypeError(f"EM(accelerate={accelerate!r}): use autoem.accelerate.Squarem() or Anderson()")
+        self.options = Options(e_step, m_step, tuple(names[0]), tuple(names[1]), missing, accelerate)
         self.stop = Stop(tol, patience, max_steps)
         self._builds: dict[tuple, Build] = {}
         self._loops: dict[tuple, Callable] = {}
@@ -184,10 +191,10 @@ class EM:
         if loop not in self._loops:
             read = sum(x.nbytes for x in jax.tree.leaves(bundle.rows))
             small = read * (len(begin) if together else 1) <= ONE_THREAD_UP_TO
-            self._loops[loop] = compile_loop(built.kernel, self.stop, together, small)
+            self._loops[loop] = compile_loop(built.kernel, self.stop, together, small, built.accelerator)
         advance = self._loops[loop]
         first = int(np.clip(2e7 / max(entries, 1), 1, 200))
-        states = [initial_state(built.kernel, p, self.stop) for p in begin]
+        states = [initial_state(built.kernel, p, self.stop, built.accelerator) for p in begin]
         with Progress(self.progress, self.stop.max_steps, len(begin)) as bar:
             if together:
                 stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)

@@ -19,9 +19,11 @@ from jax import Array
 from autoem._jaxpr import jit_small
 from autoem._lower import Kernel
 from autoem._stop import CONVERGED, DIVERGED, FELL, INTERRUPTED, LIMIT, ROUNDED, RUNNING, Stop
+from autoem.accelerate import Accelerator
 from autoem.m_step.problem import Bundle, Params
 
 SECONDS_BETWEEN_LOOKS = 0.25
+SETTLED = 1e-4  # relative gain of a map (or one nat) from which on extrapolating is unlikely to land on another hill
 
 
 class State(NamedTuple):
@@ -39,9 +41,18 @@ class State(NamedTuple):
     flat: Array
     status: Array
     optimizer: Any
+    ahead: Any = None
 
 
-def initial_state(kernel: Kernel, params: Params, stop: Stop) -> State:
+class Ahead(NamedTuple):
+    """Of an accelerated fit: whether the current point is an extrapolation, and the plain image to go back to if so."""
+
+    trial: Array
+    plain: dict[str, Array]
+    method: Any
+
+
+def initial_state(kernel: Kernel, params: Params, stop: Stop, accelerator: Accelerator | None = None) -> State:
     """The state before the first E-step."""
     real, whole = jnp.result_type(float), jnp.result_type(int)
     # in NumPy, which compiles and dispatches nothing
@@ -49,56 +60,89 @@ def initial_state(kernel: Kernel, params: Params, stop: Stop) -> State:
     nothing: Any = np.array(-np.inf, real)
     zero: Any = np.zeros((), whole)
     params = dict(params)
-    return State(params, params, nothing, nothing, history, zero, zero, zero, kernel.init_states(params))
+    ahead = accelerator and Ahead(jnp.zeros((), bool), params, accelerator.init(params))
+    return State(params, params, nothing, nothing, history, zero, zero, zero, kernel.init_states(params), ahead)
 
 
-def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle) -> State:
-    """Evaluate the current point; unless that ends the fit, move to the next."""
+def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle, accelerator: Accelerator | None = None) -> State:
+    """Evaluate the current point; unless that ends the fit, move to the next.
+
+    An extrapolated point that is no better than the one before it is left for that one's plain image, and the map that
+    was spent on it tells nothing of convergence. Nor does a small gain by an extrapolation, which may have gone too
+    far: a plain step follows it, and tells.
+    """
     likelihood, prior, statistics = kernel.expect(state.params, bundle)
     value = likelihood + prior
     eps = jnp.finfo(value.dtype).eps
     size = jnp.maximum(jnp.abs(value), 1.0)
     first = state.step == 0
-    fell = ~first & (value < state.objective - stop.fall * eps * size)
+    trial = state.ahead.trial if accelerator else jnp.zeros((), bool)
     # a finite stand-in for log 0 is as good as minus infinity here
     bad = ~jnp.isfinite(value) | (value < -jnp.sqrt(jnp.finfo(value.dtype).max) / 2)
+    refused = trial & (bad | (value < state.objective))
+    bad = bad & ~refused
+    fell = ~first & ~refused & (value < state.objective - stop.fall * eps * size)
     # against the best value so far: at the limit of single precision the objective wavers without rising
     change = value - jnp.max(jnp.where(jnp.isnan(state.history), -jnp.inf, state.history))
     # terms of either sign may cancel in the objective, but not in its rounding error
     rounding = 4 * eps * (size + kernel.num_rows)
     still = ~first & (change <= jnp.maximum(stop.tol * size, rounding)) & (stop.tol > 0)
-    flat = jnp.where(still, state.flat + 1, 0)
+    flat = jnp.where(still, state.flat + ~trial, jnp.where(refused, state.flat, 0))
     status = jnp.where(state.step >= stop.max_steps, LIMIT, RUNNING)
     status = jnp.where(flat >= stop.patience, jnp.where(rounding > stop.tol * size, ROUNDED, CONVERGED), status)
     status = jnp.where(fell, FELL, status)
     status = jnp.where(bad, DIVERGED, status)
     back = (fell | bad) & ~first
+    value, likelihood = (
+        jnp.where(back | refused, old, new)
+        for old, new in ((state.objective, value), (state.log_likelihood, likelihood))
+    )
     history = state.history.at[state.step].set(jnp.where(back, jnp.nan, value))
     if kernel.blocks:
         moved, optimizer = kernel.maximise(state.params, statistics, bundle, state.optimizer)
     else:
         moved, optimizer = state.params, state.optimizer
+    ahead = state.ahead
+    if accelerator:
+        unsettled = first | (change > jnp.maximum(1, SETTLED * size))
+        moved, ahead = onwards(accelerator, state, moved, refused, still | unsettled)
     going = status == RUNNING
-    here = {n: jnp.where(back, state.previous[n], v) for n, v in state.params.items()}
+    here = {n: jnp.where(back | refused, state.previous[n], v) for n, v in state.params.items()}
     return State(
         params={n: jnp.where(going, moved[n], here[n]) for n in here},
         previous=here,
-        objective=jnp.where(back, state.objective, value),
-        log_likelihood=jnp.where(back, state.log_likelihood, likelihood),
+        objective=value,
+        log_likelihood=likelihood,
         history=history,
         step=state.step + going - back,
         flat=flat,
         status=status.astype(state.status.dtype),
         optimizer=optimizer,
+        ahead=ahead,
     )
 
 
-def compile_loop(kernel: Kernel, stop: Stop, vmapped: bool, small: bool) -> Callable[[State, Bundle, int], State]:
+def onwards(accelerator: Accelerator, state: State, image: Params, refused: Array, wait: Array) -> tuple[dict, Ahead]:
+    """Where an accelerated fit goes next from a point with its plain image; to that where it is to `wait`."""
+    trial, plain, method = state.ahead
+    point, go, after = accelerator.propose(method, state.params, image, trial)
+    go = go & ~refused & ~wait
+    plain = {n: jnp.where(refused, plain[n], v) for n, v in image.items()}
+    point = {n: jnp.where(go, point[n], v) for n, v in plain.items()}
+    after = jax.tree.map(lambda r, a: jnp.where(refused, r, a), accelerator.method.refused(method), after)
+    return point, Ahead(go, plain, after)
+
+
+def compile_loop(
+    kernel: Kernel, stop: Stop, vmapped: bool, small: bool, accelerator: Accelerator | None = None
+) -> Callable[[State, Bundle, int], State]:
     """`advance(state, bundle, limit)`: steps until the fit ends or `limit` steps are done."""
 
     def advance(state: State, bundle: Bundle, limit) -> State:
         return jax.lax.while_loop(
-            lambda s: (s.status == RUNNING) & (s.step < limit), lambda s: em_step(kernel, stop, s, bundle), state
+            lambda s: (s.status == RUNNING) & (s.step < limit),
+            lambda s: em_step(kernel, stop, s, bundle, accelerator),
+            state,
         )
 
     compiled = jit_small if small else jax.jit
@@ -126,4 +170,16 @@ def run_loop(
             report(state)
             span = int(np.clip(span * SECONDS_BETWEEN_LOOKS / max(spent, 1e-6), 1, 10 * span))
     except KeyboardInterrupt:
-        return state._replace(status=jnp.where(state.status == RUNNING, INTERRUPTED, state.status))
+        return interrupted(state)
+
+
+def interrupted(state: State) -> State:
+    """The state where a fit was broken off; of an extrapolated point nobody knows yet what it is worth."""
+    running = jnp.asarray(state.status == RUNNING)
+    params = dict(state.params)
+    if state.ahead is not None:
+        trial = running & state.ahead.trial
+        for n, v in params.items():
+            wide = trial.reshape(trial.shape + (1,) * (v.ndim - trial.ndim))
+            params[n] = jnp.where(wide, state.previous[n], v)
+    return state._replace(params=params, status=jnp.where(running, INTERRUPTED, state.status))

@@ -16,6 +16,7 @@ from autoem._chunks import Chunks
 from autoem._errors import PlanError
 from autoem._integrals import Integral
 from autoem._render import citations_of, plan_html, plan_latex, plan_text
+from autoem.accelerate import AbstractAcceleration
 from autoem.e_step.elimination import ChainStep, Layout, Step, eliminate
 from autoem.ir import Program
 from autoem.m_step._base import AbstractBlock
@@ -73,6 +74,7 @@ class Plan:
         parameters: a row for each parameter: M-step, update formula, reason.
         cost: size of the E-step.
         notes: judgements, and how to turn them.
+        accelerate: how the EM map is extrapolated; None where it is not.
     """
 
     program: Program
@@ -84,6 +86,7 @@ class Plan:
     parameters: tuple[ParameterRow, ...]
     cost: Cost
     notes: tuple[str, ...]
+    accelerate: AbstractAcceleration | None = None
 
     def __str__(self) -> str:
         return plan_text(self)

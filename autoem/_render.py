@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from autoem._plan import ParameterRow, Plan
 
 WIDTH = 110
+GUARD = "extrapolates the EM map; a point that would lower the objective is refused"
 MANY = 6  # entries alike from which on they are not all printed
 
 
@@ -45,6 +46,8 @@ def plan_text(plan: Plan) -> str:
     lines += shortened([_parameter(r, width, said[r.reason]) for r in plan.parameters])
     if not plan.parameters:
         lines += ["    no parameters: nothing to maximise"]
+    if plan.accelerate:
+        lines += ["", "  Acceleration", f"    {plan.accelerate}: {GUARD}"]
     if plan.notes:
         lines += ["", "  Notes", *shortened([_wrapped("    - ", note) for note in plan.notes])]
     return "\n".join(lines)
@@ -105,6 +108,8 @@ def plan_html(plan: Plan) -> str:
         for r in plan.parameters
     ]
     out += [_table(("parameter", "M-step", "update", "why"), rows)]
+    if plan.accelerate:
+        out += [f"<p>Accelerated by <code>{html.escape(str(plan.accelerate))}</code>: {GUARD}</p>"]
     out += [f"<p>Note: {html.escape(n)}</p>" for n in plan.notes]
     return "\n".join([*out, "</div>"])
 
@@ -190,5 +195,6 @@ def citations_of(plan: Plan) -> str:
     """Sources of what the plan uses."""
     sources = [f"E-step: {ELIMINATION_SOURCE}"] if plan.latents else []
     sources += [f"{', '.join(b.names)}: {b.source}" for b in plan.blocks]
+    sources += [f"{plan.accelerate.name}: {plan.accelerate.source}"] if plan.accelerate else []
     families = {f.site.distribution: f.family.source for f in plan.problem.factors.values() if f.family}
     return "\n".join(dict.fromkeys([*sources, *(f"{n}: {s}" for n, s in families.items())]))

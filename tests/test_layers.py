@@ -26,7 +26,7 @@ LAYERS = """
     e_step
     m_step
     _integrals
-    _chunks _render
+    _chunks _render accelerate
     _plan
     _lower
     _build

@@ -30,6 +30,7 @@ class AbstractBlock(abc.ABC):
         problem: the factors.
         reason: why this strategy, as one sentence for the plan.
         maximises: whether one solution leaves no slope of `Q` in the parameters; otherwise it raises `Q`.
+        remembers: whether its optimiser's state lasts from one M-step to the next.
         augmentation: the latent that is not in the model's text but in the update, as a clause for the plan; or empty.
     """
 
@@ -40,6 +41,7 @@ class AbstractBlock(abc.ABC):
     strategy = CLOSED_FORM
     order = 0
     maximises = True
+    remembers = False
     source = "Dempster, Laird and Rubin 1977"
 
     @abc.abstractmethod

@@ -35,6 +35,10 @@ class GradientBlock(AbstractBlock):
     source = "Dempster, Laird and Rubin 1977, section 3 (generalised EM)"
 
     @property
+    def remembers(self) -> bool:  # type: ignore[override]
+        return self.optimizer is not None  # L-BFGS begins anew
+
+    @property
     def update(self) -> str:
         return f"{self.steps} gradient steps"
 

@@ -68,4 +68,14 @@ def plan_is_closed_form_wherever_the_algebra_allows(case: Case, result: autoem.E
         assert result.plan.m_step(parameter) in allowed, f"{parameter}\n{result.plan}"
 
 
+ACCELERATED = {"squarem": autoem.accelerate.Squarem(), "anderson": autoem.accelerate.Anderson()}
+
+
+def accelerated_is_no_worse(case: Case, plain: autoem.EMResult, accelerated: autoem.EMResult) -> None:
+    """It ends where plain EM does or higher, and never goes down: a refused map repeats the objective before it."""
+    assert accelerated.objective >= plain.objective - 1e-9 * abs(plain.objective)
+    reaches_the_reference(case, accelerated)
+    log_likelihood_never_falls(case, accelerated)
+
+
 EVERY = (reaches_the_reference, log_likelihood_never_falls, plan_is_closed_form_wherever_the_algebra_allows)

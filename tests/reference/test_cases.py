@@ -32,6 +32,22 @@ def test_case(name, law):
     law(BY_NAME[name], fit(name)[0])
 
 
+@pytest.mark.parametrize("method", checks.ACCELERATED)
+@EVERY_CASE
+def test_acceleration(name, method):
+    accelerated, _ = fit(name, accelerate=checks.ACCELERATED[method])
+    checks.accelerated_is_no_worse(BY_NAME[name], fit(name)[0], accelerated)
+
+
+@pytest.mark.parametrize(("name", "most"), [("times_deaths", 60), ("pet_phantom", 300)])
+def test_maps_that_acceleration_saves(name, most):
+    """The mixture of Hasselblad 1969, and tomography: plain EM takes thousands of maps, SQUAREM hundreds at most."""
+    plain, squarem, anderson = (
+        fit(name, **options)[0].num_steps for options in ({}, *({"accelerate": a} for a in checks.ACCELERATED.values()))
+    )
+    assert anderson < most and squarem < plain / 5
+
+
 class StartAt(Messenger):
     """Gives parameters of the model inside it other start values."""
 

@@ -42,14 +42,21 @@ EVERY_CASE = pytest.mark.parametrize("name", BY_NAME)
 
 
 @functools.cache
-def fit(name: str) -> autoem.EMResult:
-    return checks.fit(BY_NAME[name])[0]
+def fit(name: str, **options: Any) -> autoem.EMResult:
+    return checks.fit(BY_NAME[name], **options)[0]
 
 
 @EVERY_CASE
 @pytest.mark.parametrize("law", checks.EVERY)
 def test_case(name, law):
     law(BY_NAME[name], fit(name))
+
+
+@pytest.mark.parametrize("method", checks.ACCELERATED)
+@EVERY_CASE
+def test_acceleration(name, method):
+    accelerated = fit(name, accelerate=checks.ACCELERATED[method])
+    checks.accelerated_is_no_worse(BY_NAME[name], fit(name), accelerated)
 
 
 @pytest.mark.parametrize("steps", ["1", "10"])
