@@ -64,7 +64,8 @@ class Site:
         plates = "".join(f"[{p}]" for p in self.plates)
         marks = "".join(f" {m}" for m, on in (("masked", self.masked), ("scaled", self.scaled)) if on)
         given = f" | {', '.join(self.parents)}" if self.parents else ""
-        return f"{self.role:<10} {self.name}{plates} ~ {self.distribution}{given}{marks}"
+        role = "latent" if self.role == "continuous" else self.role
+        return f"{role:<10}{self.name}{plates} ~ {self.distribution}{given}{marks}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -246,10 +247,10 @@ class Program:
 
     def __str__(self) -> str:
         lines = [f"program {self.name}"]
-        lines += [f"  plate      {p.name}: {p.size}" for p in self.plates.values() if not p.implicit]
+        lines += [f"  plate     {p.name}: {p.size}" for p in self.plates.values() if not p.implicit]
         shown = {s for s in self.sites if self.sites[s].role == "parameter"}
         lines += [
-            f"  parameter  {p.name} {list(p.shape)} in {p.constraint}" for p in self.params.values() if not p.prior
+            f"  parameter {p.name} {list(p.shape)} in {p.constraint}" for p in self.params.values() if not p.prior
         ]
         lines += [f"  {s}" for s in self.sites.values() if s.name in shown]
         lines += [f"  {s}" for s in self.sites.values() if s.name not in shown]
