@@ -24,7 +24,7 @@ from autoem._plan import Plan, make_plan
 from autoem._trace import Discovery, Source, trace
 from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.factors import TURN_UP_TO, build_factors, prepare
-from autoem.e_step.groups import build_blocks
+from autoem.e_step.groups import Joined, build_blocks
 from autoem.e_step.places import build_layout
 from autoem.e_step.strategies import AbstractEStep, Exact, Truncated
 from autoem.e_step.tables import Factor, log_density_constant
@@ -205,6 +205,7 @@ def data_of_cells(program: Program, factors: tuple[Factor, ...]) -> list[int]:
     keys = set()
     for f in factors:
         fields = [f"arg:{a}" for a in f.family.args] if f.family else ["elem"]
+        fields += ["value"] if f.value_hidden else []
         atoms = [f.graph.outputs[f.name, a] for a in fields if not (f.coefficients and a == "arg:loc")]
         keys |= f.graph.needs_of([*atoms, *f.coefficients])
     for name in program.latents:
@@ -215,24 +216,40 @@ def data_of_cells(program: Program, factors: tuple[Factor, ...]) -> list[int]:
     return sorted(k[1] for k in keys if k[0] == "data")
 
 
+def read(
+    model: Callable, args: tuple, kwargs: dict, options: Options, joined: tuple[str, ...] = ()
+) -> tuple[Program, Discovery, Source]:
+    """The model as a classified program; `joined` are continuous latents whose cells are one vector."""
+    truncated, drop_nan = options.truncated(), options.missing == "marginalize"
+    program, found, source = trace(model, args, kwargs, truncated=truncated, drop_nan=drop_nan)
+    if hidden := continuous_latents(program, options.latent, options.maximize):
+        program, found, source = trace(
+            model, args, kwargs, truncated=truncated, drop_nan=drop_nan, continuous=hidden, joined=joined
+        )
+    supports = {n: r.fn.support for n, r in found.records.items() if not r.observed}
+    program = classify(program, supports, options.latent, options.maximize)
+    refuse_unknown_sites(program, options)
+    return program, found, source
+
+
 def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array) -> Build:
     """Derive EM for `model` called with `args` and `kwargs`.
 
     Raises:
         ModelError, PlanError, DataError: see each stage.
     """
-    truncated = options.truncated()
-    drop_nan = options.missing == "marginalize"
-    program, found, source = trace(model, args, kwargs, truncated=truncated, drop_nan=drop_nan)
-    if hidden := continuous_latents(program, options.latent, options.maximize):
-        program, found, source = trace(model, args, kwargs, truncated=truncated, drop_nan=drop_nan, continuous=hidden)
-    supports = {n: r.fn.support for n, r in found.records.items() if not r.observed}
-    program = classify(program, supports, options.latent, options.maximize)
-    refuse_unknown_sites(program, options)
+    program, found, source = read(model, args, kwargs, options)
     data = {} if source.concrete else {i: jnp.asarray(x) for i, x in enumerate(source.data)}
     values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
-    factors, cells = build_factors(program, values)
-    groups, found_cells = build_blocks(program, factors, values)
+    joined: tuple[str, ...] = ()
+    while True:
+        factors, cells = build_factors(program, values)
+        try:
+            groups, found_cells = build_blocks(program, factors, values)
+            break
+        except Joined as latent:
+            joined = (*joined, latent.name)
+            program, found, source = read(model, args, kwargs, options, joined)
     cells = {n: jnp.asarray(c) for n, c in {**cells, **found_cells}.items()}
     integrals = tuple(Integral(g) for g in groups)
     problem = Problem({f.name: f for f in factors}, program.params)

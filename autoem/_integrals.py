@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._named import Named, multiply
+from autoem._named import Named, multiply, named
 from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import Table
 from autoem.e_step.tables import Factor
@@ -49,11 +49,11 @@ class Integral:
 
     def nodes_of_factors(self, moments: Any, bundle: Bundle) -> dict[str, tuple[Any, Named | None]]:
         """For each factor its nodes, and the values of its own latent there (None where it has none)."""
-        return {f.name: self.block.complete(f, moments, bundle.cells) for f in self.factors}
+        return {f.name: with_value(f, bundle, *self.block.complete(f, moments, bundle.cells)) for f in self.factors}
 
     def nodes_at(self, latents: Mapping[str, Array], bundle: Bundle) -> dict[str, tuple[Any, Named | None]]:
         """One node for each factor, where the latents have given values."""
-        return {f.name: self.block.at(f, latents, bundle.cells) for f in self.factors}
+        return {f.name: with_value(f, bundle, *self.block.at(f, latents, bundle.cells)) for f in self.factors}
 
     def density_at(self, latents: Mapping[str, Array], params: Params, bundle: Bundle) -> Named:
         """The log density of all its sites by the quadratic form that is integrated."""
@@ -72,3 +72,15 @@ class Integral:
         count = factor.completions.dim + 1
         here = self.block.by_row(factor, weight, bundle.cells)
         return multiply(here, Named(jnp.full(count, 1 / count), (NODES,)))
+
+
+def with_value(f: Factor, bundle: Bundle, points: Any, own: Named | None) -> tuple[Any, Named | None]:
+    """Nodes of a factor with its values there, where latents stand in what it observes."""
+    if not f.value_hidden:
+        return points, own
+    events = f.family.event_dim if f.family else 0
+    array = f.argument("value", {**graph_values(bundle, {}), ("nodes", f.name): points}, events)
+    names = tuple(f"event{i}" for i in range(events))
+    value = named(array, (*(z.name for z in f.parents), NODES, *f.site.axes, *names))
+    order = (*names, *(a for a in value.axes if a not in names))
+    return points, Named(value.to(order), order)

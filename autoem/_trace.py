@@ -8,7 +8,7 @@ model that later stages use is in the Program's data flow graphs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -33,11 +33,13 @@ def trace(
     truncated: Mapping[str, tuple[int, int]] | None = None,
     drop_nan: bool = False,
     continuous: Mapping[str, str] | None = None,
+    joined: Collection[str] = (),
 ) -> tuple[Program, Discovery, Source]:
     """Read `model` called with `args` and `kwargs`.
 
     Args:
         continuous: the continuous sites that are latents, each with the reason.
+        joined: those of them whose cells are all one vector.
 
     Returns:
         The Program, with roles still undecided for continuous sites ('parameter'); the discovery, whose graph computes
@@ -49,7 +51,7 @@ def trace(
     """
     source = Source(model, args, kwargs or {}, dict(truncated or {}), drop_nan)
     try:
-        return _trace(model, source, continuous or {})
+        return _trace(model, source, continuous or {}, joined)
     except PlanError as error:  # a site without support to sum over, named as the data are: more likely forgotten
         if error.where not in map(source.argument, range(len(source.data))):
             raise
@@ -69,12 +71,14 @@ def trace(
         ) from error
 
 
-def _trace(model: Callable, source: Source, continuous: Mapping[str, str]) -> tuple[Program, Discovery, Source]:
+def _trace(
+    model: Callable, source: Source, continuous: Mapping[str, str], joined: Collection[str]
+) -> tuple[Program, Discovery, Source]:
     found = source.discover()
     plates = read_plates(found)
     found_latents = read_latents(found, source)
     latents, pieces = with_paths(found, found_latents)
-    hidden, strands = continuous_paths(found, read_continuous(found, continuous))
+    hidden, strands = continuous_paths(found, read_continuous(found, continuous, joined))
     every = {**latents, **pieces, **hidden, **strands}
 
     def outputs(reader: Reader) -> dict:
@@ -140,14 +144,18 @@ def refuse_unobserved(model: Callable, reader: Reader, unused: list[str]) -> Non
         )
 
 
-def read_continuous(found: Discovery, names: Mapping[str, str]) -> dict[str, Continuous]:
+def read_continuous(found: Discovery, names: Mapping[str, str], joined: Collection[str]) -> dict[str, Continuous]:
     """The continuous latents among the sites that were found."""
     out, steps = {}, [n for n, r in found.records.items() if hasattr(r, "ready") and not r.observed]
     steps = [n for n in steps if not is_discrete(found.records[n])]
     for name, reason in {**names, **dict.fromkeys(steps, "at every step of a scan")}.items():
         r = found.records[name]
         batch = tuple(getattr(r, "batch_shape", r.fn.batch_shape))
-        out[name] = Continuous(name, r.axes[: len(batch)], batch, tuple(r.fn.event_shape), reason)
+        event = tuple(r.fn.event_shape)
+        if name in joined:
+            out[name] = Continuous(name, (), (), batch + event, reason)
+        else:
+            out[name] = Continuous(name, r.axes[: len(batch)], batch, event, reason)
     return out
 
 

@@ -171,7 +171,11 @@ def densities(
         sites = [f.name for f in block.factors]
         name = block.block.names[0]
         whole = by_quadratic(built, block, drawn, params, bundle, chosen)
-        constants = [log_density_constant(f, bundle.rows[f.name]) for f in block.factors if not f.is_hidden]
+        constants = [
+            log_density_constant(f, bundle.rows[f.name])
+            for f in block.factors
+            if not f.is_hidden and not f.value_hidden
+        ]
         ours[name] = whole + sum((c.array.sum() for c in constants if c is not None), start=jnp.zeros(()))
         theirs[name], size[name] = sum(theirs[s] for s in sites), sum(size[s] for s in sites)
     return ours, theirs, size

@@ -115,18 +115,19 @@ def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
 def completed_factor(program: Program, site: Site, latents: tuple[Latent, ...], group: Group) -> Factor:
     """The factor of a site that reads continuous latents, with an axis for the nodes that stand for them."""
     factor = build_factor(program, site, latents, None)
+    family = natural_family(program, site, filled=True)[0]
     read = continuous_of(program, site)
     members = tuple(z for n, z in program.every_continuous.items() if n in read)
     usable = all(program.compact[m.name] for m in members) and factor.compact
     plates = frozenset(site.plates) if latents or site.scaled else frozenset()
     return dataclasses.replace(
         factor, own=False, kept=tuple(a for a in site.axes if a in plates), plates=plates, coefficients=(),
-        family=natural_family(program, site)[0], graph=program.graph if usable else program.full, compact=usable,
+        family=family, graph=program.graph if usable else program.full, compact=usable,
         completions=Completions(members),
     )  # fmt: skip
 
 
-def natural_family(program: Program, site: Site) -> tuple[Family | None, str]:
+def natural_family(program: Program, site: Site, filled: bool = False) -> tuple[Family | None, str]:
     """The family entry, where the natural form applies; otherwise None and the reason."""
     entry = site.family
     if site.role == "factor":
@@ -138,7 +139,7 @@ def natural_family(program: Program, site: Site) -> tuple[Family | None, str]:
         return None, reason
     if site.role == "latent" and program.every_latent[site.name].bounded:
         return None, "its support differs between cells"
-    if site.role not in ("latent", "continuous") and not is_data(program, (site.name, "value")):
+    if site.role not in ("latent", "continuous") and not filled and not is_data(program, (site.name, "value")):
         return None, "its value depends on parameters or latents"
     if any(not is_data(program, (site.name, f"arg:{a}")) for a in entry.fixed):
         return None, entry.otherwise or f"{', '.join(entry.fixed)} depends on parameters or latents"
@@ -225,7 +226,7 @@ def prepare(factor: Factor, program: Program, values: Mapping, cells: Mapping) -
         for k, v in zip(keys, graph.evaluate(keys, values), strict=True)
     }
     rows = dataclasses.replace(rows, fixed=fixed)
-    if site.role == "continuous":
+    if factor.is_hidden or factor.value_hidden:
         return rows
     return own_rows(factor, rows) if factor.own else observed_rows(factor, graph, values, rows)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from autoem._errors import PlanError
+from autoem._errors import ModelError, PlanError
 from autoem.e_step.factors import row_cells
 from autoem.e_step.gaussian import GaussianBlock, index_name
 from autoem.e_step.gaussian_chain import GaussianChain
@@ -23,10 +23,22 @@ Block = GaussianBlock | GaussianChain
 MAX_DENSE = 4096  # coordinates of crossed latents, all in one vector
 
 
+class Joined(Exception):
+    """A row reads several cells of a latent at once: all its cells are to be one vector."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
 def build_blocks(
     program: Program, factors: Sequence[Factor], values: Mapping[Any, Any]
 ) -> tuple[tuple[Block, ...], dict[str, np.ndarray]]:
-    """The blocks, and for each factor and latent the cell that every row reads."""
+    """The blocks, and for each factor and latent the cell that every row reads.
+
+    Raises:
+        Joined: a row reads several cells of a latent, which is not one vector yet. PlanError: see `gaussian_block`.
+    """
     blocks, cells = [], {}
     for group in latent_groups(program):
         block, found = gaussian_block(program, group, {f.name: f for f in factors}, values)
@@ -143,6 +155,9 @@ def cells_of_rows(program: Program, f: Factor, member: Continuous, values: Mappi
         ids = ids.reshape([s for a, s in zip(member.axes, member.shape, strict=True) if not a.startswith("#")])
         ids = ids[tuple(slice(None) if p in member.plates else None for p in f.site.plates)]
         return np.broadcast_to(ids, [sizes[p] for p in f.site.plates])
-    ids = row_cells(program, f.site, member, values)
+    try:
+        ids = row_cells(program, f.site, member, values)
+    except ModelError:
+        raise Joined(member.name) from None
     first = [0 if a.startswith("#") else slice(None) for a in f.site.axes]
     return ids[tuple(first)]

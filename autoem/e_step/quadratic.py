@@ -40,7 +40,7 @@ def quadratic_terms(f: Factor, r: Residual, keep: Sequence[str]) -> tuple[Named,
     """Precision, precision times mean, and constant, with the axes `keep` and summed over all others."""
     weights = [w for w in (r.weight, r.mask) if w is not None]
     other = Named(r.slope.array, tuple(OTHER if a == DIM else a for a in r.slope.axes))
-    own = -0.5 * LOG_2PI * elements(f) if f.is_hidden else 0.0
+    own = -0.5 * LOG_2PI * elements(f) if f.is_hidden or f.value_hidden else 0.0
     square = Named(-0.5 * r.y.array**2, r.y.axes)
     log_scale = Named(own - r.log_scale.array, r.log_scale.axes)
     precision = summed(f, (*keep, DIM, OTHER), r.slope, other, *weights)
@@ -58,13 +58,9 @@ def summed(f: Factor, keep: Sequence[str], *terms: Named) -> Named:
 
 
 def elements(f: Factor) -> int:
-    """Scalars in one event of a latent's own site, `log 2 pi` of each of which the constants leave to be said."""
-    return int(np.prod(member_of(f).event[len(events_of(f)) :], dtype=int))
-
-
-def events_of(f: Factor) -> tuple[str, ...]:
-    """Axes that `to_event` made part of the event."""
-    return tuple(a for a in f.site.axes if a.startswith("#") and not a.startswith("#unit"))
+    """Scalars in one event of a site, `log 2 pi` of each of which its constants leave to be said where it has none."""
+    shape = f.graph.shape((f.name, "value"))
+    return int(np.prod(shape[len(shape) - f._family.event_dim :], dtype=int))
 
 
 def filled(f: Factor, nodes: Named) -> tuple[Array, Named | None]:
@@ -77,10 +73,13 @@ def own_value(f: Factor, nodes: Named) -> Named:
     """Values of a latent at its nodes, as the data of its own site."""
     assert f.completions is not None and f.family is not None
     member = member_of(f)
+    base = tuple(f"event{i}" for i in range(f.family.event_dim))
+    events = f.site.axes[len(f.site.axes) - (len(member.event) - len(base)) :]  # of `to_event`, or of joined cells
+    for axis in (a for a in events if a in nodes.axes):  # every row of joined cells has the whole vector
+        nodes = Named(jnp.take(nodes.array, 0, nodes.axes.index(axis)), tuple(a for a in nodes.axes if a != axis))
     rest = tuple(a for a in nodes.axes if a != DIM)
     array = nodes.to((*rest, DIM))[..., f.completions.span(f.name)]
     array = array.reshape(*array.shape[:-1], *member.event)
-    events, base = events_of(f), tuple(f"event{i}" for i in range(f.family.event_dim))
     order = (*base, *rest, *events)
     return Named(Named(array, (*rest, *events, *base)).to(order), order)
 
@@ -105,14 +104,21 @@ def residual(f: Factor, values: Mapping[Any, Any], rows: Rows) -> Residual:
     loc, at = args["loc"], len(f.parents)
     first = jnp.take(loc, jnp.arange(1), at)
     slope = jnp.take(loc, jnp.arange(1, loc.shape[at]), at) - first
-    own = next((m for m in group.members if m.name == f.name), None)
     if slope.shape[at] == 0:
         slope = jnp.zeros((*slope.shape[:at], group.dim, *slope.shape[at + 1 :]), loc.dtype)
+    own = next((m for m in group.members if m.name == f.name), None)
+    if f.value_hidden:
+        value = f.argument("value", values, vector, at_points=True)
+        zero = jnp.take(value, jnp.arange(1), at)
+        first = first - zero
+        slope = slope - (jnp.take(value, jnp.arange(1, value.shape[at]), at) - zero)
     if own is not None:
         unit = np.zeros((group.dim, *own.event))
         unit.reshape(group.dim, -1)[group.span(f.name)] = np.eye(own.dim)
         outer = slope.ndim - at - 1 - len(own.event)
         slope = slope - unit.reshape(group.dim, *(1,) * outer, *own.event)
+        y = -first
+    elif f.value_hidden:
         y = -first
     else:
         x = f.observations(rows)

@@ -100,6 +100,13 @@ class Factor:
         return self.site.role == "continuous"
 
     @property
+    def value_hidden(self) -> bool:
+        """Whether continuous latents stand in its observed value: cells that were not seen, put in by the model."""
+        if self.completions is None or self.site.role != "observed":
+            return False
+        return any(k[0] == "latent" for k in self.graph.needs((self.name, "value")))
+
+    @property
     def parents(self) -> tuple[Latent, ...]:
         """Latents that the arguments of the distribution read."""
         return tuple(z for z in self.latents if z.name != self.name)

@@ -69,8 +69,8 @@ def why_not(program: Program, site: Site) -> str:
     for arg in site.family.args:
         if arg != "loc" and graph.needs((site.name, f"arg:{arg}")) & read:
             return f"its {arg} depends on {named(read & graph.needs((site.name, f'arg:{arg}')))}"
-    if not own and graph.needs((site.name, "value")) & read:
-        return "its observed value depends on a latent"
+    if not own and (reason := affine_in(graph, (site.name, "value"), read)):
+        return reason.replace("its mean", "its value")
     return affine_in(graph, (site.name, "arg:loc"), read - {("latent", site.name)})
 
 
