@@ -188,7 +188,8 @@ def plan_latex(plan: Plan) -> str:
 
 def citations_of(plan: Plan) -> str:
     """Sources of what the plan uses."""
-    sources = [f"E-step: {ELIMINATION_SOURCE}"] if plan.latents else []
+    sources = [f"E-step: {ELIMINATION_SOURCE}"] if plan.program.latents else []
+    sources += [f"{', '.join(i.block.names)}: {i.source}" for i in plan.integrals]
     sources += [f"{', '.join(b.names)}: {b.source}" for b in plan.blocks]
     families = {f.site.distribution: f.family.source for f in plan.problem.factors.values() if f.family}
     return "\n".join(dict.fromkeys([*sources, *(f"{n}: {s}" for n, s in families.items())]))

@@ -147,7 +147,7 @@ def read_continuous(found: Discovery, names: Mapping[str, str]) -> dict[str, Con
     for name, reason in {**names, **dict.fromkeys(steps, "at every step of a scan")}.items():
         r = found.records[name]
         batch = tuple(getattr(r, "batch_shape", r.fn.batch_shape))
-        out[name] = Continuous(name, r.axes[: len(batch)], batch, tuple(r.fn.event_shape), reason)
+        out[name] = Continuous(name, r.axes[: len(batch)], batch, tuple(r.fn.event_shape), reason, r.fn.support)
     return out
 
 
