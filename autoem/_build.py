@@ -7,7 +7,8 @@ without reading the model again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,15 @@ from autoem._chunks import plan_chunks, spread_rows
 from autoem._errors import PlanError
 from autoem._integrals import Integral
 from autoem._jaxpr import Variable, jit_once
+from autoem._local import settled
 from autoem._lower import Kernel
 from autoem._named import Named
 from autoem._plan import Plan, make_plan
 from autoem._trace import Discovery, Source, trace
 from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.factors import TURN_UP_TO, build_factors, prepare
-from autoem.e_step.groups import Joined, build_blocks
+from autoem.e_step.groups import Block, Joined, build_blocks
+from autoem.e_step.local import LocalBlock
 from autoem.e_step.places import build_layout
 from autoem.e_step.strategies import AbstractEStep, Exact, Truncated
 from autoem.e_step.tables import Factor, log_density_constant
@@ -251,7 +254,6 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
             joined = (*joined, latent.name)
             program, found, source = read(model, args, kwargs, options, joined)
     cells = {n: jnp.asarray(c) for n, c in {**cells, **found_cells}.items()}
-    integrals = tuple(Integral(g) for g in groups)
     problem = Problem({f.name: f for f in factors}, program.params)
 
     def whole(d, k, c):
@@ -261,6 +263,7 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
     shapes = dataclasses.replace(shapes, data=jax.eval_shape(lambda d: d, data))
     model_start = jit_once(lambda data, key: start_values(found, data, key))
     params = model_start(start_data(found, source), key)
+    integrals = integrals_of(groups, program, params, lambda: jit_once(whole)(data, key, cells))
     layout = build_layout(program, values, cells)
     layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={})
     if integrals:  # what the M-step sees of the data has nodes in it
@@ -298,6 +301,14 @@ def accelerated(
             raise PlanError(block.names[0], problem=problem, mend=mend)
     names = tuple(n for b in blocks for n in b.names if np.prod(program.params[n].shape) > 0)
     return Accelerator(method, program.params, names) if method and names else None
+
+
+def integrals_of(
+    groups: Sequence[Block], program: Program, params: Mapping[str, Array], bundle: Callable
+) -> tuple[Integral, ...]:
+    """What the kernel asks of each block; the data are looked at only where a method is to be chosen by them."""
+    known = functools.cache(bundle)
+    return tuple(Integral(settled(g, program, params, known()) if isinstance(g, LocalBlock) else g) for g in groups)
 
 
 def asked(program: Program, options: Options) -> dict[str, AbstractMStep | None]:

@@ -28,6 +28,7 @@ from autoem._stderr import free_entries, move
 from autoem._trace import Source
 from autoem._verify import by_model, host_params, model_fields, noise_for, verify
 from autoem.e_step.completions import NODES
+from autoem.e_step.local import LocalBlock
 from autoem.m_step._base import CLOSED_FORM
 from autoem.m_step.problem import Bundle, graph_values
 
@@ -188,6 +189,8 @@ def check_integral(em: EM, call: Call, key: Array) -> Check:
     name = "likelihood equals the integral over all latents at once"
     if call.built.program.latents:
         return not_tried(name, "discrete latents are beside the continuous ones")
+    if any(isinstance(i.block, LocalBlock) for i in call.built.kernel.integrals):
+        return not_tried(name, "the posterior is not Gaussian")
     size, rows = coordinates(call.built), largest_plate(call.built)
     if size > MAX_COORDINATES and (fewer := on_fewer_rows(em, call, max(2, rows * MAX_COORDINATES // size))):
         call = fewer

@@ -27,6 +27,8 @@ class Row:
     name: str
     cells: int
     reason: str
+    strategy: str = "exact"
+    strategy: str = "exact"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +43,15 @@ class Integral:
 
     def rows(self) -> list[Row]:
         """How each latent is treated, in words."""
-        return [Row(m.name, int(np.prod(m.shape, dtype=int)), self.block.reason(m)) for m in self.block.members]
+        strategy = self.block.strategy
+        return [
+            Row(m.name, int(np.prod(m.shape, dtype=int)), self.block.reason(m), strategy) for m in self.block.members
+        ]
+
+    @property
+    def source(self) -> str:
+        """Where the integral is derived."""
+        return self.block.source
 
     def integrate(self, params: Params, bundle: Bundle) -> tuple[Table, Any]:
         """The integral over the latents as a table, and the moments of their posterior."""
@@ -66,9 +76,11 @@ class Integral:
         absent = [s for p, s in zip(self.block.plates, self.block.shape, strict=True) if p not in slope.axes]
         return Named(slope.array / float(np.prod(absent, dtype=float)), slope.axes)
 
-    def node_weights(self, factor: Factor, weight: Named, bundle: Bundle) -> Named:
+    def node_weights(self, factor: Factor, weight: Named, moments: Any, bundle: Bundle) -> Named:
         """How often every node of a factor's rows counts."""
         assert factor.completions is not None
+        if not factor.completions.affine:
+            return self.block.node_weights(factor, weight, moments, bundle.cells)
         count = factor.completions.dim + 1
         here = self.block.by_row(factor, weight, bundle.cells)
         return multiply(here, Named(jnp.full(count, 1 / count), (NODES,)))

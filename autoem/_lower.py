@@ -136,10 +136,10 @@ class Kernel:
             nodes.update(block.nodes_of_factors(moment, bundle))
         filled = with_nodes(bundle, nodes)
         out: dict[str, Any] = {NODES: nodes} if nodes else {}
-        for block, slope in zip(self.integrals, slopes, strict=True):
+        for block, moment, slope in zip(self.integrals, moments, slopes, strict=True):
             weight = block.weights(slope)
             for f in block.factors:
-                out[f.name] = pulled_back(f, params, filled, block.node_weights(f, weight, bundle))
+                out[f.name] = pulled_back(f, params, filled, block.node_weights(f, weight, moment, bundle))
         return out
 
     def maximise(

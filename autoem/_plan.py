@@ -86,6 +86,7 @@ class Plan:
     parameters: tuple[ParameterRow, ...]
     cost: Cost
     notes: tuple[str, ...]
+    integrals: tuple[Integral, ...] = ()
     accelerate: AbstractAcceleration | None = None
 
     def __str__(self) -> str:
@@ -158,7 +159,7 @@ def make_plan(
     return Plan(
         program, problem, layout, blocks, chunks,
         (*latent_rows(program, problem, layout), *continuous_rows(program, integrals)),
-        tuple(parameter_rows(program, problem, blocks)), cost, (*program.notes, *notes, *idle),
+        tuple(parameter_rows(program, problem, blocks)), cost, (*program.notes, *notes, *idle), integrals,
     )  # fmt: skip
 
 
@@ -213,7 +214,7 @@ def latent_rows(program: Program, problem: Problem, layout: Layout):
 def continuous_rows(program: Program, integrals: Sequence[Integral]):
     for integral in integrals:
         for row in integral.rows():
-            yield LatentRow(row.name, "exact", 0, program.continuous[row.name].plates, row.cells, row.reason)
+            yield LatentRow(row.name, row.strategy, 0, program.continuous[row.name].plates, row.cells, row.reason)
 
 
 def parameter_rows(program: Program, problem: Problem, blocks: Sequence[AbstractBlock]):

@@ -193,7 +193,8 @@ def plan_latex(plan: Plan) -> str:
 
 def citations_of(plan: Plan) -> str:
     """Sources of what the plan uses."""
-    sources = [f"E-step: {ELIMINATION_SOURCE}"] if plan.latents else []
+    sources = [f"E-step: {ELIMINATION_SOURCE}"] if plan.program.latents else []
+    sources += [f"{', '.join(i.block.names)}: {i.source}" for i in plan.integrals]
     sources += [f"{', '.join(b.names)}: {b.source}" for b in plan.blocks]
     sources += [f"{plan.accelerate.name}: {plan.accelerate.source}"] if plan.accelerate else []
     families = {f.site.distribution: f.family.source for f in plan.problem.factors.values() if f.family}

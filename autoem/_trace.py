@@ -153,9 +153,9 @@ def read_continuous(found: Discovery, names: Mapping[str, str], joined: Collecti
         batch = tuple(getattr(r, "batch_shape", r.fn.batch_shape))
         event = tuple(r.fn.event_shape)
         if name in joined:
-            out[name] = Continuous(name, (), (), batch + event, reason)
+            out[name] = Continuous(name, (), (), batch + event, reason, r.fn.support)
         else:
-            out[name] = Continuous(name, r.axes[: len(batch)], batch, event, reason)
+            out[name] = Continuous(name, r.axes[: len(batch)], batch, event, reason, r.fn.support)
     return out
 
 

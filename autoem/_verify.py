@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpyro.distributions import constraints
+from numpyro.distributions import biject_to, constraints
 
 from autoem._build import Build
 from autoem._errors import ModelError
@@ -170,7 +170,7 @@ def densities(
     for block in built.kernel.integrals:  # and what is integrated, against the sum of its sites
         sites = [f.name for f in block.factors]
         name = block.block.names[0]
-        whole = by_quadratic(built, block, drawn, params, bundle, chosen)
+        whole = by_form(built, block, drawn, params, bundle, chosen)
         constants = [
             log_density_constant(f, bundle.rows[f.name])
             for f in block.factors
@@ -181,7 +181,7 @@ def densities(
     return ours, theirs, size
 
 
-def by_quadratic(built: Build, block: Integral, drawn, params, bundle: Bundle, chosen: Mapping[str, Array]) -> Array:
+def by_form(built: Build, block: Integral, drawn, params, bundle: Bundle, chosen: Mapping[str, Array]) -> Array:
     """Log density of all sites of a block of continuous latents, by the form that is integrated over them."""
     value = block.density_at(drawn, params, bundle)
     for z in block.block.discrete:
@@ -191,9 +191,12 @@ def by_quadratic(built: Build, block: Integral, drawn, params, bundle: Bundle, c
 
 
 def random_values(program: Program) -> dict[str, Array]:
-    """A value for every cell of every continuous latent, the same at every call."""
-    rng = np.random.default_rng(30)
-    return {n: jnp.asarray(rng.normal(size=z.shape + z.event)) for n, z in program.continuous.items()}
+    """A value for every cell of every continuous latent, inside its support, the same at every call."""
+    rng, out = np.random.default_rng(30), {}
+    for name, latent in program.continuous.items():
+        transform = biject_to(latent.support)
+        out[name] = transform(jnp.asarray(rng.normal(size=transform.inverse_shape(latent.shape + latent.event))))
+    return out
 
 
 def random_states(built: Build, source: Source) -> dict[str, np.ndarray]:

@@ -93,13 +93,18 @@ class Latent:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Continuous:
-    """A continuous latent: `axes` are its batch axes, outermost first, of sizes `shape`; one cell holds an `event`."""
+    """A continuous latent: `axes` are its batch axes, outermost first, of sizes `shape`; one cell holds an `event`.
+
+    `support` is NumPyro's constraint, `wish` the strategy that the user asked for, or None.
+    """
 
     name: str
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     event: tuple[int, ...]
     reason: str = ""
+    support: Any = None
+    wish: Any = None
 
     @property
     def dim(self) -> int:

@@ -26,6 +26,7 @@ LAYERS = """
     e_step
     m_step
     _integrals
+    _local
     _chunks _render accelerate
     _plan
     _lower

@@ -15,7 +15,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +25,13 @@ from autoem._jaxpr import Graph
 from autoem.ir import Continuous
 
 NODES = "·node"
+
+
+class At(NamedTuple):
+    """Points of evaluation, along the first axis after one for each discrete latent that they are `apart` for."""
+
+    value: Any
+    apart: list[bool]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,11 +59,22 @@ class Completions:
         start = sum(m.dim for m in self.members[: [m.name for m in self.members].index(name)])
         return np.arange(start, start + next(m.dim for m in self.members if m.name == name))
 
-    def points(self, nodes: Any) -> Any:
-        """Where the factor is evaluated, along the first axis: a matrix of coordinates, or arrays by latent."""
-        if not self.affine:
-            return {m.name: nodes[m.name] for m in self.members}
-        return np.concatenate([np.zeros((1, self.dim)), np.eye(self.dim)])
+    def points(self, nodes: Any, states: int) -> At:
+        """Where the factor is evaluated, along the first axis: a matrix of coordinates, or arrays by latent.
+
+        Arrays by latent have one axis more for each of so many discrete latents, before that of the nodes.
+        """
+        if self.affine:
+            return At(np.concatenate([np.zeros((1, self.dim)), np.eye(self.dim)]), [False] * states)
+        arrays = [nodes[m.name] for m in self.members]
+        sizes = jnp.broadcast_shapes(*(a.shape[:states] for a in arrays))
+        apart = [int(s) > 1 for s in sizes]
+        once = [i for i, a in enumerate(apart) if not a]
+        kept = {
+            m.name: jnp.squeeze(jnp.broadcast_to(a, (*sizes, *a.shape[states:])), tuple(once))
+            for m, a in zip(self.members, arrays, strict=True)
+        }
+        return At(kept, apart)
 
     def placed(self, graph: Graph, point: Any) -> dict:
         """One of those points as inputs of the model's graph."""

@@ -118,12 +118,13 @@ def completed_factor(program: Program, site: Site, latents: tuple[Latent, ...], 
     family = natural_family(program, site, filled=True)[0]
     read = continuous_of(program, site)
     members = tuple(z for n, z in program.every_continuous.items() if n in read)
-    usable = all(program.compact[m.name] for m in members) and factor.compact
-    plates = frozenset(site.plates) if latents or site.scaled else frozenset()
+    affine = not group.refusal  # where it is not, nodes are values of the latents at full shape
+    usable = affine and all(program.compact[m.name] for m in members) and factor.compact
+    plates = frozenset(site.plates) if latents or site.scaled or not affine else frozenset()
     return dataclasses.replace(
         factor, own=False, kept=tuple(a for a in site.axes if a in plates), plates=plates, coefficients=(),
         family=family, graph=program.graph if usable else program.full, compact=usable,
-        completions=Completions(members),
+        completions=Completions(members, affine),
     )  # fmt: skip
 
 

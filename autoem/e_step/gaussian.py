@@ -69,6 +69,8 @@ class GaussianBlock:
     sizes: Mapping[str, int]
     base: Mapping[str, str]
 
+    strategy, source = "exact", SOURCE
+
     @property
     def dim(self) -> int:
         """Coordinates of one cell."""

@@ -52,6 +52,9 @@ class GaussianChain:
 
     discrete: tuple[Latent, ...] = ()
 
+    strategy = "exact"
+    source = "Kalman 1960; Rauch, Tung and Striebel 1965 (Gaussian posteriors along a chain)"
+
     @property
     def states(self) -> tuple[str, ...]:
         return ()

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from autoem._errors import ModelError, PlanError
-from autoem.e_step.factors import row_cells
+from autoem.e_step.factors import refuse_random_weights, row_cells
 from autoem.e_step.gaussian import GaussianBlock, index_name
 from autoem.e_step.gaussian_chain import GaussianChain
+from autoem.e_step.local import LocalBlock
 from autoem.e_step.tables import Factor
 from autoem.ir import Continuous, Latent, Program, at_lag
 from autoem.passes.gaussian import Group, latent_groups
 
-Block = GaussianBlock | GaussianChain
+Block = GaussianBlock | GaussianChain | LocalBlock
 MAX_DENSE = 4096  # coordinates of crossed latents, all in one vector
 
 
@@ -41,7 +42,8 @@ def build_blocks(
     """
     blocks, cells = [], {}
     for group in latent_groups(program):
-        block, found = gaussian_block(program, group, {f.name: f for f in factors}, values)
+        derive = local_block if group.refusal else gaussian_block
+        block, found = derive(program, group, {f.name: f for f in factors}, values)
         blocks.append(block)
         cells.update(found)
     return tuple(blocks), cells
@@ -51,12 +53,6 @@ def gaussian_block(
     program: Program, group: Group, factors: Mapping[str, Factor], values: Mapping[Any, Any]
 ) -> tuple[Block, dict[str, np.ndarray]]:
     members = tuple(program.continuous[n] for n in group.members)
-    if group.refusal:
-        raise PlanError(
-            group.at,
-            problem=f"the posterior of {', '.join(group.members)} is not Gaussian: {group.refusal}",
-            mend=f'EM(model, maximize=["{group.members[0]}"]) to maximise over it, or integrate it out by hand',
-        )
     parts = tuple(factors[s] for s in group.sites)
     discrete = tuple({z.name: z for f in parts for z in f.latents}.values())
     index = {(f.name, m.name): cells_of_rows(program, f, m, values) for f in parts for m in read_by(f)}
@@ -129,6 +125,55 @@ def in_path(program: Program, piece: Continuous) -> np.ndarray:
         return ids[int(piece.name[len(base.name) + 1 : -1])].ravel()
     back = int(piece.name[len(base.name) + 1 :])
     return ids[chain.lag - back : chain.length - back].ravel()
+
+
+def local_block(
+    program: Program, group: Group, factors: Mapping[str, Factor], values: Mapping[Any, Any]
+) -> tuple[LocalBlock, dict[str, np.ndarray]]:
+    """A group whose posterior is not Gaussian, if each of its cells can be integrated apart.
+
+    Raises:
+        PlanError: cells are tied together.
+    """
+    members = tuple(program.continuous[n] for n in group.members)
+    parts = tuple(factors[s] for s in group.sites)
+    discrete = tuple({z.name: z for f in parts for z in f.latents}.values())
+    index = {(f.name, m.name): cells_of_rows(program, f, m, values) for f in parts for m in read_by(f)}
+    plates = members[0].plates
+
+    def refuse(why: str) -> PlanError:
+        problem = (
+            f"the posterior of {', '.join(group.members)} is not Gaussian ({group.refusal} at '{group.at}'), {why}"
+        )
+        mend = f'EM(model, maximize=["{group.members[0]}"]) to maximise over it, or integrate it out by hand'
+        return PlanError(group.at, problem=problem, mend=mend)
+
+    if len({m.axes for m in members}) > 1 or not all(agree(index, f) for f in parts):
+        raise refuse("and its cells are tied together, since rows read several of them")
+    for z in discrete:
+        if not {a for a in z.axes if not a.startswith("#")} <= set(plates):
+            raise refuse(f"and rows of other plates than its own have a state of '{z.name}' each")
+    for f in parts:
+        refuse_random_weights(program, f.site)
+        if f.name in group.members and f.site.masked and any(a.startswith("#") for a in f.site.axes):
+            raise refuse("and a mask takes out parts of its events")
+    shape = tuple(s for a, s in zip(members[0].axes, members[0].shape, strict=True) if not a.startswith("#"))
+    own = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
+    found = {f.name: index[f.name, read_by(f)[0].name] for f in parts}
+    routed = frozenset(n for n, ids in found.items() if not at_home(ids, own, factors[n].site.plates, plates))
+    sizes = {p.name: p.size for p in program.plates.values()}
+    block = LocalBlock(members, discrete, parts, plates, shape, routed, sizes, group.refusal)
+    return block, {index_name(factors[n], members[0]): found[n] for n in routed}
+
+
+def at_home(ids: np.ndarray, own: np.ndarray, plates: Sequence[str], of_cells: Sequence[str]) -> bool:
+    """Whether every row reads the cell that stands in its own plates."""
+    if not set(of_cells) <= set(plates):
+        return False
+    order = sorted(range(len(of_cells)), key=lambda i: plates.index(of_cells[i]))
+    sizes = iter(own.transpose(order).shape)
+    spread = own.transpose(order).reshape([next(sizes) if p in of_cells else 1 for p in plates])
+    return bool((ids == np.broadcast_to(spread, ids.shape)).all())
 
 
 def read_by(f: Factor) -> tuple[Continuous, ...]:

@@ -143,24 +143,31 @@ class Factor:
         """
         read = self.graph.needs(output)
         latents = self.parents if self.family else self.latents
-        varying = [z for z in latents if ("latent", z.name) in read]
         group = self.completions
         if group is not None and not any(("latent", m.name) in read for m in group.members):
             group = None
-        nodes: Any = values.get(("nodes", self.name))
-        over: list = [jnp.asarray(z.states) for z in varying] + ([group.points(nodes)] if group else [])
+        points = group.points(values.get(("nodes", self.name)), len(latents)) if group else None
+        apart = points.apart if points else [False] * len(latents)  # nodes of their own for every state
+        here = [("latent", z.name) in read or a for z, a in zip(latents, apart, strict=True)]
+        varying = [(z, a) for z, a, h in zip(latents, apart, here, strict=True) if h]
+        over: list = [jnp.asarray(z.states) for z, _ in varying] + ([points.value] if points else [])
 
         def at(*states) -> tuple:
-            shapes = [self.graph.inputs["latent", z.name].shape for z in varying]
-            given = {("latent", z.name): jnp.broadcast_to(s, n) for z, s, n in zip(varying, states, shapes)}  # noqa: B905
+            shapes = [self.graph.inputs["latent", z.name].shape for z, _ in varying]
+            given = {("latent", z.name): jnp.broadcast_to(s, n) for (z, _), s, n in zip(varying, states, shapes)}  # noqa: B905
             return function({**given, **group.placed(self.graph, states[-1])} if group else given)
 
         for i in reversed(range(len(over))):
-            at = jax.vmap(at, in_axes=[0 if j == i else None for j in range(len(over))])
-        here = [z in varying for z in latents] + ([group is not None] if self.completions else [])
-        parts = tuple(self._padded(o, here, event_dim) for o in at(*over))
+            along = points is not None and i < len(varying) and varying[i][1]
+            at = jax.vmap(
+                at, in_axes=[0 if j == i or (along and j == len(varying)) else None for j in range(len(over))]
+            )
+        parts = tuple(
+            self._padded(o, here + ([group is not None] if self.completions else []), event_dim) for o in at(*over)
+        )
         if group is None or not group.affine or at_points:
             return parts
+        nodes: Any = values.get(("nodes", self.name))
         return tuple(group.combined(p, len(latents), event_dim, nodes) for p in parts)
 
     def _padded(self, array: Array, varying: list[bool], event_dim: int) -> Array:

@@ -1,0 +1,85 @@
+"""Choose how latents are integrated whose cells stand apart.
+
+In: a block whose method is still open, with the data. Out: the same with a method whose form the log joint of every
+cell was seen to have, or a refusal that says what was tried.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from autoem._errors import PlanError
+from autoem._jaxpr import jit_once
+from autoem.e_step.conjugate import FORMS, AbstractForm, Conjugate, anchor_of
+from autoem.e_step.local import Cells, LocalBlock
+from autoem.ir import Program
+from autoem.m_step.choose import kind_of
+from autoem.m_step.problem import Bundle, Params, graph_values
+from autoem.m_step.unconstrained import to_constrained, to_unconstrained
+
+
+def settled(block: LocalBlock, program: Program, params: Params, bundle: Bundle) -> LocalBlock:
+    """The block with a method.
+
+    Raises:
+        PlanError: none applies.
+    """
+    (member, *others) = block.members
+    kind = kind_of(member.support)
+    tried = [f for f in FORMS if f.support == kind and not others and len(member.event) == (kind == "simplex")]
+    moved = moved_start(program, params)
+    for form in tried:
+        if agrees(dataclasses.replace(block, method=Conjugate(form)), form, moved, bundle):
+            return dataclasses.replace(block, method=Conjugate(form))
+    raise PlanError(
+        member.name,
+        problem=f"its posterior has no conjugate form ({', '.join(f.name for f in tried) or 'none has its support'})",
+        mend=f'EM(model, maximize=["{member.name}"]) to maximise over it, or integrate it out by hand',
+    )
+
+
+def moved_start(program: Program, params: Params) -> dict[str, Array]:
+    """Parameters away from the start, so that no zero of it hides a dependence."""
+    rng, out = np.random.default_rng(40), {}
+    for name, value in params.items():
+        free = to_unconstrained(program.params[name], value)
+        new = to_constrained(program.params[name], free + 0.2 * jnp.asarray(rng.normal(size=free.shape)))
+        out[name] = jnp.where(jnp.isfinite(new).all(), new, value)
+    return out
+
+
+def agrees(block: LocalBlock, form: AbstractForm, params: Params, bundle: Bundle) -> bool:
+    """Whether the log joint of every cell has the form, and a finite integral."""
+    (member,) = block.members
+
+    def compare(params: Params, bundle: Bundle) -> tuple[Array, Array]:
+        cells = Cells(block, graph_values(bundle, params), bundle.rows, bundle.cells)
+        points = {member.name: others_than(form, anchor_of(cells, member), member.event, cells.count)}
+        ours, theirs = block.how.value(cells, points), cells.joint(points)
+        error = jnp.abs(ours - theirs) / (1 + jnp.abs(theirs).max(cells.count, keepdims=True))
+        if (present := cells.present) is not None:  # what a mask takes out must be read by nothing
+            level = theirs - jnp.take(theirs, jnp.arange(1), cells.count)
+            error = jnp.maximum(error, jnp.where(present, 0, jnp.abs(level)))
+        return error.max(), block.how.integrate(cells).log_integral
+
+    error, integral = jit_once(compare)(params, bundle)
+    tolerance = max(1e5 * float(jnp.finfo(jnp.result_type(float)).eps), 1e-7)
+    return bool(float(error) <= tolerance) and bool(np.isfinite(np.asarray(integral)).all())
+
+
+def others_than(form: AbstractForm, anchor: Array, event: tuple[int, ...], axis: int) -> Array:
+    """Points at which the form's coefficients were not read."""
+    if form.support == "positive":
+        return jnp.concatenate([anchor * s for s in (0.31, 1.37, 3.9)], axis)
+    if form.support == "unit":
+        return jnp.concatenate([jnp.full_like(anchor, s) for s in (0.11, 0.43, 0.93)], axis)
+    shares = jax.random.dirichlet(jax.random.key(41), jnp.ones(event[0]), (3,))
+    lead = jnp.broadcast_to(anchor, (*anchor.shape[:axis], 3, *anchor.shape[axis + 1 :]))
+    return jnp.broadcast_to(
+        shares.reshape(*(1,) * axis, 3, *(1,) * (anchor.ndim - axis - 1), -1), (*lead.shape, *event)
+    )
