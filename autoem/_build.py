@@ -26,7 +26,7 @@ from autoem._plan import Plan, make_plan
 from autoem._trace import Discovery, Source, trace
 from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.factors import TURN_UP_TO, build_factors, prepare
-from autoem.e_step.groups import Block, Joined, build_blocks
+from autoem.e_step.groups import Block, Joined, build_blocks, partly_seen, with_gaps
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.places import build_layout
 from autoem.e_step.strategies import AbstractEStep, Exact, Truncated
@@ -108,7 +108,7 @@ class Build:
 
     @property
     def has_routes(self) -> bool:
-        return any(f.route or f.completions for f in self.factors)
+        return any(f.route or f.integrated for f in self.factors)
 
     def start(self, source: Source, key: Array) -> dict[str, Array]:
         """The model's own start values."""
@@ -118,7 +118,18 @@ class Build:
         """Whether the supports, and the signs of sums, computed from this data are those that the plan was made for."""
         moved = support_limits(self.found, source)
         same = all(np.array_equal(self.limits[n], v) for n, v in moved.items())
-        return same and self.mixed == self.signs(source).keys()
+        return same and self.mixed == self.signs(source).keys() and self.gaps == self.gaps_in(source)
+
+    @property
+    def gaps(self) -> frozenset[str]:
+        """Sites whose vectors are seen in part."""
+        return frozenset(f.name for f in self.factors if f.gaps)
+
+    def gaps_in(self, source: Source) -> frozenset[str]:
+        """The same in other data."""
+        values = {("data", i): jnp.asarray(x) for i, x in enumerate(source.data)} if source.drop_nan else {}
+        found = (f.name for f in self.factors if values and partly_seen(self.program, f, values) is not None)
+        return frozenset(found) if not source.concrete else self.gaps
 
     def signs(self, source: Source) -> dict[str, str]:
         """What the signs of this data forbid; see `mixed_signs`."""
@@ -158,8 +169,9 @@ def start_values(found: Discovery, data: Mapping[int, Array], key: Array) -> dic
 
 def route_cells(program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array) -> dict[str, Array]:
     values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
-    factors, cells = build_factors(program, values)
-    cells.update(build_blocks(program, factors, values)[1])
+    known, cells = build_factors(program, values)
+    cells.update(build_blocks(program, known, values)[1])
+    cells.update(with_gaps(program, known, values)[2])
     return {n: jnp.asarray(c) for n, c in cells.items()}
 
 
@@ -253,7 +265,9 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
         except Joined as latent:
             joined = (*joined, latent.name)
             program, found, source = read(model, args, kwargs, options, joined)
-    cells = {n: jnp.asarray(c) for n, c in {**cells, **found_cells}.items()}
+    factors, gaps, patterns = with_gaps(program, factors, values)
+    groups = (*groups, *gaps)
+    cells = {n: jnp.asarray(c) for n, c in {**cells, **found_cells, **patterns}.items()}
     problem = Problem({f.name: f for f in factors}, program.params)
 
     def whole(d, k, c):

@@ -168,6 +168,8 @@ def check_brute_force(em: EM, call: Call, key: Array) -> Check:
     latents = call.built.program.latents
     if call.built.program.continuous:
         return check_integral(em, call, key)
+    if any(f.gaps for f in call.built.factors):
+        return not_tried(name, "entries of vectors are missing")
     if not latents:
         return not_tried(name, "no latents")
     most, digits, size = float(np.log10(MAX_COMPLETIONS)), digits_of(call.built), largest_plate(call.built)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -16,6 +17,7 @@ from jax import Array
 from autoem._named import Named, multiply, named
 from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import Table
+from autoem.e_step.missing import MissingEntries
 from autoem.e_step.tables import Factor
 from autoem.m_step.problem import Bundle, Params, graph_values
 
@@ -27,8 +29,8 @@ class Row:
     name: str
     cells: int
     reason: str
-    strategy: str = "exact"
-    strategy: str = "exact"
+    strategy: str
+    plates: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +47,8 @@ class Integral:
         """How each latent is treated, in words."""
         strategy = self.block.strategy
         return [
-            Row(m.name, int(np.prod(m.shape, dtype=int)), self.block.reason(m), strategy) for m in self.block.members
+            Row(m.name, int(np.prod(m.shape, dtype=int)), self.block.reason(m), strategy, m.plates)
+            for m in self.block.members
         ]
 
     @property
@@ -53,16 +56,25 @@ class Integral:
         """Where the integral is derived."""
         return self.block.source
 
+    @property
+    def has_nodes(self) -> bool:
+        """Whether nodes stand for its latents; missing entries of a site's own vectors need none."""
+        return not isinstance(self.block, MissingEntries)
+
     def integrate(self, params: Params, bundle: Bundle) -> tuple[Table, Any]:
         """The integral over the latents as a table, and the moments of their posterior."""
         return self.block.integrate(graph_values(bundle, params), bundle.rows, bundle.cells)
 
     def nodes_of_factors(self, moments: Any, bundle: Bundle) -> dict[str, tuple[Any, Named | None]]:
         """For each factor its nodes, and the values of its own latent there (None where it has none)."""
+        if not self.has_nodes:
+            return {}
         return {f.name: with_value(f, bundle, *self.block.complete(f, moments, bundle.cells)) for f in self.factors}
 
     def nodes_at(self, latents: Mapping[str, Array], bundle: Bundle) -> dict[str, tuple[Any, Named | None]]:
         """One node for each factor, where the latents have given values."""
+        if not self.has_nodes:
+            return {}
         return {f.name: with_value(f, bundle, *self.block.at(f, latents, bundle.cells)) for f in self.factors}
 
     def density_at(self, latents: Mapping[str, Array], params: Params, bundle: Bundle) -> Named:
@@ -75,6 +87,15 @@ class Integral:
             return Named(jnp.ones(()), ())
         absent = [s for p, s in zip(self.block.plates, self.block.shape, strict=True) if p not in slope.axes]
         return Named(slope.array / float(np.prod(absent, dtype=float)), slope.axes)
+
+    def expected(self, factor: Factor, params: Params, bundle: Bundle, weight: Named, moments: Any) -> Any:
+        """Expected statistics of a factor, in data that hold the nodes."""
+        if self.has_nodes:
+            return pulled_back(factor, params, bundle, self.node_weights(factor, weight, moments, bundle))
+        own = bundle.rows[factor.name]
+        rows = {**bundle.rows, factor.name: self.block.filled(moments, own)}
+        t, n = pulled_back(factor, params, dataclasses.replace(bundle, rows=rows), weight)
+        return t + self.block.spread_statistics(t.shape, weight, moments, own), n
 
     def node_weights(self, factor: Factor, weight: Named, moments: Any, bundle: Bundle) -> Named:
         """How often every node of a factor's rows counts."""
@@ -96,3 +117,17 @@ def with_value(f: Factor, bundle: Bundle, points: Any, own: Named | None) -> tup
     value = named(array, (*(z.name for z in f.parents), NODES, *f.site.axes, *names))
     order = (*names, *(a for a in value.axes if a not in names))
     return points, Named(value.to(order), order)
+
+
+def pulled_back(factor: Factor, params: Params, bundle: Bundle, weight: Named) -> Any:
+    """Expected statistics of a factor whose table counts with `weight`."""
+    rows = bundle.rows[factor.name]
+
+    def table(cells) -> Named:
+        return factor.table(cells, rows).value
+
+    value, pull = jax.vjp(table, factor.cells(graph_values(bundle, params), rows))
+    absent = [p for p in factor.kept if p not in weight.axes and p not in value.axes]
+    repeats = float(np.prod([factor.sizes[p] for p in absent], dtype=float))
+    cotangent = weight.sum(a for a in weight.axes if a not in value.axes).to(value.axes) * repeats
+    return pull(Named(jnp.broadcast_to(cotangent, value.array.shape).astype(value.array.dtype), value.axes))[0]

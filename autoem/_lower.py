@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
@@ -30,7 +29,7 @@ from autoem.e_step.elimination import Layout, Table, eliminate
 from autoem.e_step.tables import Factor, Rows
 from autoem.ir import Program
 from autoem.m_step._base import AbstractBlock
-from autoem.m_step.problem import Bundle, Params, Problem, graph_values, make_layout
+from autoem.m_step.problem import Bundle, Params, Problem, make_layout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +50,7 @@ class Kernel:
 
     @property
     def likelihood_factors(self) -> tuple[Factor, ...]:
-        return tuple(f for f in self.problem.factors.values() if not f.is_prior and f.completions is None)
+        return tuple(f for f in self.problem.factors.values() if not f.is_prior and not f.integrated)
 
     @property
     def in_logs(self) -> Kernel:
@@ -139,7 +138,7 @@ class Kernel:
         for block, moment, slope in zip(self.integrals, moments, slopes, strict=True):
             weight = block.weights(slope)
             for f in block.factors:
-                out[f.name] = pulled_back(f, params, filled, block.node_weights(f, weight, moment, bundle))
+                out[f.name] = block.expected(f, params, filled, weight, moment)
         return out
 
     def maximise(
@@ -225,20 +224,6 @@ def with_nodes(bundle: Bundle, nodes: Mapping[str, Any]) -> Bundle:
     return dataclasses.replace(
         bundle, nodes={n: points for n, (points, _) in nodes.items()}, rows={**bundle.rows, **rows}
     )
-
-
-def pulled_back(factor: Factor, params: Params, bundle: Bundle, weight: Named) -> Any:
-    """Expected statistics of a factor whose table counts with `weight`."""
-    rows = bundle.rows[factor.name]
-
-    def table(cells) -> Named:
-        return factor.table(cells, rows).value
-
-    value, pull = jax.vjp(table, factor.cells(graph_values(bundle, params), rows))
-    absent = [p for p in factor.kept if p not in weight.axes and p not in value.axes]
-    repeats = float(np.prod([factor.sizes[p] for p in absent], dtype=float))
-    cotangent = weight.sum(a for a in weight.axes if a not in value.axes).to(value.axes) * repeats
-    return pull(Named(jnp.broadcast_to(cotangent, value.array.shape).astype(value.array.dtype), value.axes))[0]
 
 
 def disagree(scaled: float, exact: float) -> bool:

@@ -158,7 +158,7 @@ def make_plan(
     )
     return Plan(
         program, problem, layout, blocks, chunks,
-        (*latent_rows(program, problem, layout), *continuous_rows(program, integrals)),
+        (*latent_rows(program, problem, layout), *continuous_rows(integrals)),
         tuple(parameter_rows(program, problem, blocks)), cost, (*program.notes, *notes, *idle), integrals,
     )  # fmt: skip
 
@@ -178,7 +178,7 @@ def measure(
     def run(p, b):
         steps.clear()
         cells = problem.cells(p, b)
-        plain = [f for f in problem.factors.values() if not f.is_prior and f.completions is None]
+        plain = [f for f in problem.factors.values() if not f.is_prior and not f.integrated]
         tables = [f.table(cells[f.name], b.rows[f.name]) for f in plain] + [i.integrate(p, b)[0] for i in integrals]
         sizes[:] = [t.value.array.size for t in tables]
         return eliminate(tables, make_layout(layout, b), steps=steps)
@@ -211,10 +211,10 @@ def latent_rows(program: Program, problem: Problem, layout: Layout):
         yield LatentRow(name, "exact", latent.num_states, plates, cells, reason)
 
 
-def continuous_rows(program: Program, integrals: Sequence[Integral]):
+def continuous_rows(integrals: Sequence[Integral]):
     for integral in integrals:
         for row in integral.rows():
-            yield LatentRow(row.name, row.strategy, 0, program.continuous[row.name].plates, row.cells, row.reason)
+            yield LatentRow(row.name, row.strategy, 0, row.plates, row.cells, row.reason)
 
 
 def parameter_rows(program: Program, problem: Problem, blocks: Sequence[AbstractBlock]):

@@ -80,7 +80,8 @@ class Posterior:
     @functools.cached_property
     def sd(self) -> Marginals:
         """By continuous latent, its posterior standard deviation, `(*plates, *event)`."""
-        shapes = {n: z.shape + z.event for n, z in self._built.program.continuous.items()}
+        members = [m for block in self._built.kernel.integrals for m in block.block.members]
+        shapes = {m.name: m.shape + m.event for m in members}
         variances = {n: jnp.diagonal(c, axis1=-2, axis2=-1) for n, c in self.covariance.items()}
         return Marginals({n: jnp.sqrt(jnp.maximum(v, 0)).reshape(shapes[n]) for n, v in variances.items()})
 
@@ -103,7 +104,7 @@ class Posterior:
             tables, layout = self._plain_tables(params, bundle), self._layout(bundle)
             return mixed_moments(self._built.kernel, params, bundle, lambda t: eliminate([*tables, *t], layout))
 
-        return jit_once(run)(self._params, self._bundle) if self._built.program.continuous else {}
+        return jit_once(run)(self._params, self._bundle) if self._built.kernel.integrals else {}
 
     @functools.cached_property
     def marginals(self) -> Marginals:

@@ -294,7 +294,11 @@ def without_nan(base: Any, value: Any) -> tuple[Any, Any]:
     """A value with something possible in place of NaN, and which of its events are seen in part at least."""
     missing = jnp.isnan(value)
     seen = ~missing.all(tuple(range(-base.event_dim, 0))) if base.event_dim else ~missing
-    return jnp.where(missing, base.support.feasible_like(value), value), seen
+    fill = base.support.feasible_like(value)
+    if base.event_dim == 1 and jnp.ndim(value) > 1 and base.support is dist.constraints.real_vector:
+        here = jnp.where(missing, 0, value).sum(tuple(range(jnp.ndim(value) - 1)))
+        fill = here / jnp.maximum((~missing).sum(tuple(range(jnp.ndim(value) - 1))), 1)  # means of what is seen
+    return jnp.where(missing, fill, value), seen
 
 
 def placeholder(name: str, fn: Any, truncated) -> Any:

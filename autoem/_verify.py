@@ -161,13 +161,15 @@ def densities(
     bundle = with_nodes(bundle, nodes)
     ours, theirs, size = {}, {}, {}
     fields, given = model_fields(built, values), graph_values(bundle, params)
-    hidden = {f.name: f for block in built.kernel.integrals for f in block.factors}
+    hidden = {f.name: f for block in built.kernel.integrals for f in block.factors if f.completions}
     at = {n: f.table(f.cells(given, bundle.rows[n]), bundle.rows[n]).value for n, f in hidden.items()}
     tables = {**tables, **at}
     for name, factor in built.kernel.problem.factors.items():
         theirs[name], size[name] = by_model(factor, fields)
         ours[name] = by_table(built, factor, tables[name], bundle, chosen)
-    for block in built.kernel.integrals:  # and what is integrated, against the sum of its sites
+    for block in (
+        b for b in built.kernel.integrals if b.has_nodes
+    ):  # and what is integrated, against the sum of its sites
         sites = [f.name for f in block.factors]
         name = block.block.names[0]
         whole = by_form(built, block, drawn, params, bundle, chosen)

@@ -6,6 +6,7 @@ arrays that stand among the data's cells.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from autoem.e_step.factors import refuse_random_weights, row_cells
 from autoem.e_step.gaussian import GaussianBlock, index_name
 from autoem.e_step.gaussian_chain import GaussianChain
 from autoem.e_step.local import LocalBlock
+from autoem.e_step.missing import MissingEntries, patterns_of
 from autoem.e_step.tables import Factor
 from autoem.ir import Continuous, Latent, Program, at_lag
 from autoem.passes.gaussian import Group, latent_groups
@@ -125,6 +127,63 @@ def in_path(program: Program, piece: Continuous) -> np.ndarray:
         return ids[int(piece.name[len(base.name) + 1 : -1])].ravel()
     back = int(piece.name[len(base.name) + 1 :])
     return ids[chain.lag - back : chain.length - back].ravel()
+
+
+def with_gaps(
+    program: Program, factors: Sequence[Factor], values: Mapping[Any, Any]
+) -> tuple[tuple[Factor, ...], tuple[MissingEntries, ...], dict[str, np.ndarray]]:
+    """The factors, those marked whose vectors are seen in part; a block for each; and the patterns of their rows.
+
+    Raises:
+        PlanError: the covariance of such a site differs from row to row, or it reads a latent of another plate.
+    """
+    out, blocks, cells = [], [], {}
+    for f in factors:
+        given = partly_seen(program, f, values)
+        if given is None:
+            out.append(f)
+            continue
+        f = dataclasses.replace(f, gaps=True)
+        refuse_unpatterned(f)
+        out.append(f)
+        plates = f.kept if f.latents else f.site.plates
+        sizes = dict(zip(f.site.axes, f.site.shape, strict=True))
+        member = Continuous(f.name, f.site.axes, f.site.shape, given.shape[-1:], "vectors seen in part")
+        blocks.append(MissingEntries(f, member, plates, tuple(sizes[p] for p in plates)))
+        given = np.broadcast_to(given, (*f.site.shape, given.shape[-1]))
+        cells[f"{f.name}·patterns"], cells[f"{f.name}·pattern"] = patterns_of(given)
+    return tuple(out), tuple(blocks), cells
+
+
+def partly_seen(program: Program, f: Factor, values: Mapping[Any, Any]) -> np.ndarray | None:
+    """The data of a multivariate normal site, where some of its vectors are seen in part."""
+    key = (f.name, "given")
+    if f.site.distribution != "MultivariateNormal" or f.family is None or key not in program.full.outputs:
+        return None
+    if any(k[0] not in ("data", "key") for k in program.full.needs(key)):
+        return None
+    given = np.asarray(program.full.evaluate([key], values)[0])
+    gone = np.isnan(given)
+    return given if (gone.any(-1) & ~gone.all(-1)).any() else None
+
+
+def refuse_unpatterned(f: Factor) -> None:
+    """Raise where missing entries of a site are not the same problem for all rows of a pattern."""
+    if f.route is not None or f.completions is not None:
+        raise PlanError(
+            f.name,
+            problem="its vectors are partly NaN, and it reads a latent of another plate, or a continuous one",
+            mend="drop those rows, or set them to NaN as a whole",
+        )
+    graph, shapes = f.graph, []
+    for arg in f._family.args[1:]:
+        shapes += graph.shape((f.name, f"arg:{arg}"))[:-2]
+    if any(s > 1 for s in shapes):
+        raise PlanError(
+            f.name,
+            problem="its vectors are partly NaN, and its covariance differs from row to row",
+            mend="give all rows one covariance (for each state of a latent), or drop those rows",
+        )
 
 
 def local_block(

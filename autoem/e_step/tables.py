@@ -71,6 +71,7 @@ class Factor:
         times: those of `kept` that are the steps of a chain, whose messages read a table step by step.
         coefficients: of a regression in natural form, the variables that hold its coefficients; see `regression`.
         completions: the continuous latents that it reads, its own among them; see `completions`.
+        gaps: whether its vectors are seen in part, which is integrated; see `missing`.
     """
 
     site: Site
@@ -89,6 +90,7 @@ class Factor:
     coefficients: tuple[Variable, ...] = ()
     times: tuple[str, ...] = ()
     completions: Completions | None = None
+    gaps: bool = False
 
     @property
     def name(self) -> str:
@@ -98,6 +100,11 @@ class Factor:
     def is_hidden(self) -> bool:
         """Whether the site is itself a continuous latent."""
         return self.site.role == "continuous"
+
+    @property
+    def integrated(self) -> bool:
+        """Whether its part of the likelihood comes from an integral."""
+        return self.gaps or self.completions is not None
 
     @property
     def value_hidden(self) -> bool:
