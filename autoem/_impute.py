@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.distributions as dist
 from jax import Array
 from numpyro import handlers
 
 from autoem._jaxpr import jit_once
-from autoem._reader import AtObserved, holds_nan
+from autoem._reader import AtObserved, holds_nan, unwrap
 from autoem._trace import Source
 from autoem.ir import Program
 
@@ -27,9 +28,25 @@ PIECE = r"(@0|\[\d+\])$"  # of a scan's site that reads latents of earlier steps
 
 def draw_missing(msg: dict) -> None:
     """Put a draw in the place of every NaN."""
-    if holds_nan(msg["value"]):
-        drawn = msg["fn"].sample(numpyro.prng_key())
-        msg["value"] = jnp.where(jnp.isnan(msg["value"]), drawn, msg["value"])
+    if not holds_nan(msg["value"]):
+        return
+    drawn, hidden = msg["fn"].sample(numpyro.prng_key()), jnp.isnan(msg["value"])
+    if isinstance(normal := unwrap(msg["fn"])[0], dist.MultivariateNormal):
+        drawn = drawn + correction(normal.covariance_matrix, jnp.where(hidden, 0, msg["value"] - drawn), hidden)
+    msg["value"] = jnp.where(hidden, drawn, msg["value"])
+
+
+def correction(covariance: Array, residual: Array, hidden: Array) -> Array:
+    """What turns a draw of a whole vector into one given its seen entries, which the draw misses by `residual`.
+
+    References:
+        Hoffman and Ribak 1991, "Constrained realizations of Gaussian fields".
+    """
+    seen = (~hidden).astype(residual.dtype)
+    both = seen[..., :, None] * seen[..., None, :]
+    matrix = covariance * both + jnp.eye(residual.shape[-1]) * (1 - seen)[..., None, :]
+    weights = jnp.linalg.solve(matrix, residual[..., None])
+    return (covariance @ (weights * seen[..., None]))[..., 0]
 
 
 def impute(

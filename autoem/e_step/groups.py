@@ -22,7 +22,7 @@ from autoem.e_step.tables import Factor
 from autoem.ir import Continuous, Latent, Program, at_lag
 from autoem.passes.gaussian import Group, latent_groups
 
-Block = GaussianBlock | GaussianChain | LocalBlock
+Block = GaussianBlock | GaussianChain | LocalBlock | MissingEntries
 MAX_DENSE = 4096  # coordinates of crossed latents, all in one vector
 
 
