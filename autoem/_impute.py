@@ -32,7 +32,8 @@ def draw_missing(msg: dict) -> None:
         return
     drawn, hidden = msg["fn"].sample(numpyro.prng_key()), jnp.isnan(msg["value"])
     if isinstance(normal := unwrap(msg["fn"])[0], dist.MultivariateNormal):
-        drawn = drawn + correction(normal.covariance_matrix, jnp.where(hidden, 0, msg["value"] - drawn), hidden)
+        residual = jnp.where(hidden, 0, msg["value"] - drawn)
+        drawn = drawn + correction(jnp.asarray(normal.covariance_matrix), residual, hidden)
     msg["value"] = jnp.where(hidden, drawn, msg["value"])
 
 

@@ -7,6 +7,7 @@ cell was seen to have, or a refusal that says what was tried.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from autoem._errors import PlanError
 from autoem._jaxpr import jit_once
 from autoem.e_step.conjugate import FORMS, AbstractForm, Conjugate, anchor_of
 from autoem.e_step.local import Cells, LocalBlock
-from autoem.ir import Program
+from autoem.e_step.pieces import Pieces, anchors
+from autoem.ir import Continuous, Program
 from autoem.m_step.choose import kind_of
 from autoem.m_step.problem import Bundle, Params, graph_values
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
@@ -30,17 +32,26 @@ def settled(block: LocalBlock, program: Program, params: Params, bundle: Bundle)
         PlanError: none applies.
     """
     (member, *others) = block.members
+    moved = moved_start(program, params)
+    if isinstance(block.method, Pieces):
+        if fits(block, cut_points, moved, bundle):
+            return block
+        why = f"between the thresholds of {', '.join(sorted(block.method.stepped))} its log joint is not that of "
+        raise refused(member.name, f"{why}{block.method.base.name}")
     kind = kind_of(member.support)
     tried = [f for f in FORMS if f.support == kind and not others and len(member.event) == (kind == "simplex")]
-    moved = moved_start(program, params)
     for form in tried:
-        if agrees(dataclasses.replace(block, method=Conjugate(form)), form, moved, bundle):
-            return dataclasses.replace(block, method=Conjugate(form))
-    raise PlanError(
-        member.name,
-        problem=f"its posterior has no conjugate form ({', '.join(f.name for f in tried) or 'none has its support'})",
-        mend=f'EM(model, maximize=["{member.name}"]) to maximise over it, or integrate it out by hand',
+        known = dataclasses.replace(block, method=Conjugate(form))
+        if fits(known, lambda c, m, form=form: others_than(form, anchor_of(c, m), m.event, c.count), moved, bundle):
+            return known
+    raise refused(
+        member.name, f"it has no conjugate form ({', '.join(f.name for f in tried) or 'none on its support'})"
     )
+
+
+def refused(name: str, why: str) -> PlanError:
+    mend = f'EM(model, maximize=["{name}"]) to maximise over it, or integrate it out by hand'
+    return PlanError(name, problem=f"its posterior is not Gaussian, and {why}", mend=mend)
 
 
 def moved_start(program: Program, params: Params) -> dict[str, Array]:
@@ -53,15 +64,17 @@ def moved_start(program: Program, params: Params) -> dict[str, Array]:
     return out
 
 
-def agrees(block: LocalBlock, form: AbstractForm, params: Params, bundle: Bundle) -> bool:
-    """Whether the log joint of every cell has the form, and a finite integral."""
+def fits(block: LocalBlock, choose: Callable[[Cells, Continuous], Array], params: Params, bundle: Bundle) -> bool:
+    """Whether the log joint of every cell has the method's form, at points that it has not seen, and an integral."""
     (member,) = block.members
 
     def compare(params: Params, bundle: Bundle) -> tuple[Array, Array]:
         cells = Cells(block, graph_values(bundle, params), bundle.rows, bundle.cells)
-        points = {member.name: others_than(form, anchor_of(cells, member), member.event, cells.count)}
+        points = {member.name: choose(cells, member)}
         ours, theirs = block.how.value(cells, points), cells.joint(points)
-        error = jnp.abs(ours - theirs) / (1 + jnp.abs(theirs).max(cells.count, keepdims=True))
+        same = (ours == theirs) | ~jnp.isfinite(theirs)  # where it is impossible, both say so
+        size = jnp.where(jnp.isfinite(theirs), jnp.abs(theirs), 0).max(cells.count, keepdims=True)
+        error = jnp.where(same & (jnp.isfinite(ours) == jnp.isfinite(theirs)), 0, jnp.abs(ours - theirs) / (1 + size))
         if (present := cells.present) is not None:  # what a mask takes out must be read by nothing
             level = theirs - jnp.take(theirs, jnp.arange(1), cells.count)
             error = jnp.maximum(error, jnp.where(present, 0, jnp.abs(level)))
@@ -69,7 +82,20 @@ def agrees(block: LocalBlock, form: AbstractForm, params: Params, bundle: Bundle
 
     error, integral = jit_once(compare)(params, bundle)
     tolerance = max(1e5 * float(jnp.finfo(jnp.result_type(float)).eps), 1e-7)
-    return bool(float(error) <= tolerance) and bool(np.isfinite(np.asarray(integral)).all())
+    return bool(float(error) <= tolerance) and not bool(np.isnan(np.asarray(integral)).any())
+
+
+def cut_points(cells: Cells, member: Continuous) -> Array:
+    """Points on all sides of the thresholds, and far out."""
+    anchor, scale = anchors(cells, member)
+    spread = [anchor + scale * s for s in (0.37, 1.9, 6.0)]
+    assert isinstance(cells.block.method, Pieces)
+    edges = cells.block.method.edges(cells)
+    near = [jnp.clip(e, -1e6, 1e6) + scale * s for e in edges for s in (-1.3, 0.21)]
+    if kind_of(member.support) == "positive":
+        near = [jnp.maximum(x, scale * 0.1) for x in near]
+    lead = jnp.broadcast_shapes(*(x.shape for x in [*spread, *near]))
+    return jnp.concatenate([jnp.broadcast_to(x, lead) for x in [*spread, *near]], cells.count)
 
 
 def others_than(form: AbstractForm, anchor: Array, event: tuple[int, ...], axis: int) -> Array:

@@ -206,7 +206,7 @@ def latent_rows(program: Program, problem: Problem, layout: Layout):
             reason += f"; one value for all rows of {', '.join(rows)}"
         if any(f.route and name in f.route.latents for f in readers):
             reason += "; rows of another plate find their cell by index"
-        if not all(f.compact for f in readers):
+        if not all(f.compact for f in readers if f.completions is None):
             reason += "; tabulated at full shape, since the model's text does not broadcast over it"
         yield LatentRow(name, "exact", latent.num_states, plates, cells, reason)
 

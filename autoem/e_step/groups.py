@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from autoem._errors import ModelError, PlanError
+from autoem.e_step.censoring import find_pieces
 from autoem.e_step.factors import refuse_random_weights, row_cells
 from autoem.e_step.gaussian import GaussianBlock, index_name
 from autoem.e_step.gaussian_chain import GaussianChain
@@ -221,8 +222,9 @@ def local_block(
     found = {f.name: index[f.name, read_by(f)[0].name] for f in parts}
     routed = frozenset(n for n, ids in found.items() if not at_home(ids, own, factors[n].site.plates, plates))
     sizes = {p.name: p.size for p in program.plates.values()}
-    block = LocalBlock(members, discrete, parts, plates, shape, routed, sizes, group.refusal)
-    return block, {index_name(factors[n], members[0]): found[n] for n in routed}
+    pieces, order = find_pieces(program, members, parts, values)
+    block = LocalBlock(members, discrete, parts, plates, shape, routed, sizes, group.refusal, pieces)
+    return block, {**order, **{index_name(factors[n], members[0]): found[n] for n in routed}}
 
 
 def at_home(ids: np.ndarray, own: np.ndarray, plates: Sequence[str], of_cells: Sequence[str]) -> bool:

@@ -37,8 +37,8 @@ class CellPosterior:
     """What a method found: `(*states, *cells)` log integrals, and the posterior of each cell as nodes.
 
     `nodes` are by latent `(*states or 1s, nodes, *cells, *event)`, `weights` `(*states or 1s, nodes, *cells or 1s)` and
-    sum to one. `inside`, where it is given, stands in for the nodes in sites that read the latent through comparisons
-    alone. `natural` is what the method answers questions from; `lead` counts the axes of the states.
+    sum to one. `inside`, where it is given, stands in for the nodes in the sites `stepped`, which read the latent
+    through comparisons alone. `natural` is what the method answers questions from; `lead` counts the axes of states.
     """
 
     log_integral: Array
@@ -47,6 +47,7 @@ class CellPosterior:
     natural: Any
     lead: int
     inside: Points | None = None
+    stepped: frozenset[str] = frozenset()
 
 
 class AbstractMethod(abc.ABC):
@@ -165,8 +166,7 @@ class LocalBlock:
     def complete(self, f: Factor, found: CellPosterior, index: Any) -> tuple[dict[str, Array], Named | None]:
         """The factor's nodes, and its own latent's values there."""
         del index
-        apart = found.inside is not None and f.site.role == "factor"
-        return self.filled(f, found.inside if apart and found.inside is not None else found.nodes)
+        return self.filled(f, found.inside if found.inside is not None and f.name in found.stepped else found.nodes)
 
     def at(self, f: Factor, latents: Mapping[str, Array], index: Any) -> tuple[dict[str, Array], Named | None]:
         """The same with one node, where the latents have given values."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from autoem._jaxpr import Graph
+from autoem._jaxpr import Atom, Graph
 from autoem.families import Family
 from autoem.ir import Program, Site
 from autoem.passes.link import Declined, Linear, interpret
@@ -77,19 +77,24 @@ def why_not(program: Program, site: Site) -> str:
 def affine_in(graph: Graph, key: tuple, read: Iterable[tuple]) -> str:
     """Why an output is not affine in the inputs `read`, or an empty string."""
     read = [k for k in read if k in graph.needs(key)]
+    why = affine_atom(graph, graph.outputs[key], read) if read else ""
+    return why and f"its mean is not affine in {named(read)}: {why}"
+
+
+def affine_atom(graph: Graph, atom: Atom, read: Iterable[tuple]) -> str:
+    """Why a value is not affine in the inputs `read`, or an empty string."""
 
     def interpreted(values: Mapping[Any, Any]):
-        form = interpret(graph, graph.outputs[key], {k: Linear(values[k]) for k in read}, values)
+        form = interpret(graph, atom, {k: Linear(values[k]) for k in read}, values)
         if not isinstance(form, Linear):
             raise Declined("it does not enter affinely")
         return ()
 
+    needs = graph.needs_of([atom])
     try:
-        if read:
-            shapes = {k: v.aval for k, v in graph.inputs.items() if k in graph.needs(key)}
-            jax.eval_shape(interpreted, shapes)
+        jax.eval_shape(interpreted, {k: v.aval for k, v in graph.inputs.items() if k in needs})
     except Declined as declined:
-        return f"its mean is not affine in {named(read)}: {declined}"
+        return str(declined)
     return ""
 
 
