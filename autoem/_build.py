@@ -278,6 +278,8 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
     model_start = jit_once(lambda data, key: start_values(found, data, key))
     params = model_start(start_data(found, source), key)
     integrals = integrals_of(groups, program, params, lambda: jit_once(whole)(data, key, cells))
+    solved = {n: f for i in integrals for n, f in i.as_solved().items()}
+    problem = dataclasses.replace(problem, factors={**problem.factors, **solved})
     layout = build_layout(program, values, cells)
     layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={})
     if integrals:  # what the M-step sees of the data has nodes in it

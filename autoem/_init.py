@@ -24,10 +24,13 @@ from numpyro.distributions import constraints
 
 from autoem._build import Build
 from autoem._errors import DataError, PlanError
+from autoem._integrals import Integral
 from autoem._jaxpr import jit_once
+from autoem._lower import with_nodes
 from autoem._named import Named, multiply, named
 from autoem._trace import Source
 from autoem.e_step.along_time import at, since
+from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import route_to_rows
 from autoem.e_step.tables import Factor
 from autoem.ir import Latent, at_lag, at_step
@@ -295,7 +298,11 @@ def expected_under(built: Build, params: Params, bundle: Bundle, weights: Mappin
     cells = problem.cells(params, bundle)
     weights = {**weights, **weights_in_pieces(built, weights)}
     out = {}
-    for name, factor in problem.factors.items():
+    for block in built.kernel.integrals:
+        more = completed_under(block, params, bundle, weights)
+        out.update({**more, NODES: {**out.get(NODES, {}), **more[NODES]}})
+    for name in cells.keys() - out.keys():
+        factor = problem.factors[name]
 
         def table(c, factor=factor, name=name) -> Array:
             return factor.table(c, bundle.rows[name]).value.array
@@ -314,6 +321,18 @@ def expected_under(built: Build, params: Params, bundle: Bundle, weights: Mappin
         _, pull = jax.vjp(table, cells[name])
         out[name] = pull(jnp.broadcast_to(cotangent, value.array.shape).astype(value.array.dtype))[0]
     return out
+
+
+def completed_under(block: Integral, params: Params, bundle: Bundle, weights: Mapping[str, Named]) -> dict[str, Any]:
+    """The same of the sites of continuous latents, whose posterior is that of the parameters given."""
+    moments = block.integrate(params, bundle)[1]
+    weight = Named(jnp.ones(()), ())
+    for z in block.block.discrete:
+        weight = multiply(weight, weights[z.name])
+    nodes = block.nodes_of_factors(moments, bundle)
+    filled = with_nodes(bundle, nodes)
+    out: dict[str, Any] = {f.name: block.expected(f, params, filled, weight, moments) for f in block.factors}
+    return {**out, NODES: nodes}
 
 
 def weights_in_pieces(built: Build, weights: Mapping[str, Named]) -> dict[str, Named]:

@@ -6,6 +6,7 @@ In: a block of `e_step`, parameters and a `Bundle`. Out: its table, its moments,
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,11 @@ from jax import Array
 from autoem._named import Named, multiply, named
 from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import Table
+from autoem.e_step.gaussian import GaussianBlock
+from autoem.e_step.gaussian_chain import GaussianChain
 from autoem.e_step.missing import MissingEntries
+from autoem.e_step.quadratic import is_pooled
+from autoem.e_step.regression import REGRESSION
 from autoem.e_step.tables import Factor
 from autoem.m_step.problem import Bundle, Params, graph_values
 
@@ -56,6 +61,21 @@ class Integral:
         """Where the integral is derived."""
         return self.block.source
 
+    @functools.cached_property
+    def pooled(self) -> frozenset[str]:
+        """Sites whose statistics are sums over all rows, so that no nodes are needed for them."""
+        if not isinstance(self.block, GaussianBlock | GaussianChain):
+            return frozenset()
+        return frozenset(f.name for f in self.factors if is_pooled(f))
+
+    def as_solved(self) -> dict[str, Factor]:
+        """The factors that the M-step sees in another form than the E-step."""
+        return {
+            f.name: dataclasses.replace(f, family=REGRESSION, pooled=True)
+            for f in self.factors
+            if f.name in self.pooled
+        }
+
     @property
     def has_nodes(self) -> bool:
         """Whether nodes stand for its latents; missing entries of a site's own vectors need none."""
@@ -90,6 +110,8 @@ class Integral:
 
     def expected(self, factor: Factor, params: Params, bundle: Bundle, weight: Named, moments: Any) -> Any:
         """Expected statistics of a factor, in data that hold the nodes."""
+        if factor.name in self.pooled:
+            return self.block.pooled(factor, bundle.rows[factor.name], moments, weight, bundle.cells)
         if self.has_nodes:
             return pulled_back(factor, params, bundle, self.node_weights(factor, weight, moments, bundle))
         own = bundle.rows[factor.name]

@@ -176,7 +176,7 @@ def continuous_paths(
 
             def piece(n: str, time: str, steps: int, known=known, plates=plates, shape=shape) -> Continuous:
                 axes, sizes = ((time, *plates), (steps, *shape)) if time else (plates, shape)
-                return Continuous(n, axes, sizes, known.event, known.reason)
+                return Continuous(n, axes, sizes, known.event, known.reason, known.support)
 
             whole[name] = piece(name, chain.time, chain.length)
             bulk = [at_lag(name, i) for i in range(max(chain.lag, lag) + 1)]

@@ -166,7 +166,7 @@ def densities(
     tables = {**tables, **at}
     for name, factor in built.kernel.problem.factors.items():
         theirs[name], size[name] = by_model(factor, fields)
-        ours[name] = by_table(built, factor, tables[name], bundle, chosen)
+        ours[name] = by_table(built, hidden.get(name, factor), tables[name], bundle, chosen)
     for block in (
         b for b in built.kernel.integrals if b.has_nodes
     ):  # and what is integrated, against the sum of its sites

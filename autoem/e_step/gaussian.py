@@ -30,7 +30,17 @@ from jax import Array
 from autoem._named import Named, add, contract, multiply, named, pick, union
 from autoem.e_step.completions import NODES, Completions, gaussian_nodes, root
 from autoem.e_step.layout import Table
-from autoem.e_step.quadratic import DIM, LOG_2PI, OTHER, Residual, filled, quadratic_terms, residual, summed
+from autoem.e_step.quadratic import (
+    DIM,
+    LOG_2PI,
+    OTHER,
+    Residual,
+    filled,
+    pooled_statistics,
+    quadratic_terms,
+    residual,
+    summed,
+)
 from autoem.e_step.tables import Factor, Rows
 from autoem.ir import Continuous, Latent
 
@@ -222,6 +232,25 @@ class GaussianBlock:
     def complete(self, f: Factor, moments: Moments, cells: Mapping[str, Array]) -> tuple[Array, Named | None]:
         """The factor's nodes as its arguments want them, and its own latent's values there."""
         return filled(f, self.by_row(f, self.nodes(f, moments, cells), cells))
+
+    def pooled(self, f: Factor, rows: Rows, moments: Moments, weight: Named, cells: Mapping[str, Array]):
+        """Expected statistics of a site that is one regression on its latents for all rows."""
+        assert f.completions is not None
+        if self.dense:
+            where = self.positions(f, cells)
+            sizes = [self.sizes[p] for p in f.site.plates]
+            mean = moments.mean.array[where].reshape(*sizes, -1)
+            square = moments.covariance.array[where[:, :, None], where[:, None, :]]
+            covariance = named(square.reshape(*sizes, *square.shape[1:]), (*f.site.plates, DIM, OTHER))
+            return pooled_statistics(f, rows, named(mean, (*f.site.plates, DIM)), covariance, weight)
+        where = f.completions.within(self.members)
+        axes = moments.mean.axes[:-1]
+        mean = named(moments.mean.array[..., where], (*axes, DIM))
+        covariance = named(
+            moments.covariance.array[..., where[:, None], where], (*moments.covariance.axes[:-2], DIM, OTHER)
+        )
+        mean, covariance, weight = (self.by_row(f, v, cells) for v in (mean, covariance, weight))
+        return pooled_statistics(f, rows, mean, covariance, weight)
 
     def at(self, f: Factor, latents: Mapping[str, Array], cells: Mapping[str, Array]) -> tuple[Array, Named | None]:
         """The same with one node, where the latents have given values."""

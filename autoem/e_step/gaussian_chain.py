@@ -18,7 +18,7 @@ from autoem._named import Named, add, contract, named
 from autoem.e_step import kalman
 from autoem.e_step.completions import NODES, gaussian_nodes
 from autoem.e_step.layout import Table
-from autoem.e_step.quadratic import DIM, OTHER, filled, quadratic_terms, residual
+from autoem.e_step.quadratic import DIM, OTHER, filled, pooled_statistics, quadratic_terms, residual
 from autoem.e_step.tables import Factor, Rows
 from autoem.ir import Chain, Continuous, Latent, at_lag, at_step
 
@@ -169,6 +169,12 @@ class GaussianChain:
         del cells
         mean, covariance, axes = self.of_factor(f, moments)
         return filled(f, named(gaussian_nodes(mean, covariance), (NODES, *axes, DIM)))
+
+    def pooled(self, f: Factor, rows: Rows, moments: ChainMoments, weight: Named, cells: Mapping[str, Array]):
+        """Expected statistics of a site that is one regression on its latents for all steps."""
+        del cells
+        mean, covariance, axes = self.of_factor(f, moments)
+        return pooled_statistics(f, rows, named(mean, (*axes, DIM)), named(covariance, (*axes, DIM, OTHER)), weight)
 
     def coordinates(self, f: Factor, latents: Mapping[str, Array]) -> Named:
         """Given values of the latents as the coordinates of a factor's cells."""

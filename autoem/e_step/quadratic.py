@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._named import Named, add, contract, named
+from autoem._named import Named, add, contract, multiply, named
 from autoem.e_step.completions import NODES
 from autoem.e_step.tables import Factor, Rows
 from autoem.ir import Continuous
@@ -55,6 +55,51 @@ def summed(f: Factor, keep: Sequence[str], *terms: Named) -> Named:
     out = contract(keep, *terms)
     times = float(np.prod(absent, dtype=float))
     return out if times == 1 else Named(out.array * times, out.axes)
+
+
+def is_pooled(f: Factor) -> bool:
+    """Whether a Normal site is a regression on its latents with coefficients and scale that no row changes."""
+    if f.site.distribution != "Normal" or f.is_hidden or f.value_hidden or f.completions is None:
+        return False
+    if jnp.result_type(float) != jnp.float64 or ("latent", f.completions.members[0].name) not in f.graph.inputs:
+        return False  # sums of squares would cancel in single precision
+    if not any(k[0] == "latent" for k in f.graph.needs((f.name, "arg:loc"))):
+        return False
+    shapes = [f.graph.shape((f.name, f"arg:{a}")) for a in ("loc", "scale")]
+    plates = [i - len(f.site.axes) for i, a in enumerate(f.site.axes) if not a.startswith("#")]
+    return all(len(s) < -i or s[i] == 1 for s in shapes for i in plates)
+
+
+def pooled_statistics(f: Factor, rows: Rows, mean: Named, covariance: Named, weight: Named) -> tuple[Array, Array]:
+    """Expected statistics of a pooled site: moments of one, its latents and its observations, summed over rows.
+
+    `mean` and `covariance` of the latents are as the rows see them, and so is the `weight` of the discrete ones.
+    """
+    states = tuple(z.name for z in f.parents)
+    keep = (*states, *(a for a in f.site.axes if a.startswith("#")))
+    times = [weight]
+    times += [Named(w.array.astype(mean.array.dtype), w.axes) for w in (rows.mask, rows.scale) if w is not None]
+    x, d = f.observations(rows), f.completions.dim if f.completions else 0
+    other = Named(mean.array, tuple(OTHER if a == DIM else a for a in mean.axes))
+    second = add(
+        summed(f, (*keep, DIM, OTHER), covariance, *times), summed(f, (*keep, DIM, OTHER), mean, other, *times)
+    )
+    first, count = summed(f, (*keep, DIM), mean, *times), summed(f, keep, *times)
+    cross = summed(f, (*keep, DIM), x, mean, *times)
+    total, square = summed(f, keep, x, *times), summed(f, keep, Named(x.array**2, x.axes), *times)
+    whole = (*states, NODES, *f.site.axes)
+    entry = {"count": count.to(whole), "total": total.to(whole), "square": square.to(whole)}
+    lead = jnp.broadcast_shapes(*(v.shape for v in entry.values()), second.to((*whole, DIM, OTHER)).shape[:-2])
+    entry = {k: jnp.broadcast_to(v, lead) for k, v in entry.items()}
+    vector = jnp.broadcast_to(first.to((*whole, DIM)), (*lead, d))
+    crossed = jnp.broadcast_to(cross.to((*whole, DIM)), (*lead, d))
+    inner = jnp.broadcast_to(second.to((*whole, DIM, OTHER)), (*lead, d, d))
+    top = jnp.concatenate([entry["count"][..., None], vector, entry["total"][..., None]], -1)[..., None, :]
+    middle = jnp.concatenate([vector[..., :, None], inner, crossed[..., :, None]], -1)
+    last = jnp.concatenate([entry["total"][..., None], crossed, entry["square"][..., None]], -1)[..., None, :]
+    matrix = jnp.concatenate([top, middle, last], -2)
+    i, j = np.triu_indices(d + 2)
+    return matrix[..., i, j], -entry["count"]
 
 
 def elements(f: Factor) -> int:
@@ -120,13 +165,19 @@ def residual(f: Factor, values: Mapping[Any, Any], rows: Rows) -> Residual:
         y = -first
     elif f.value_hidden:
         y = -first
-    else:
+    elif vector:
         x = f.observations(rows)
         y = x.to((*f.site.axes, *x.axes[:vector])) - first
+    else:
+        y = jnp.zeros_like(first)  # put in below: large data stay in the order in which they lie
     y, slope, log_scale = whitened(args, y, slope, vector)
     named_axes = (*axes, EVENT) if vector else axes
     mask = None if rows.mask is None else Named(rows.mask.array.astype(log_scale.dtype), rows.mask.axes)
-    return Residual(named(y, named_axes), named(slope, named_axes), named(log_scale, axes), rows.scale, mask)
+    shown = named(y, named_axes)
+    if not vector and own is None and not f.value_hidden:
+        away = add(f.observations(rows), named(-first, axes))
+        shown = multiply(away, named(1 / args["scale"], axes))
+    return Residual(shown, named(slope, named_axes), named(log_scale, axes), rows.scale, mask)
 
 
 def whitened(args: Mapping[str, Array], y: Array, slope: Array, vector: int) -> tuple[Array, Array, Array]:

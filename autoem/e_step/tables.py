@@ -72,6 +72,7 @@ class Factor:
         coefficients: of a regression in natural form, the variables that hold its coefficients; see `regression`.
         completions: the continuous latents that it reads, its own among them; see `completions`.
         gaps: whether its vectors are seen in part, which is integrated; see `missing`.
+        pooled: whether it is a regression on its continuous latents, the same for all rows, as the M-step sees it.
     """
 
     site: Site
@@ -91,6 +92,7 @@ class Factor:
     times: tuple[str, ...] = ()
     completions: Completions | None = None
     gaps: bool = False
+    pooled: bool = False
 
     @property
     def name(self) -> str:
@@ -172,7 +174,7 @@ class Factor:
         parts = tuple(
             self._padded(o, here + ([group is not None] if self.completions else []), event_dim) for o in at(*over)
         )
-        if group is None or not group.affine or at_points:
+        if group is None or not group.affine or at_points or self.pooled:
             return parts
         nodes: Any = values.get(("nodes", self.name))
         return tuple(group.combined(p, len(latents), event_dim, nodes) for p in parts)
@@ -188,6 +190,8 @@ class Factor:
     def arguments(self, values: Mapping[Any, Any], rows: Rows) -> dict[str, Array]:
         """Arguments of the family at every state, standardised as the rows are."""
         family = self._family
+        if self.pooled:
+            return on_latents(self, values, rows)
         dims = dict(zip(family.args, family.arg_dims, strict=True))
         args = {
             a: self.argument(f"arg:{a}", values, d) for a, d in dims.items() if not (self.coefficients and a == "loc")
@@ -328,6 +332,19 @@ class Factor:
         if rows.mask is not None:
             value = choose(rows.mask, value, -float(np.log(self.latents[0].num_states)))
         return value
+
+
+def on_latents(factor: Factor, values: Mapping[Any, Any], rows: Rows) -> dict[str, Array]:
+    """A Normal site's arguments as those of a regression on one and the coordinates of its latents."""
+    args = {a: factor.argument(f"arg:{a}", values) for a in ("loc", "scale")}
+    normal = factor.site.family
+    assert isinstance(normal, Family)
+    if normal.standardise is not None and rows.centre is not None and rows.spread is not None:
+        args = normal.standardise(args, rows.centre, rows.spread)
+    at = len(factor.parents)
+    loc = jnp.moveaxis(args["loc"], at, -1)
+    loc = jnp.concatenate([loc[..., :1], loc[..., 1:] - loc[..., :1]], -1)
+    return {"loc": jnp.expand_dims(loc, at), "scale": args["scale"]}
 
 
 def choose(where: Named, value: Named, otherwise: float) -> Named:

@@ -138,7 +138,7 @@ class Problem:
             return _parts(out)
 
         # a regression's family takes its coefficients, but the place in the model is the location of each row
-        rows = bool(factor.coefficients) and use.argument == "loc"
+        rows = (bool(factor.coefficients) or factor.pooled) and use.argument == "loc"
         arrays = factor.over_states(use.key, parts, 0 if rows else use.event_dim, values)
         return Linked(kind[0], arrays)
 
