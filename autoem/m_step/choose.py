@@ -23,7 +23,7 @@ from autoem.families import NoClosedForm
 from autoem.m_step import location
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.gradient import GradientBlock
-from autoem.m_step.location import LeastSquares, Mean
+from autoem.m_step.location import LeastSquares, Mean, untied
 from autoem.m_step.newton import NewtonBlock
 from autoem.m_step.power import Scale
 from autoem.m_step.problem import Bundle, Params, Problem, uses_of
@@ -104,6 +104,7 @@ def choose(
                 raise PlanError(name, problem=f"has no closed form: {reason}", mend=mend) from None
             declined[name] = str(reason)
     blocks = join_least_squares(blocks, problem, params, bundle)
+    blocks = [dataclasses.replace(b, groups=untied(b, params)) if isinstance(b, LeastSquares) else b for b in blocks]
     numeric = numerical(problem, declined, asked_for, lambda names: derivatives(problem, names, params, bundle))
     blocks += [with_profile(b, blocks, factors) for b in numeric]
     return tuple(sorted(blocks, key=lambda b: b.order))

@@ -28,6 +28,7 @@ from autoem.m_step.problem import Bundle, Params, Statistics, Use
 from autoem.passes.link import Declined, Linear
 
 MAX_DENSE = 2048
+MAX_INCIDENCE = 20_000_000  # entries of the table of what reads what, up to which it is made
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,7 +161,13 @@ def vector_mean_applies(problem, use: Use, name: str, form: Linear, params: Para
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LeastSquares(AbstractBlock):
-    """Normal equations of all parameters that enter locations jointly affinely."""
+    """Normal equations of all parameters that enter locations jointly affinely.
+
+    `groups` are the entries that no normal equation ties to entries of another group, `(groups, size)`, filled up with
+    the number of all entries; None where all are taken as tied.
+    """
+
+    groups: np.ndarray | None = None
 
     order = 1
     source = "Aitken 1935 (generalised least squares)"
@@ -184,13 +191,72 @@ class LeastSquares(AbstractBlock):
 
         slope = jax.grad(objective)
         g = slope(flat)
-        if flat.size <= MAX_DENSE:
+        if self.groups is not None:
+            step = grouped_step(slope, flat, g, self.groups)
+        elif flat.size <= MAX_DENSE:
             step = newton_direction(jax.hessian(objective)(flat), g)
         else:
             step, _ = jax.scipy.sparse.linalg.cg(
                 lambda v: -jax.jvp(slope, (flat,), (v,))[1], g, tol=1e-12, maxiter=flat.size
             )
         return unravel(jnp.where(jnp.isfinite(step).all(), flat + step, flat)), state
+
+
+def grouped_step(slope, flat: Array, g: Array, groups: np.ndarray) -> Array:
+    """A Newton step where the Hessian has a block for each group: as many products with it as a group has entries."""
+    probes = np.zeros((groups.shape[1], flat.size + 1))
+    for q in range(groups.shape[1]):
+        probes[q, groups[:, q]] = 1.0
+    columns = jax.vmap(lambda v: jax.jvp(slope, (flat,), (v,))[1])(jnp.asarray(probes[:, :-1], flat.dtype))
+    padded = jnp.pad(columns, [(0, 0), (0, 1)])
+    blocks = jnp.moveaxis(padded[:, groups], 0, -1)
+    inside = groups < flat.size
+    blocks = blocks * (inside[:, :, None] & inside[:, None, :])
+    steps = jax.vmap(newton_direction)(blocks, jnp.pad(g, (0, 1))[groups])
+    return jnp.zeros(flat.size + 1, flat.dtype).at[groups].set(steps)[:-1]
+
+
+def untied(block: LeastSquares, params: Params) -> np.ndarray | None:
+    """The groups of entries of a block's parameters that no site ties together; None where that is not known.
+
+    Known where all sites are regressions on latents with coefficients that are linear in the parameters alone.
+    """
+    factors = [block.problem.factors[n] for n in block.problem.touched(block.names)]
+    keys = [(f.name, "arg:loc") for f in factors]
+    if any(not f.pooled for f in factors) or any(
+        k[0] in ("data", "key") for f, key in zip(factors, keys, strict=True) for k in f.graph.needs(key)
+    ):
+        return None
+    flat, unravel = ravel_pytree({n: jnp.asarray(params[n]) for n in block.names})
+    cells = sum(int(np.prod(f.graph.shape(k), dtype=int)) for f, k in zip(factors, keys, strict=True))
+    if any(f.parents for f in factors) or cells * flat.size > MAX_INCIDENCE:
+        return None
+
+    def coefficients(v: Array) -> Array:
+        values = {("param", n): x for n, x in {**params, **unravel(v)}.items()}
+        parts = [f.argument("arg:loc", values) for f in factors]
+        return jnp.concatenate([jnp.moveaxis(p, 0, -1).reshape(-1, p.shape[0]) for p in map(jnp.asarray, parts)], 0)
+
+    shapes = {jax.eval_shape(lambda f=f: f.argument("arg:loc", {("param", n): x for n, x in params.items()})).shape[0]
+              for f in factors}  # fmt: skip
+    if len(shapes) > 1:
+        return None
+    reads = np.any(np.asarray(jax.jit(jax.jacobian(coefficients))(flat)), axis=1)  # (cells, entries)
+    return components(np.asarray(reads))
+
+
+def components(reads: np.ndarray) -> np.ndarray | None:
+    """Entries joined where one cell reads them; None where the largest group is no smaller than a third of all."""
+    label = np.arange(reads.shape[1])
+    for row in reads:
+        if row.any():
+            joined = np.isin(label, label[row])
+            label[joined] = label[joined].min()
+    groups = [np.flatnonzero(label == one) for one in np.unique(label)]
+    size = max(len(g) for g in groups)
+    if 3 * size > reads.shape[1]:
+        return None
+    return np.stack([np.pad(g, (0, size - len(g)), constant_values=reads.shape[1]) for g in groups])
 
 
 def newton_direction(hessian: Array, slope: Array, damping: Array | float = 0.0) -> Array:
