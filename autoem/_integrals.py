@@ -21,8 +21,8 @@ from autoem.e_step.elimination import Table
 from autoem.e_step.gaussian import GaussianBlock
 from autoem.e_step.gaussian_chain import GaussianChain
 from autoem.e_step.missing import MissingEntries
-from autoem.e_step.quadratic import is_pooled
-from autoem.e_step.regression import REGRESSION
+from autoem.e_step.pooled import is_pooled
+from autoem.e_step.regression import REGRESSION, on_vectors
 from autoem.e_step.tables import Factor
 from autoem.m_step.problem import Bundle, Params, graph_values
 
@@ -70,11 +70,9 @@ class Integral:
 
     def as_solved(self) -> dict[str, Factor]:
         """The factors that the M-step sees in another form than the E-step."""
-        return {
-            f.name: dataclasses.replace(f, family=REGRESSION, pooled=True)
-            for f in self.factors
-            if f.name in self.pooled
-        }
+        pooled = [f for f in self.factors if f.name in self.pooled]
+        families = {f.name: on_vectors(f._family) if f._family.event_dim else REGRESSION for f in pooled}
+        return {f.name: dataclasses.replace(f, family=families[f.name], pooled=True) for f in pooled}
 
     @property
     def has_nodes(self) -> bool:

@@ -30,17 +30,8 @@ from jax import Array
 from autoem._named import Named, add, contract, multiply, named, pick, union
 from autoem.e_step.completions import NODES, Completions, gaussian_nodes, root
 from autoem.e_step.layout import Table
-from autoem.e_step.quadratic import (
-    DIM,
-    LOG_2PI,
-    OTHER,
-    Residual,
-    filled,
-    pooled_statistics,
-    quadratic_terms,
-    residual,
-    summed,
-)
+from autoem.e_step.pooled import pooled_statistics
+from autoem.e_step.quadratic import DIM, LOG_2PI, OTHER, Residual, filled, quadratic_terms, residual, summed
 from autoem.e_step.tables import Factor, Rows
 from autoem.ir import Continuous, Latent
 

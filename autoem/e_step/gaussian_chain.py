@@ -18,7 +18,8 @@ from autoem._named import Named, add, contract, named
 from autoem.e_step import kalman
 from autoem.e_step.completions import NODES, gaussian_nodes
 from autoem.e_step.layout import Table
-from autoem.e_step.quadratic import DIM, OTHER, filled, pooled_statistics, quadratic_terms, residual
+from autoem.e_step.pooled import pooled_statistics
+from autoem.e_step.quadratic import DIM, OTHER, filled, quadratic_terms, residual
 from autoem.e_step.tables import Factor, Rows
 from autoem.ir import Chain, Continuous, Latent, at_lag, at_step
 

@@ -58,6 +58,8 @@ def gaussian_block(
     members = tuple(program.continuous[n] for n in group.members)
     parts = tuple(factors[s] for s in group.sites)
     discrete = tuple({z.name: z for f in parts for z in f.latents}.values())
+    if (chain := gaussian_chain(program, members, parts, discrete)) is not None:
+        return chain, {}
     index = {(f.name, m.name): cells_of_rows(program, f, m, values) for f in parts for m in read_by(f)}
     every = {m.name for f in parts for m in read_by(f)}
     same = len({m.axes for m in members}) == 1 and all(agree(index, f) for f in parts) and every <= set(group.members)
@@ -73,8 +75,6 @@ def gaussian_block(
     plates = tuple(a for a in members[0].axes if not a.startswith("#")) if same else ()
     shape = tuple(s for a, s in zip(members[0].axes, members[0].shape, strict=True) if not a.startswith("#"))
     sizes = {p.name: p.size for p in program.plates.values()}
-    if (chain := gaussian_chain(program, members, parts, discrete)) is not None:
-        return chain, {}
     base = {n: program.base_of(n) for n in every}
     block = GaussianBlock(members, discrete, parts, plates, shape if same else (), not same, routed, sizes, base)
     latents = program.every_continuous

@@ -57,51 +57,6 @@ def summed(f: Factor, keep: Sequence[str], *terms: Named) -> Named:
     return out if times == 1 else Named(out.array * times, out.axes)
 
 
-def is_pooled(f: Factor) -> bool:
-    """Whether a Normal site is a regression on its latents with coefficients and scale that no row changes."""
-    if f.site.distribution != "Normal" or f.is_hidden or f.value_hidden or f.completions is None:
-        return False
-    if jnp.result_type(float) != jnp.float64 or ("latent", f.completions.members[0].name) not in f.graph.inputs:
-        return False  # sums of squares would cancel in single precision
-    if not any(k[0] == "latent" for k in f.graph.needs((f.name, "arg:loc"))):
-        return False
-    shapes = [f.graph.shape((f.name, f"arg:{a}")) for a in ("loc", "scale")]
-    plates = [i - len(f.site.axes) for i, a in enumerate(f.site.axes) if not a.startswith("#")]
-    return all(len(s) < -i or s[i] == 1 for s in shapes for i in plates)
-
-
-def pooled_statistics(f: Factor, rows: Rows, mean: Named, covariance: Named, weight: Named) -> tuple[Array, Array]:
-    """Expected statistics of a pooled site: moments of one, its latents and its observations, summed over rows.
-
-    `mean` and `covariance` of the latents are as the rows see them, and so is the `weight` of the discrete ones.
-    """
-    states = tuple(z.name for z in f.parents)
-    keep = (*states, *(a for a in f.site.axes if a.startswith("#")))
-    times = [weight]
-    times += [Named(w.array.astype(mean.array.dtype), w.axes) for w in (rows.mask, rows.scale) if w is not None]
-    x, d = f.observations(rows), f.completions.dim if f.completions else 0
-    other = Named(mean.array, tuple(OTHER if a == DIM else a for a in mean.axes))
-    second = add(
-        summed(f, (*keep, DIM, OTHER), covariance, *times), summed(f, (*keep, DIM, OTHER), mean, other, *times)
-    )
-    first, count = summed(f, (*keep, DIM), mean, *times), summed(f, keep, *times)
-    cross = summed(f, (*keep, DIM), x, mean, *times)
-    total, square = summed(f, keep, x, *times), summed(f, keep, Named(x.array**2, x.axes), *times)
-    whole = (*states, NODES, *f.site.axes)
-    entry = {"count": count.to(whole), "total": total.to(whole), "square": square.to(whole)}
-    lead = jnp.broadcast_shapes(*(v.shape for v in entry.values()), second.to((*whole, DIM, OTHER)).shape[:-2])
-    entry = {k: jnp.broadcast_to(v, lead) for k, v in entry.items()}
-    vector = jnp.broadcast_to(first.to((*whole, DIM)), (*lead, d))
-    crossed = jnp.broadcast_to(cross.to((*whole, DIM)), (*lead, d))
-    inner = jnp.broadcast_to(second.to((*whole, DIM, OTHER)), (*lead, d, d))
-    top = jnp.concatenate([entry["count"][..., None], vector, entry["total"][..., None]], -1)[..., None, :]
-    middle = jnp.concatenate([vector[..., :, None], inner, crossed[..., :, None]], -1)
-    last = jnp.concatenate([entry["total"][..., None], crossed, entry["square"][..., None]], -1)[..., None, :]
-    matrix = jnp.concatenate([top, middle, last], -2)
-    i, j = np.triu_indices(d + 2)
-    return matrix[..., i, j], -entry["count"]
-
-
 def elements(f: Factor) -> int:
     """Scalars in one event of a site, `log 2 pi` of each of which its constants leave to be said where it has none."""
     shape = f.graph.shape((f.name, "value"))

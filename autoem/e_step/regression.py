@@ -15,6 +15,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
@@ -25,7 +26,7 @@ from jax import Array
 
 from autoem._jaxpr import Graph, Variable
 from autoem._named import Named, contract
-from autoem.families import Args, Family, Location, Power
+from autoem.families import Args, Covariance, Family, Location, Power
 from autoem.ir import Program, Site
 from autoem.passes.link import Declined, Known, Linear, Value, look_up, run
 
@@ -120,6 +121,49 @@ def _residuals(t: Array, n: Array, args: Args) -> tuple[Array, Array]:
     i, j, weight = _pairs(b.shape[-1])
     squares = (weight * b[..., i] * b[..., j] * t).sum(-1)
     return -n, 0.5 * jnp.maximum(squares, 0.0)
+
+
+def on_vectors(normal: Family) -> Family:
+    """A multivariate normal whose location is a matrix of coefficients times known numbers: `loc` is that matrix.
+
+    Statistics are the products of the entries of `z`, the known numbers and then the vector itself.
+    """
+    name, matrix = normal.args[1], normal.rules[normal.args[1]]
+    assert isinstance(matrix, Covariance)
+
+    def contrast(args: Args) -> Array:
+        eye = jnp.eye(args["loc"].shape[-2], dtype=args["loc"].dtype)
+        return jnp.concatenate([-args["loc"], jnp.broadcast_to(eye, (*args["loc"].shape[:-1], len(eye)))], -1)
+
+    def natural(args: Args) -> tuple[Array, Array]:
+        b = contrast(args)
+        if matrix.form == "precision":
+            precision, sign = args[name], -0.5
+            log_scale = sign * jnp.linalg.slogdet(precision)[1]
+        else:
+            lower = jnp.linalg.cholesky(args[name]) if matrix.form == "covariance" else args[name]
+            inverse = jax.scipy.linalg.solve_triangular(
+                lower, jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape), lower=True
+            )
+            precision = jnp.swapaxes(inverse, -1, -2) @ inverse
+            log_scale = jnp.log(jnp.abs(jnp.diagonal(lower, axis1=-2, axis2=-1))).sum(-1)
+        square = jnp.swapaxes(b, -1, -2) @ precision @ b
+        i, j, weight = _pairs(b.shape[-1])
+        return -0.5 * jnp.asarray(weight) * square[..., i, j], log_scale
+
+    def scatter(t: Array, n: Array, args: Args) -> Array:
+        del n
+        b = contrast(args)
+        count = b.shape[-1]
+        i, j = np.triu_indices(count)
+        place = np.zeros((count, count), int)
+        place[i, j] = place[j, i] = np.arange(len(i))
+        return b @ t[..., place] @ jnp.swapaxes(b, -1, -2)
+
+    return dataclasses.replace(
+        REGRESSION, name="multivariate regression", args=("loc", name), arg_dims=(2, 2), natural=natural,
+        rules={"loc": Location(), name: Covariance(scatter, matrix.form)}, source="Anderson 2003, chapter 8",
+    )  # fmt: skip
 
 
 def squared_residuals(

@@ -336,15 +336,16 @@ class Factor:
 
 def on_latents(factor: Factor, values: Mapping[Any, Any], rows: Rows) -> dict[str, Array]:
     """A Normal site's arguments as those of a regression on one and the coordinates of its latents."""
-    args = {a: factor.argument(f"arg:{a}", values) for a in ("loc", "scale")}
     normal = factor.site.family
     assert isinstance(normal, Family)
+    dims = zip(normal.args, normal.arg_dims, strict=True)
+    args = {a: factor.argument(f"arg:{a}", values, d) for a, d in dims}
     if normal.standardise is not None and rows.centre is not None and rows.spread is not None:
         args = normal.standardise(args, rows.centre, rows.spread)
     at = len(factor.parents)
     loc = jnp.moveaxis(args["loc"], at, -1)
     loc = jnp.concatenate([loc[..., :1], loc[..., 1:] - loc[..., :1]], -1)
-    return {"loc": jnp.expand_dims(loc, at), "scale": args["scale"]}
+    return {**args, "loc": jnp.expand_dims(loc, at)}
 
 
 def choose(where: Named, value: Named, otherwise: float) -> Named:

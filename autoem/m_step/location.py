@@ -223,7 +223,7 @@ def untied(block: LeastSquares, params: Params) -> np.ndarray | None:
     """
     factors = [block.problem.factors[n] for n in block.problem.touched(block.names)]
     keys = [(f.name, "arg:loc") for f in factors]
-    if any(not f.pooled for f in factors) or any(
+    if any(not f.pooled or f.site.event_dim for f in factors) or any(
         k[0] in ("data", "key") for f, key in zip(factors, keys, strict=True) for k in f.graph.needs(key)
     ):
         return None

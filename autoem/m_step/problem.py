@@ -139,7 +139,7 @@ class Problem:
 
         # a regression's family takes its coefficients, but the place in the model is the location of each row
         rows = (bool(factor.coefficients) or factor.pooled) and use.argument == "loc"
-        arrays = factor.over_states(use.key, parts, 0 if rows else use.event_dim, values)
+        arrays = factor.over_states(use.key, parts, factor.site.event_dim if rows else use.event_dim, values)
         return Linked(kind[0], arrays)
 
 
