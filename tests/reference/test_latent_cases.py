@@ -1,7 +1,7 @@
 """Continuous latents on real data: published and independently computed answers, each from the plain text.
 
-Sources and checks stand in `tests/data/reference/<name>.json`, as those of the other cases do. Loadings are known up to a
-rotation only, so what they imply is compared.
+Sources and checks stand in `tests/data/reference/<name>.json`, as those of the other cases do. Loadings are known up to
+a rotation only, so what they imply is compared.
 """
 
 import functools
