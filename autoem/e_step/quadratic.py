@@ -167,6 +167,7 @@ def residual(f: Factor, values: Mapping[Any, Any], rows: Rows) -> Residual:
         y = -first
     elif vector:
         x = f.observations(rows)
+        x = Named(jnp.log(x.array), x.axes) if family.name == "LogNormal" else x
         y = x.to((*f.site.axes, *x.axes[:vector])) - first
     else:
         y = jnp.zeros_like(first)  # put in below: large data stay in the order in which they lie
