@@ -1,4 +1,4 @@
-"""The truth about a model with Gaussian latents: one dense Gaussian over everything unseen, from NumPyro's own log density.
+"""The truth about a model with Gaussian latents: one dense Gaussian over all that is unseen, by NumPyro's log density.
 
 In: a model, parameters, and data in which NaN marks what is missing. The log joint is a quadratic in the continuous
 latents and the missing values together, so its gradient and Hessian at zero hold all of it; discrete latents beside

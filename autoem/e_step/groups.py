@@ -57,6 +57,7 @@ def gaussian_block(
 ) -> tuple[Block, dict[str, np.ndarray]]:
     members = tuple(program.continuous[n] for n in group.members)
     parts = tuple(factors[s] for s in group.sites)
+    refuse_scaled(program, parts)
     discrete = tuple({z.name: z for f in parts for z in f.latents}.values())
     index = {(f.name, m.name): cells_of_rows(program, f, m, values, True) for f in parts for m in read_by(f)}
     every = {m.name for f in parts for m in read_by(f)}
@@ -82,6 +83,17 @@ def gaussian_block(
         index = {(s, n): in_path(program, latents[n])[v] for (s, n), v in index.items()}
     kept = {index_name(factors[s], latents[n]): v for (s, n), v in index.items() if not same or s in routed}
     return block, kept
+
+
+def refuse_scaled(program: Program, factors: Sequence[Factor]) -> None:
+    """Raise where a latent itself is scaled: its rows with it would have to count as so many copies of them."""
+    for f in factors:
+        if f.is_hidden and f.site.scaled:
+            raise PlanError(
+                program.base_of(f.name),
+                problem="handlers.scale stands around a continuous latent, which is not integrated so many times",
+                mend="repeat those rows, or scale the observed sites alone",
+            )
 
 
 def gaussian_chain(
