@@ -11,11 +11,12 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
-from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
+from tests import state_space_models as chains
+from tests.state_space_models import COVARIANCE, LOADINGS, POSITIVE, SCATTER, normal, param, vector
+
 RNG = np.random.default_rng(7)
-POSITIVE, COVARIANCE = constraints.positive, constraints.positive_definite
 
 N, GROUPS = 14, 4
 GROUP = np.array([0, 2, 1, 0, 3, 3, 1, 2, 0, 1, 2, 3, 0, 1])
@@ -28,16 +29,13 @@ OTHER = ROWS[:, :2] + 0.5 * RNG.normal(size=(6, 2))
 PATH = np.cumsum(RNG.normal(size=9)) + 0.6 * RNG.normal(size=9)
 PATHS = np.cumsum(RNG.normal(size=(6, 3)), 0) + 0.5 * RNG.normal(size=(6, 3))  # (steps, dimensions) or (steps, series)
 INPUT = RNG.normal(size=9)
-W32 = np.array([[0.9, 0.2], [-0.4, 0.7], [0.3, 0.5]])
-A22 = np.array([[0.8, 0.15], [-0.1, 0.6]])
-S22 = np.array([[0.9, 0.2], [0.2, 0.5]])
 
 
 class Case(NamedTuple):
     """A model and its data.
 
-    `settled` names parameters that one step brings to where the gradient of `Q` is zero whatever the others do;
-    `weights` counts the rows of a model whose rows are independent and scaled; `reverse` names what runs backwards.
+    `settled` names parameters that one step brings to where the gradient of `Q` is zero; `options` go to `EM`;
+    `reverse` names what runs backwards.
     """
 
     model: Callable
@@ -45,18 +43,6 @@ class Case(NamedTuple):
     settled: tuple[str, ...] = ()
     options: dict[str, Any] = {}  # noqa: RUF012 (nobody writes to it)
     reverse: tuple[str, ...] = ()
-
-
-def param(name: str, value: Any, constraint: Any = constraints.real) -> Any:
-    return numpyro.param(name, jnp.asarray(value, float), constraint=constraint)
-
-
-def normal(name: str, loc: Any, scale: Any, obs: Any = None) -> Any:
-    return numpyro.sample(name, dist.Normal(loc, scale), obs=obs)
-
-
-def vector(name: str, loc: Any, scale: Any, obs: Any = None) -> Any:
-    return numpyro.sample(name, dist.Normal(loc, scale).to_event(1), obs=obs)
 
 
 # random effects
@@ -76,7 +62,7 @@ def random_intercept(y, x, group):
 
 
 def random_slopes(y, x, group):
-    scatter, sd = param("scatter", S22, COVARIANCE), param("sd", 0.6, POSITIVE)
+    scatter, sd = param("scatter", SCATTER, COVARIANCE), param("sd", 0.6, POSITIVE)
     fixed = line(x)
     with numpyro.plate("groups", GROUPS):
         b = numpyro.sample("b", dist.MultivariateNormal(jnp.zeros(2), scatter))
@@ -87,7 +73,7 @@ def random_slopes(y, x, group):
 def mean_of_effects(y, x, group):
     """The effects hold their own mean, and the covariance is given by its factor."""
     beta, sd = param("beta", [0.7, 0.3]), param("sd", 0.6, POSITIVE)
-    root = param("root", np.linalg.cholesky(S22), constraints.lower_cholesky)
+    root = param("root", np.linalg.cholesky(SCATTER), constraints.lower_cholesky)
     with numpyro.plate("groups", GROUPS):
         b = numpyro.sample("b", dist.MultivariateNormal(beta, scale_tril=root))
     with numpyro.plate("rows", len(y)):
@@ -184,7 +170,7 @@ def weighted_rows(y, x, group, weight):
 
 
 def loadings(d=3, q=2):
-    return param("mu", np.zeros(d)), param("w", W32[:d, :q])
+    return param("mu", np.zeros(d)), param("w", LOADINGS[:d, :q])
 
 
 def factor_analysis(rows):
@@ -201,16 +187,16 @@ def principal_components(rows):
         vector("x", mu + (w @ f[..., None])[..., 0], sd, rows)
 
 
-def weighted_factors(rows, weight):
+def masked_factors(rows, seen):
     (mu, w), sd = loadings(), param("sd", 0.7, POSITIVE)
-    with numpyro.plate("rows", len(rows)), handlers.scale(scale=weight):
+    with numpyro.plate("rows", len(rows)), handlers.mask(mask=seen):
         f = vector("f", jnp.zeros(2), 1.0)
         vector("x", mu + f @ w.T, sd, rows)
 
 
 def canonical_correlation(rows, other):
     (mu, w), v = loadings(), param("v", [[0.5, -0.3], [0.4, 0.6]])
-    nu, cov = param("nu", np.zeros(2)), param("cov", S22, COVARIANCE)
+    nu, cov = param("nu", np.zeros(2)), param("cov", SCATTER, COVARIANCE)
     psi = param("psi", [0.5, 0.8, 0.6], POSITIVE)
     with numpyro.plate("rows", len(rows)):
         f = vector("f", jnp.zeros(2), 1.0)
@@ -220,7 +206,7 @@ def canonical_correlation(rows, other):
 
 def mixture_of_factor_analysers(rows):
     shares = param("shares", [0.6, 0.4], constraints.simplex)
-    mu, w = param("mu", [[0.0, 0.2, -0.3], [1.0, -1.0, 0.5]]), param("w", np.stack([W32[:, :1], -W32[:, 1:]]))
+    mu, w = param("mu", [[0.0, 0.2, -0.3], [1.0, -1.0, 0.5]]), param("w", np.stack([LOADINGS[:, :1], -LOADINGS[:, 1:]]))
     psi = param("psi", [[0.5, 0.8, 0.6], [0.9, 0.6, 0.7]], POSITIVE)
     with numpyro.plate("rows", len(rows)):
         z = numpyro.sample("z", dist.Categorical(shares))
@@ -264,143 +250,6 @@ def gaussian_process(y, t):
         normal("y", f, sd, y)
 
 
-# state space
-
-
-def local_level(y):
-    move, sd = param("move", 0.8, POSITIVE), param("sd", 0.6, POSITIVE)
-    first = normal("first", 0.0, 3.0)
-
-    def step(level, seen):
-        level = normal("level", level, move)
-        normal("y", level, sd, seen)
-        return level, None
-
-    scan(step, first, y)
-
-
-def trend(y):
-    move, bend, sd = param("move", 0.8, POSITIVE), param("bend", 0.4, POSITIVE), param("sd", 0.6, POSITIVE)
-    start = normal("level0", 0.0, 3.0), normal("slope0", 0.0, 1.0)
-
-    def step(carry, seen):
-        level, slope = carry
-        level, slope = normal("level", level + slope, move), normal("slope", slope, bend)
-        normal("y", level, sd, seen)
-        return (level, slope), None
-
-    scan(step, start, y)
-
-
-def second_order(y):
-    phi, move, sd = param("phi", [0.5, 0.2]), param("move", 0.8, POSITIVE), param("sd", 0.6, POSITIVE)
-
-    def step(carry, seen):
-        one, two = carry
-        now = normal("x", phi[0] * one + phi[1] * two, move)
-        normal("y", now, sd, seen)
-        return (now, one), None
-
-    scan(step, (0.0, 0.0), y)
-
-
-def vector_state(y):
-    a, c, q = param("a", A22), param("c", W32), param("q", S22, COVARIANCE)
-    r, m0 = param("r", [0.5, 0.8, 0.6], POSITIVE), param("m0", np.zeros(2))
-    start = numpyro.sample("start", dist.MultivariateNormal(m0, jnp.eye(2)))
-
-    def step(x, seen):
-        x = numpyro.sample("x", dist.MultivariateNormal(a @ x, q))
-        vector("y", c @ x, r, seen)
-        return x, None
-
-    scan(step, start, y)
-
-
-def full_noise(y):
-    a, q, r = param("a", A22), param("q", [0.7, 0.5], POSITIVE), param("r", np.eye(3) * 0.5 + 0.1, COVARIANCE)
-
-    def step(x, seen):
-        x = vector("x", a @ x, q)
-        numpyro.sample("y", dist.MultivariateNormal(W32 @ x, r), obs=seen)
-        return x, None
-
-    scan(step, jnp.zeros(2), y)
-
-
-def dynamic_regression(y, x):
-    move, sd, alpha = param("move", 0.5, POSITIVE), param("sd", 0.6, POSITIVE), param("alpha", 0.1)
-    first = normal("first", 0.0, 2.0)
-
-    def step(beta, now):
-        seen, x = now
-        beta = normal("beta", beta, move)
-        normal("y", alpha + beta * x, sd, seen)
-        return beta, None
-
-    scan(step, first, (y, x))
-
-
-def driven(y, x):
-    """An input moves the state; the observation before enters the next."""
-    phi, gain, rho = param("phi", 0.7), param("gain", 0.4), param("rho", 0.2)
-    move, sd = param("move", 0.5, POSITIVE), param("sd", 0.6, POSITIVE)
-
-    def step(carry, now):
-        level, last = carry
-        seen, x = now
-        level = normal("level", phi * level + gain * x, move)
-        last = normal("y", level + rho * last, sd, seen)
-        return (level, last), None
-
-    scan(step, (0.0, 0.0), (y, x))
-
-
-def series(y):
-    phi, move, sd = param("phi", 0.7), param("move", 0.8, POSITIVE), param("sd", 0.6, POSITIVE)
-
-    def step(x, seen):
-        with numpyro.plate("series", y.shape[1]):
-            x = normal("x", phi * x, move)
-            normal("y", x, sd, seen)
-        return x, None
-
-    scan(step, jnp.zeros(y.shape[1]), y)
-
-
-def series_with_own_start(y):
-    mu, move, sd = param("mu", 0.2), param("move", 0.8, POSITIVE), param("sd", [0.6, 0.9, 0.7], POSITIVE)
-    with numpyro.plate("series", y.shape[1]):
-        first = normal("first", mu, 1.2)
-
-    def step(x, seen):
-        with numpyro.plate("series", y.shape[1]):
-            x = normal("x", x, move)
-            normal("y", x, sd, seen)
-        return x, None
-
-    scan(step, first, y)
-
-
-def backwards(y):
-    phi, move, sd = param("phi", 0.7), param("move", 0.8, POSITIVE), param("sd", 0.6, POSITIVE)
-
-    def step(x, seen):
-        x = normal("x", phi * x, move)
-        normal("y", x, sd, seen)
-        return x, None
-
-    scan(step, 0.0, y, reverse=True)
-
-
-def loop(y):
-    move, sd = param("move", 0.8, POSITIVE), param("sd", 0.6, POSITIVE)
-    x = normal("x0", 0.0, 2.0)
-    for t in range(len(y)):
-        x = normal(f"x{t}", x, move) if t else x
-        normal(f"y{t}", x, sd, y[t])
-
-
 def with_holes(data: np.ndarray, *holes: Any) -> np.ndarray:
     out = data.copy()
     for hole in holes:
@@ -410,7 +259,6 @@ def with_holes(data: np.ndarray, *holes: Any) -> np.ndarray:
 
 DROP = {"missing": "marginalize"}
 ROWS_ = (Y, X, GROUP)
-WEIGHT = np.array([1.0, 2.0, 3.0, 1.0, 2.0, 0.5])
 CASES = {
     "random intercept": Case(random_intercept, ROWS_, ("beta", "between", "sd")),
     "random slopes": Case(random_slopes, ROWS_, ("beta", "scatter", "sd")),
@@ -434,18 +282,17 @@ CASES = {
     "error in x": Case(error_in_x, (Y, X), ("mu", "tau", "beta", "sd")),
     "one latent": Case(one_latent, (Y, X), ("spread", "sd")),
     "Gaussian process": Case(gaussian_process, (PATH, np.linspace(0, 1, 9)), ("sd",)),
-    "local level": Case(local_level, (PATH,), ("move", "sd")),
-    "trend": Case(trend, (PATH,), ("move", "bend", "sd")),
-    "second order": Case(second_order, (PATH,), ("phi", "move", "sd")),
-    "vector state": Case(vector_state, (PATHS,), ("a", "c", "q", "r", "m0")),
-    "full noise": Case(full_noise, (PATHS,), ("a", "q", "r")),
-    "dynamic regression": Case(dynamic_regression, (PATH, INPUT), ("move", "alpha", "sd")),
-    "driven": Case(driven, (PATH, INPUT), ("phi", "gain", "rho", "move", "sd")),
-    "series": Case(series, (PATHS,), ("phi", "move", "sd")),
-    "series with own start": Case(series_with_own_start, (PATHS,), ("mu", "move", "sd")),
-    "backwards": Case(backwards, (PATH,), ("phi", "move", "sd"), {}, ("x",)),
-    "steps not seen": Case(trend, (with_holes(PATH, 0, 3, 4, 8),), ("move", "bend"), DROP),
-    "series with holes": Case(series, (with_holes(PATHS, (1, 2), (2, 2), (5, 0)),), ("phi", "move"), DROP),
-    "loop": Case(loop, (PATH[:5],), ("move", "sd"), {"latent": ["x0"]}),
+    "local level": Case(chains.local_level, (PATH,), ("move", "sd")),
+    "trend": Case(chains.trend, (PATH,), ("move", "bend", "sd")),
+    "second order": Case(chains.second_order, (PATH,), ("phi", "move", "sd")),
+    "vector state": Case(chains.vector_state, (PATHS,), ("a", "c", "q", "r", "m0")),
+    "full noise": Case(chains.full_noise, (PATHS,), ("a", "q", "r")),
+    "dynamic regression": Case(chains.dynamic_regression, (PATH, INPUT), ("move", "alpha", "sd")),
+    "driven": Case(chains.driven, (PATH, INPUT), ("phi", "gain", "rho", "move", "sd")),
+    "series": Case(chains.series, (PATHS,), ("phi", "move", "sd")),
+    "series with own start": Case(chains.series_with_own_start, (PATHS,), ("mu", "move", "sd")),
+    "backwards": Case(chains.backwards, (PATH,), ("phi", "move", "sd"), {}, ("x",)),
+    "steps not seen": Case(chains.trend, (with_holes(PATH, 0, 3, 4, 8),), ("move", "bend"), DROP),
+    "series with holes": Case(chains.series, (with_holes(PATHS, (1, 2), (2, 2), (5, 0)),), ("phi", "move"), DROP),
+    "loop": Case(chains.loop, (PATH[:5],), ("move", "sd"), {"latent": ["x0"]}),
 }
-WEIGHTED = Case(weighted_factors, (ROWS, WEIGHT))
