@@ -26,7 +26,7 @@ from autoem.e_step.tables import Factor, Rows
 from autoem.families import Family
 from autoem.families._arrays import as_float
 from autoem.ir import Continuous, Latent, Program, Site
-from autoem.passes.cells import NONE, SEVERAL, cells_read
+from autoem.passes.cells import NONE, SEVERAL, cells_read, merge_axes
 from autoem.passes.gaussian import Group, continuous_of, latent_groups
 
 TURN_UP_TO = 256 * 2**20  # bytes: larger data are not copied but turned chunk by chunk, which costs up to a fifth
@@ -178,23 +178,26 @@ def find_route(program: Program, site: Site, routed: list[Latent], values: Mappi
     return route, first.reshape([first.shape[i] for i in varying])
 
 
-def row_cells(program: Program, site: Site, latent: Latent | Continuous, values: Mapping) -> np.ndarray:
+def row_cells(
+    program: Program, site: Site, latent: Latent | Continuous, values: Mapping, field: str = "elem", events: int = 0
+) -> np.ndarray:
     """For each row of the site the flat number of the latent's cell that it reads.
 
-    Axes have size one where all rows agree.
+    Axes have size one where all rows agree. Where the latent enters by one argument alone, `field` names that, and
+    `events` counts its event axes: the density itself may mix rows on its way (a triangular solve of them all at once).
     """
-    atom = program.full.outputs[site.name, "elem"]
+    atom = program.full.outputs[site.name, field]
     # an index may read other latents' values (a table picked by the site's own): any of their states will do
     states = {
         ("latent", n): np.zeros(v.shape, v.aval.dtype) for (k, n), v in program.full.inputs.items() if k == "latent"
     }
     ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, {**states, **values})
+    ids = merge_axes(ids, tuple(range(-events, 0))) if events else ids
     ids = ids.reshape((1,) * (len(site.axes) - ids.ndim) + ids.shape)
     ids = np.broadcast_to(ids, site.shape)
     for i, axis in enumerate(site.axes):
-        first = np.take(ids, [0], i)
         if axis.startswith("#"):
-            ids = first if (ids == first).all() else np.full_like(first, SEVERAL)
+            ids = merge_axes(ids, (i,), keepdims=True)
     if (ids == SEVERAL).any():
         raise ModelError(
             site.name,

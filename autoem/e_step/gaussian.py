@@ -31,7 +31,16 @@ from autoem._named import Named, add, contract, multiply, named, pick, union
 from autoem.e_step.completions import NODES, Completions, gaussian_nodes, root
 from autoem.e_step.layout import Table
 from autoem.e_step.pooled import pooled_statistics
-from autoem.e_step.quadratic import DIM, LOG_2PI, OTHER, Residual, filled, quadratic_terms, residual, summed
+from autoem.e_step.quadratic import (
+    DIM,
+    LOG_2PI,
+    OTHER,
+    Residual,
+    filled,
+    quadratic_terms,
+    residuals,
+    summed,
+)
 from autoem.e_step.tables import Factor, Rows
 from autoem.ir import Continuous, Latent
 
@@ -111,9 +120,9 @@ class GaussianBlock:
     def _batch(self, array: Named, axes: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(array.size(a) if a in array.axes else 1 for a in axes)
 
-    def quadratic(self, values, rows, cells) -> tuple[Named, Named, Named]:
+    def quadratic(self, values, rows, cells, proper: bool = True) -> tuple[Named, Named, Named]:
         """Precision, precision times mean, and constant of every cell, summed over the rows of all factors."""
-        parts = [self.terms(f, residual(f, values, rows[f.name]), cells) for f in self.factors]
+        parts = [self.terms(f, r, cells) for f, r in residuals(self.factors, values, rows, proper)]
         return tuple(add(*terms) for terms in zip(*parts, strict=True))  # type: ignore[return-value]
 
     def terms(self, f: Factor, r: Residual, cells: Mapping[str, Array]) -> tuple[Named, Named, Named]:
@@ -263,7 +272,7 @@ class GaussianBlock:
 
     def density_at(self, latents: Mapping[str, Array], values, rows, cells) -> Named:
         """Log density of all sites by the quadratic form that is integrated."""
-        precision, shift, constant = self.quadratic(values, rows, cells)
+        precision, shift, constant = self.quadratic(values, rows, cells, proper=False)
         w = self.coordinates(latents)
         other, keep = Named(w.array, tuple(OTHER if a == DIM else a for a in w.axes)), (*self.states, *self.plates)
         linear, square = contract(keep, shift, w), contract(keep, precision, w, other)

@@ -19,7 +19,7 @@ from autoem.e_step import kalman
 from autoem.e_step.completions import NODES, gaussian_nodes
 from autoem.e_step.layout import Table
 from autoem.e_step.pooled import pooled_statistics
-from autoem.e_step.quadratic import DIM, OTHER, filled, quadratic_terms, residual
+from autoem.e_step.quadratic import DIM, OTHER, Residual, filled, quadratic_terms, residuals
 from autoem.e_step.tables import Factor, Rows
 from autoem.ir import Chain, Continuous, Latent, at_lag, at_step
 
@@ -105,11 +105,11 @@ class GaussianChain:
         places = self.places
         return np.concatenate([places[m.name] + np.arange(m.dim) for m in f.completions.members])
 
-    def terms(self, f: Factor, values: Mapping[Any, Any], rows: Mapping[str, Rows]) -> tuple[Array, Array, Named]:
+    def terms(self, f: Factor, r: Residual) -> tuple[Array, Array, Named]:
         """Precision and shift of a factor's latents `(steps, *batch, ...)`, and its constant for every sequence."""
         kind = self.kind(f)
         keep = (*((kind,) if kind else ()), *self.plates)
-        precision, shift, constant = quadratic_terms(f, residual(f, values, rows[f.name]), keep)
+        precision, shift, constant = quadratic_terms(f, r, keep)
         count = len(self.where(f))
         p, s = precision.to((*keep, DIM, OTHER)), shift.to((*keep, DIM))
         p = jnp.broadcast_to(p, (*p.shape[: len(keep)], count, count))
@@ -126,8 +126,8 @@ class GaussianChain:
         start = jnp.zeros((*self.shape, size + 1, size + 1), real)
         later = jnp.zeros((steps, *self.shape, window + 1, window + 1), real)
         constants = []
-        for f in self.factors:
-            p, s, constant = self.terms(f, values, rows)
+        for f, r in residuals(self.factors, values, rows):
+            p, s, constant = self.terms(f, r)
             constants.append(constant)
             where, kind = self.where(f), self.kind(f)
             if not kind:
@@ -202,10 +202,10 @@ class GaussianChain:
         """Log density of all sites by the quadratics that are integrated."""
         del cells
         total = Named(jnp.zeros(()), ())
-        for f in self.factors:
+        for f, r in residuals(self.factors, values, rows, proper=False):
             kind = self.kind(f)
             keep = (*((kind,) if kind else ()), *self.plates)
-            p, s, constant = self.terms(f, values, rows)
+            p, s, constant = self.terms(f, r)
             w = self.coordinates(f, latents)
             other = Named(w.array, tuple(OTHER if a == DIM else a for a in w.axes))
             linear = contract(self.plates, named(s, (*keep, DIM)), w)

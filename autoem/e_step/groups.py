@@ -57,10 +57,11 @@ def gaussian_block(
 ) -> tuple[Block, dict[str, np.ndarray]]:
     members = tuple(program.continuous[n] for n in group.members)
     parts = tuple(factors[s] for s in group.sites)
+    refuse_scaled(program, parts)
     discrete = tuple({z.name: z for f in parts for z in f.latents}.values())
     if (chain := gaussian_chain(program, members, parts, discrete)) is not None:
         return chain, {}
-    index = {(f.name, m.name): cells_of_rows(program, f, m, values) for f in parts for m in read_by(f)}
+    index = {(f.name, m.name): cells_of_rows(program, f, m, values, True) for f in parts for m in read_by(f)}
     every = {m.name for f in parts for m in read_by(f)}
     same = len({m.axes for m in members}) == 1 and all(agree(index, f) for f in parts) and every <= set(group.members)
     routed = frozenset(f.name for f in parts if not set(members[0].plates) <= set(f.site.plates))
@@ -82,6 +83,17 @@ def gaussian_block(
         index = {(s, n): in_path(program, latents[n])[v] for (s, n), v in index.items()}
     kept = {index_name(factors[s], latents[n]): v for (s, n), v in index.items() if not same or s in routed}
     return block, kept
+
+
+def refuse_scaled(program: Program, factors: Sequence[Factor]) -> None:
+    """Raise where a latent itself is scaled: its rows with it would have to count as so many copies of them."""
+    for f in factors:
+        if f.is_hidden and f.site.scaled:
+            raise PlanError(
+                program.base_of(f.name),
+                problem="handlers.scale stands around a continuous latent, which is not integrated so many times",
+                mend="repeat those rows, or scale the observed sites alone",
+            )
 
 
 def gaussian_chain(
@@ -253,8 +265,13 @@ def agree(index: Mapping[tuple[str, str], np.ndarray], f: Factor) -> bool:
     return all(np.array_equal(found[0], v) for v in found[1:])
 
 
-def cells_of_rows(program: Program, f: Factor, member: Continuous, values: Mapping[Any, Any]) -> np.ndarray:
-    """For each row of the factor's plates, the flat number of the latent's cell that it reads."""
+def cells_of_rows(
+    program: Program, f: Factor, member: Continuous, values: Mapping[Any, Any], by_mean: bool = False
+) -> np.ndarray:
+    """For each row of the factor's plates, the flat number of the latent's cell that it reads.
+
+    With `by_mean` it reads it in its mean alone, which tells rows apart where a multivariate density mixes them.
+    """
     sizes = dict(zip(f.site.axes, f.site.shape, strict=True))
     if f.name == member.name or (program.chain_of(program.base_of(member.name)) and fits(member, f)):
         ids = np.arange(int(np.prod(member.shape, dtype=int)))
@@ -262,7 +279,8 @@ def cells_of_rows(program: Program, f: Factor, member: Continuous, values: Mappi
         ids = ids[tuple(slice(None) if p in member.plates else None for p in f.site.plates)]
         return np.broadcast_to(ids, [sizes[p] for p in f.site.plates])
     try:
-        ids = row_cells(program, f.site, member, values)
+        how = ("arg:loc", f._family.event_dim) if by_mean else ("elem", 0)
+        ids = row_cells(program, f.site, member, values, *how)
     except ModelError:
         raise Joined(member.name) from None
     first = [0 if a.startswith("#") else slice(None) for a in f.site.axes]

@@ -48,6 +48,36 @@ def quadratic_terms(f: Factor, r: Residual, keep: Sequence[str]) -> tuple[Named,
     return precision, shift, add(summed(f, keep, square, *weights), summed(f, keep, log_scale, *weights))
 
 
+def residuals(
+    factors: Sequence[Factor], values: Mapping[Any, Any], rows: Mapping[str, Rows], proper: bool = True
+) -> list[tuple[Factor, Residual]]:
+    """The residuals of all factors; with `proper` a standard Normal stands in for every latent that a mask takes out.
+
+    Its integral is one, as if the latent were not there, and its moments are finite.
+    """
+    found = [(f, residual(f, values, rows[f.name])) for f in factors]
+    masked = [(f, r.mask) for f, r in found if f.is_hidden and r.mask is not None]
+    return found + [(f, stand_in(f, mask)) for f, mask in masked] if proper else found
+
+
+def stand_in(f: Factor, mask: Named) -> Residual:
+    """A standard Normal for a latent's own coordinates, where the mask is zero."""
+    assert f.completions is not None and f.family is not None
+    zero = Named(jnp.zeros((), mask.array.dtype), ())
+    slope = jnp.asarray(unit_slope(f), mask.array.dtype)
+    vector = (EVENT,) if f.family.event_dim else ()
+    return Residual(zero, named(slope, (DIM, *events_of(f), *vector)), zero, None, Named(1 - mask.array, mask.axes))
+
+
+def unit_slope(f: Factor) -> np.ndarray:
+    """By coordinate of what a latent's own site reads, the latent's value where that coordinate is one."""
+    assert f.completions is not None
+    own = member_of(f)
+    unit = np.zeros((f.completions.dim, *own.event))
+    unit.reshape(f.completions.dim, -1)[f.completions.span(f.name)] = np.eye(own.dim)
+    return unit
+
+
 def summed(f: Factor, keep: Sequence[str], *terms: Named) -> Named:
     """A product of terms over the axes of a factor, summed over those that are not kept."""
     present = {a for t in terms for a in t.axes}
@@ -73,8 +103,7 @@ def own_value(f: Factor, nodes: Named) -> Named:
     """Values of a latent at its nodes, as the data of its own site."""
     assert f.completions is not None and f.family is not None
     member = member_of(f)
-    base = tuple(f"event{i}" for i in range(f.family.event_dim))
-    events = f.site.axes[len(f.site.axes) - (len(member.event) - len(base)) :]  # of `to_event`, or of joined cells
+    base, events = tuple(f"event{i}" for i in range(f.family.event_dim)), events_of(f)
     for axis in (a for a in events if a in nodes.axes):  # every row of joined cells has the whole vector
         nodes = Named(jnp.take(nodes.array, 0, nodes.axes.index(axis)), tuple(a for a in nodes.axes if a != axis))
     rest = tuple(a for a in nodes.axes if a != DIM)
@@ -82,6 +111,11 @@ def own_value(f: Factor, nodes: Named) -> Named:
     array = array.reshape(*array.shape[:-1], *member.event)
     order = (*base, *rest, *events)
     return Named(Named(array, (*rest, *events, *base)).to(order), order)
+
+
+def events_of(f: Factor) -> tuple[str, ...]:
+    """Axes of a latent's own site that are part of its event: of `to_event`, or of joined cells."""
+    return f.site.axes[len(f.site.axes) - (len(member_of(f).event) - f._family.event_dim) :]
 
 
 def member_of(f: Factor) -> Continuous:
@@ -113,8 +147,7 @@ def residual(f: Factor, values: Mapping[Any, Any], rows: Rows) -> Residual:
         first = first - zero
         slope = slope - (jnp.take(value, jnp.arange(1, value.shape[at]), at) - zero)
     if own is not None:
-        unit = np.zeros((group.dim, *own.event))
-        unit.reshape(group.dim, -1)[group.span(f.name)] = np.eye(own.dim)
+        unit = unit_slope(f)
         outer = slope.ndim - at - 1 - len(own.event)
         slope = slope - unit.reshape(group.dim, *(1,) * outer, *own.event)
         y = -first
@@ -122,6 +155,7 @@ def residual(f: Factor, values: Mapping[Any, Any], rows: Rows) -> Residual:
         y = -first
     elif vector:
         x = f.observations(rows)
+        x = Named(jnp.log(x.array), x.axes) if family.name == "LogNormal" else x
         y = x.to((*f.site.axes, *x.axes[:vector])) - first
     else:
         y = jnp.zeros_like(first)  # put in below: large data stay in the order in which they lie

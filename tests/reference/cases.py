@@ -87,6 +87,7 @@ class Case:
 
     `start` is a function of the data, or the name of a start that the EM object knows; None takes the parameters that
     the reference states. `m_step` holds the words that the plan must use, by parameter; `options` go to `EM`.
+    `quantities` makes what is compared of the parameters, where those are not determined.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Case:
     m_step: Mapping[str, str | tuple[str, ...]]
     start: Callable[[Columns], dict[str, Any]] | str | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    quantities: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
     @property
     def reference(self) -> dict[str, Any]:
