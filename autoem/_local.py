@@ -19,6 +19,8 @@ from autoem._jaxpr import jit_once
 from autoem.e_step.conjugate import FORMS, AbstractForm, Conjugate, anchor_of
 from autoem.e_step.local import Cells, LocalBlock
 from autoem.e_step.pieces import Pieces, anchors
+from autoem.e_step.quadrature import DEFAULT, MAX_DIMENSIONS, Gauss, dimensions
+from autoem.e_step.strategies import Exact, Quadrature
 from autoem.ir import Continuous, Program
 from autoem.m_step.choose import kind_of
 from autoem.m_step.problem import Bundle, Params, graph_values
@@ -40,13 +42,30 @@ def settled(block: LocalBlock, program: Program, params: Params, bundle: Bundle)
         raise refused(member.name, f"{why}{block.method.base.name}")
     kind = kind_of(member.support)
     tried = [f for f in FORMS if f.support == kind and not others and len(member.event) == (kind == "simplex")]
-    for form in tried:
+    for form in tried if not isinstance(member.wish, Quadrature) else ():
         known = dataclasses.replace(block, method=Conjugate(form))
         if fits(known, lambda c, m, form=form: others_than(form, anchor_of(c, m), m.event, c.count), moved, bundle):
             return known
-    raise refused(
-        member.name, f"it has no conjugate form ({', '.join(f.name for f in tried) or 'none on its support'})"
-    )
+    names = ", ".join(f.name for f in tried) or "none on its support"
+    return dataclasses.replace(block, method=quadrature(block, f"it has no conjugate form ({names})"))
+
+
+def quadrature(block: LocalBlock, why: str) -> Gauss:
+    """The rule for a block whose integral has no formula, which is `why`.
+
+    Raises:
+        PlanError: it has too many dimensions, or an exact E-step was asked for.
+    """
+    member, size = block.members[0], dimensions(block.members)
+    kinds = tuple(kind_of(m.support) for m in block.members)
+    if any(isinstance(m.wish, Exact) for m in block.members):
+        raise refused(member.name, f"{block.refusal}; {why}")
+    if size > MAX_DIMENSIONS:
+        raise refused(member.name, f"{block.refusal}; {why}; quadrature is for {MAX_DIMENSIONS} dimensions, not {size}")
+    if not set(kinds) <= {"real", "positive", "unit"}:
+        raise refused(member.name, f"{block.refusal}; {why}; quadrature is for intervals, not {member.support}")
+    wish = next((m.wish for m in block.members if isinstance(m.wish, Quadrature)), Quadrature())
+    return Gauss(wish.points or DEFAULT[size], kinds)
 
 
 def refused(name: str, why: str) -> PlanError:
