@@ -36,6 +36,8 @@ def settled(block: LocalBlock, program: Program, params: Params, bundle: Bundle)
     (member, *others) = block.members
     moved = moved_start(program, params)
     if isinstance(block.method, Pieces):
+        if isinstance(member.wish, Quadrature):
+            raise refused(member.name, "its density has steps, which quadrature does not see: leave the choice open")
         if fits(block, cut_points, moved, bundle):
             return block
         why = f"between the thresholds of {', '.join(sorted(block.method.stepped))} its log joint is not that of "
