@@ -96,6 +96,11 @@ class Gauss(AbstractMethod):
         states = self.joint(cells, x).shape[: cells.count]
         return jnp.broadcast_to(jnp.squeeze(x, cells.count), (*states, *cells.block.shape, x.shape[-1]))
 
+    def scattered(self, cells: Cells) -> Points:
+        """A few points of every cell."""
+        begin = jnp.expand_dims(self.start(cells), cells.count)
+        return self.from_free(cells, jnp.concatenate([begin + s for s in (0.0, 0.7, -1.1)], cells.count))[0]
+
     def place(self, cells: Cells) -> tuple[Array, Array, Array]:
         """Mode `(*states, *cells, d)`, root of the inverse curvature, and log of its determinant, of every cell."""
         still = dataclasses.replace(cells, values=held(cells.values), rows=held(cells.rows))
