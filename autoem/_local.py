@@ -48,8 +48,10 @@ def settled(block: LocalBlock, program: Program, params: Params, bundle: Bundle)
         known = dataclasses.replace(block, method=Conjugate(form))
         if fits(known, lambda c, form=form: {member.name: others_than(form, c, member)}, moved, bundle):
             return known
-    names = ", ".join(f.name for f in tried) or "none on its support"
-    rule = quadrature(block, f"it has no conjugate form ({names})")
+    why = f"it has no conjugate form ({', '.join(f.name for f in tried) or 'none on its support'})"
+    if member.event and kind != "simplex":
+        why = f"its {member.dim} entries are one event; each in a cell of a plate would be integrated apart"
+    rule = quadrature(block, why)
     known = dataclasses.replace(block, method=rule)
     if not fits(known, rule.scattered, moved, bundle):
         raise refused(member.name, "a mask takes out cells of it that other sites read")
@@ -71,7 +73,7 @@ def quadrature(block: LocalBlock, why: str) -> Gauss:
     if not set(kinds) <= {"real", "positive", "unit"}:
         raise refused(member.name, f"{block.refusal}; {why}; quadrature is for intervals, not {member.support}")
     wish = next((m.wish for m in block.members if isinstance(m.wish, Quadrature)), Quadrature())
-    return Gauss(wish.points or DEFAULT[size], kinds)
+    return Gauss(wish.points or DEFAULT[size], kinds, why)
 
 
 def refused(name: str, why: str) -> PlanError:

@@ -49,10 +49,11 @@ class Climb(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Gauss(AbstractMethod):
-    """Quadrature with `points` nodes along every dimension; `kinds` are the supports of the latents."""
+    """Quadrature with `points` nodes a dimension; `kinds` are the supports of the latents, `why` is the plan's reason."""
 
     points: int
     kinds: tuple[str, ...]
+    why: str
     strategy = "quadrature"
     source = "Naylor and Smith 1982; Liu and Pierce 1994 (adaptive quadrature); Bock and Aitkin 1981"
 
@@ -167,8 +168,8 @@ class Gauss(AbstractMethod):
         d = sum(m.dim for m in block.members)
         count = f"{self.points:,} points" if d == 1 else f"{self.points} points along each of {d} dimensions"
         return (
-            f"approximate: adaptive Gauss-Hermite quadrature with {count}, since {block.refusal} and no conjugate form "
-            "holds; the objective is the log-likelihood by this rule"
+            f"approximate: adaptive Gauss-Hermite quadrature with {count}, since {block.refusal}, and {self.why}; "
+            "the objective is the log-likelihood by this rule"
         )
 
     def sample(self, key: Array, posterior: CellPosterior) -> dict[str, Array]:

@@ -6,6 +6,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
 import autoem
@@ -175,6 +176,60 @@ def test_a_mask_that_hides_a_latent_that_is_read():
 
     with pytest.raises(autoem.PlanError, match="a mask takes out cells"):
         autoem.EM(model).plan(np.array([0, 3, 1, 7]))
+
+
+def test_a_discrete_latent_of_the_group():
+    """Rows find both latents of their group by index."""
+    y, group = np.array([1, 4, 0, 2, 7]), np.array([0, 0, 1, 1, 1])
+
+    def model(y):
+        a, b = (numpyro.param(n, 1.3, constraint=POSITIVE) for n in "ab")
+        w = numpyro.param("w", 0.3, constraint=constraints.unit_interval)
+        with numpyro.plate("groups", 2):
+            z = numpyro.sample("z", dist.Bernoulli(w))
+            u = numpyro.sample("u", dist.Gamma(a + z, b))
+        with numpyro.plate("rows", 5):
+            numpyro.sample("y", dist.Poisson(u[group] * (1 + z[group])), obs=y)
+
+    result = fitted(model, y)
+    p, gl = result.params, jax.scipy.special.gammaln
+    counts, sizes = np.bincount(group, y), np.bincount(group)
+    parts = []
+    for z in (0, 1):
+        shape = p["a"] + z
+        log = shape * jnp.log(p["b"]) - gl(shape) + gl(shape + counts)
+        log += counts * np.log1p(z) - (shape + counts) * jnp.log(p["b"] + sizes * (1 + z))
+        parts.append(log + jnp.log(p["w"] if z else 1 - p["w"]))
+    total = jnp.logaddexp(*parts).sum() - gl(y + 1.0).sum()
+    np.testing.assert_allclose(result.log_likelihood, total, rtol=1e-10)
+    assert np.all(np.diff(result.history) > 0)
+
+
+def test_what_a_scan_carries_is_not_integrated_cell_by_cell():
+    def model(y):
+        s = numpyro.param("s", 1.0, constraint=POSITIVE)
+
+        def step(x, seen):
+            x = numpyro.sample("x", dist.Normal(x, s))
+            numpyro.sample("y", dist.Poisson(jnp.exp(x)), obs=seen)
+            return x, None
+
+        scan(step, 0.0, y)
+
+    with pytest.raises(autoem.PlanError, match="a scan carries it from step to step"):
+        autoem.EM(model).plan(np.array([1, 4, 0, 2, 7]))
+
+
+def test_entries_of_an_event_are_told_to_move_into_a_plate():
+    def model(y):
+        with numpyro.plate("rows", 5):
+            law = dist.Gamma(numpyro.param("a", 1.0, constraint=POSITIVE), 1.0)
+            u = numpyro.sample("u", law.expand([5, 2]).to_event(1))
+            numpyro.sample("y", dist.Poisson(u).to_event(1), obs=y)
+
+    assert "each in a cell of a plate would be integrated apart" in " ".join(
+        row.reason for row in autoem.EM(model).plan(np.arange(10).reshape(5, 2)).latents
+    )
 
 
 @pytest.mark.parametrize("what", ["threshold", "prior"])
