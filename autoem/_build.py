@@ -29,7 +29,7 @@ from autoem.e_step.factors import TURN_UP_TO, build_factors, prepare
 from autoem.e_step.groups import Block, Joined, build_blocks, partly_seen, with_gaps
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.places import build_layout
-from autoem.e_step.strategies import AbstractEStep, Exact, Truncated
+from autoem.e_step.strategies import AbstractEStep, Exact, Quadrature, Truncated
 from autoem.e_step.tables import Factor, log_density_constant
 from autoem.ir import Program
 from autoem.m_step._base import AbstractBlock
@@ -241,6 +241,7 @@ def read(
         program, found, source = trace(
             model, args, kwargs, truncated=truncated, drop_nan=drop_nan, continuous=hidden, joined=joined
         )
+    program = with_wishes(program, options)
     supports = {n: r.fn.support for n, r in found.records.items() if not r.observed}
     program = classify(program, supports, options.latent, options.maximize)
     refuse_unknown_sites(program, options)
@@ -327,6 +328,14 @@ def integrals_of(
     return tuple(Integral(settled(g, program, params, known()) if isinstance(g, LocalBlock) else g) for g in groups)
 
 
+def with_wishes(program: Program, options: Options) -> Program:
+    """The program, each of its continuous latents with the strategy that was asked for it."""
+    wish = options.e_step
+    wishes = {n: wish.get(n) if isinstance(wish, Mapping) else wish for n in program.continuous}
+    latents = {n: dataclasses.replace(z, wish=wishes[n]) for n, z in program.continuous.items()}
+    return dataclasses.replace(program, continuous=latents)
+
+
 def asked(program: Program, options: Options) -> dict[str, AbstractMStep | None]:
     wish = options.m_step
     return {n: wish.get(n) if isinstance(wish, Mapping) else wish for n in program.params}
@@ -335,7 +344,7 @@ def asked(program: Program, options: Options) -> dict[str, AbstractMStep | None]
 def refuse_unknown_sites(program: Program, options: Options) -> None:
     """Raise where a strategy is given for something that the model does not have."""
     for option, wish, names in (
-        ("e_step", options.e_step, program.latents),
+        ("e_step", options.e_step, {**program.latents, **program.continuous}),
         ("m_step", options.m_step, program.params),
     ):
         for name in wish if isinstance(wish, Mapping) else ():
@@ -345,10 +354,13 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
                 raise PlanError(name, problem=problem, mend=nearest(name, names))
     steps = options.e_step.values() if isinstance(options.e_step, Mapping) else [options.e_step]
     for step in steps:
-        if step is not None and not isinstance(step, Exact | Truncated):
-            raise PlanError(
-                "e_step", problem=f"{step!r} is no E-step strategy", mend="use autoem.e_step.Exact() or Truncated(...)"
-            )
+        if step is not None and not isinstance(step, Exact | Truncated | Quadrature):
+            mend = "use autoem.e_step.Exact(), Truncated(...) or Quadrature(...)"
+            raise PlanError("e_step", problem=f"{step!r} is no E-step strategy", mend=mend)
+    for name, step in options.e_step.items() if isinstance(options.e_step, Mapping) else ():
+        if isinstance(step, Quadrature) and name not in program.continuous:
+            mend = f'EM(model, e_step={{"{name}": autoem.e_step.Exact()}})'
+            raise PlanError(name, problem="quadrature is for continuous latents; this one is summed", mend=mend)
     steps = options.m_step.values() if isinstance(options.m_step, Mapping) else [options.m_step]
     for step in steps:
         if step is not None and not isinstance(step, AbstractMStep):

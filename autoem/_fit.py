@@ -23,6 +23,7 @@ from autoem.accelerate import Accelerator
 from autoem.m_step.problem import Bundle, Params
 
 SECONDS_BETWEEN_LOOKS = 0.25
+RULE = 1e-5  # a fall, relative to the objective, that the error of an approximate E-step may cause
 SETTLED = 1e-4  # relative gain of a map (or one nat) from which on extrapolating is unlikely to land on another hill
 
 
@@ -81,7 +82,8 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle, accelerato
     bad = ~jnp.isfinite(value) | (value < -jnp.sqrt(jnp.finfo(value.dtype).max) / 2)
     refused = trial & (bad | (value < state.objective))
     bad = bad & ~refused
-    fell = ~first & ~refused & (value < state.objective - stop.fall * eps * size)
+    slack = jnp.maximum(stop.fall * eps, RULE) if kernel.approximate else stop.fall * eps
+    fell = ~first & ~refused & (value < state.objective - slack * size)
     # against the best value so far: at the limit of single precision the objective wavers without rising
     change = value - jnp.max(jnp.where(jnp.isnan(state.history), -jnp.inf, state.history))
     # terms of either sign may cancel in the objective, but not in its rounding error

@@ -17,8 +17,10 @@ from jax import Array
 from autoem._errors import PlanError
 from autoem._jaxpr import jit_once
 from autoem.e_step.conjugate import FORMS, AbstractForm, Conjugate, anchor_of
-from autoem.e_step.local import Cells, LocalBlock
+from autoem.e_step.local import Cells, LocalBlock, Points
 from autoem.e_step.pieces import Pieces, anchors
+from autoem.e_step.quadrature import DEFAULT, MAX_DIMENSIONS, Gauss, dimensions
+from autoem.e_step.strategies import Exact, Quadrature
 from autoem.ir import Continuous, Program
 from autoem.m_step.choose import kind_of
 from autoem.m_step.problem import Bundle, Params, graph_values
@@ -34,19 +36,44 @@ def settled(block: LocalBlock, program: Program, params: Params, bundle: Bundle)
     (member, *others) = block.members
     moved = moved_start(program, params)
     if isinstance(block.method, Pieces):
-        if fits(block, cut_points, moved, bundle):
+        if isinstance(member.wish, Quadrature):
+            raise refused(member.name, "its density has steps, which quadrature does not see: leave the choice open")
+        if fits(block, lambda c: {member.name: cut_points(c, member)}, moved, bundle):
             return block
         why = f"between the thresholds of {', '.join(sorted(block.method.stepped))} its log joint is not that of "
         raise refused(member.name, f"{why}{block.method.base.name}")
     kind = kind_of(member.support)
     tried = [f for f in FORMS if f.support == kind and not others and len(member.event) == (kind == "simplex")]
-    for form in tried:
+    for form in tried if not isinstance(member.wish, Quadrature) else ():
         known = dataclasses.replace(block, method=Conjugate(form))
-        if fits(known, lambda c, m, form=form: others_than(form, anchor_of(c, m), m.event, c.count), moved, bundle):
+        if fits(known, lambda c, form=form: {member.name: others_than(form, c, member)}, moved, bundle):
             return known
-    raise refused(
-        member.name, f"it has no conjugate form ({', '.join(f.name for f in tried) or 'none on its support'})"
-    )
+    why = f"it has no conjugate form ({', '.join(f.name for f in tried) or 'none on its support'})"
+    if member.event and kind != "simplex":
+        why = f"its {member.dim} entries are one event; each in a cell of a plate would be integrated apart"
+    rule = quadrature(block, why)
+    known = dataclasses.replace(block, method=rule)
+    if not fits(known, rule.scattered, moved, bundle):
+        raise refused(member.name, "a mask takes out cells of it that other sites read")
+    return known
+
+
+def quadrature(block: LocalBlock, why: str) -> Gauss:
+    """The rule for a block whose integral has no formula, which is `why`.
+
+    Raises:
+        PlanError: it has too many dimensions, or an exact E-step was asked for.
+    """
+    member, size = block.members[0], dimensions(block.members)
+    kinds = tuple(kind_of(m.support) for m in block.members)
+    if any(isinstance(m.wish, Exact) for m in block.members):
+        raise refused(member.name, f"{block.refusal}; {why}")
+    if size > MAX_DIMENSIONS:
+        raise refused(member.name, f"{block.refusal}; {why}; quadrature is for {MAX_DIMENSIONS} dimensions, not {size}")
+    if not set(kinds) <= {"real", "positive", "unit"}:
+        raise refused(member.name, f"{block.refusal}; {why}; quadrature is for intervals, not {member.support}")
+    wish = next((m.wish for m in block.members if isinstance(m.wish, Quadrature)), Quadrature())
+    return Gauss(wish.points or DEFAULT[size], kinds, why)
 
 
 def refused(name: str, why: str) -> PlanError:
@@ -64,13 +91,12 @@ def moved_start(program: Program, params: Params) -> dict[str, Array]:
     return out
 
 
-def fits(block: LocalBlock, choose: Callable[[Cells, Continuous], Array], params: Params, bundle: Bundle) -> bool:
+def fits(block: LocalBlock, choose: Callable[[Cells], Points], params: Params, bundle: Bundle) -> bool:
     """Whether the log joint of every cell has the method's form, at points that it has not seen, and an integral."""
-    (member,) = block.members
 
     def compare(params: Params, bundle: Bundle) -> tuple[Array, Array]:
         cells = Cells(block, graph_values(bundle, params), bundle.rows, bundle.cells)
-        points = {member.name: choose(cells, member)}
+        points = choose(cells)
         ours, theirs = block.how.value(cells, points), cells.joint(points)
         same = (ours == theirs) | ~jnp.isfinite(theirs)  # where it is impossible, both say so
         size = jnp.where(jnp.isfinite(theirs), jnp.abs(theirs), 0).max(cells.count, keepdims=True)
@@ -98,14 +124,13 @@ def cut_points(cells: Cells, member: Continuous) -> Array:
     return jnp.concatenate([jnp.broadcast_to(x, lead) for x in [*spread, *near]], cells.count)
 
 
-def others_than(form: AbstractForm, anchor: Array, event: tuple[int, ...], axis: int) -> Array:
+def others_than(form: AbstractForm, cells: Cells, member: Continuous) -> Array:
     """Points at which the form's coefficients were not read."""
+    anchor, axis = anchor_of(cells, member), cells.count
     if form.support == "positive":
         return jnp.concatenate([anchor * s for s in (0.31, 1.37, 3.9)], axis)
     if form.support == "unit":
         return jnp.concatenate([jnp.full_like(anchor, s) for s in (0.11, 0.43, 0.93)], axis)
-    shares = jax.random.dirichlet(jax.random.key(41), jnp.ones(event[0]), (3,))
-    lead = jnp.broadcast_to(anchor, (*anchor.shape[:axis], 3, *anchor.shape[axis + 1 :]))
-    return jnp.broadcast_to(
-        shares.reshape(*(1,) * axis, 3, *(1,) * (anchor.ndim - axis - 1), -1), (*lead.shape, *event)
-    )
+    shares = jax.random.dirichlet(jax.random.key(41), jnp.ones(member.event[0]), (3,))
+    shape = (*anchor.shape[:axis], 3, *anchor.shape[axis + 1 :], *member.event)
+    return jnp.broadcast_to(shares.reshape(*(1,) * axis, 3, *(1,) * (anchor.ndim - axis - 1), -1), shape)

@@ -53,6 +53,11 @@ class Kernel:
         return tuple(f for f in self.problem.factors.values() if not f.is_prior and not f.integrated)
 
     @property
+    def approximate(self) -> bool:
+        """Whether an integral is done by a rule, whose error moves with the parameters."""
+        return any(i.block.strategy != "exact" for i in self.integrals)
+
+    @property
     def in_logs(self) -> Kernel:
         """The same with the messages of chains in logarithms: slower, and nothing underflows."""
         return dataclasses.replace(self, layout=dataclasses.replace(self.layout, logs=True))

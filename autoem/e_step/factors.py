@@ -43,14 +43,14 @@ def build_factors(program: Program, values: Mapping[Any, Any]) -> tuple[tuple[Fa
     for site in program.sites.values():
         latents = read_latents(program, site)
         group = next((g for g in groups if site.name in g.sites), None)
-        if group is not None:
-            every = {z.name: z for s in group.sites for z in read_latents(program, program.sites[s])}
-            factors.append(completed_factor(program, site, tuple(every.values()), group))
-            continue
         routed = [z for z in latents if not plates_of(z) <= set(site.plates)]
         route = None
-        if routed:
+        if routed and (group is None or group.refusal):
             route, cells[site.name] = find_route(program, site, routed, values)
+        if group is not None:
+            every = {z.name: z for s in group.sites for z in read_latents(program, program.sites[s])}
+            factors.append(completed_factor(program, site, tuple(every.values()), group, route))
+            continue
         refuse_random_weights(program, site)
         factors.append(build_factor(program, site, latents, route))
     refuse_two_indices(factors, cells)
@@ -112,9 +112,11 @@ def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     )  # fmt: skip
 
 
-def completed_factor(program: Program, site: Site, latents: tuple[Latent, ...], group: Group) -> Factor:
+def completed_factor(
+    program: Program, site: Site, latents: tuple[Latent, ...], group: Group, route: Route | None
+) -> Factor:
     """The factor of a site that reads continuous latents, with an axis for the nodes that stand for them."""
-    factor = build_factor(program, site, latents, None)
+    factor = build_factor(program, site, latents, route)
     family = natural_family(program, site, filled=True)[0]
     read = continuous_of(program, site)
     members = tuple(z for n, z in program.every_continuous.items() if n in read)

@@ -220,6 +220,8 @@ def local_block(
         mend = f'EM(model, maximize=["{group.members[0]}"]) to maximise over it, or integrate it out by hand'
         return PlanError(group.at, problem=problem, mend=mend)
 
+    if any(program.chain_of(n) for n in group.members):
+        raise refuse("and a scan carries it from step to step")
     if len({m.axes for m in members}) > 1 or not all(agree(index, f) for f in parts):
         raise refuse("and its cells are tied together, since rows read several of them")
     for z in discrete:

@@ -103,6 +103,8 @@ def accept(problem, use: Use, name: str, params: Params, bundle: Bundle) -> None
         raise Declined(f"it enters the density of {use} as a whole")
     if use.factor._family.name != "Poisson":
         raise Declined(f"it enters {use}, which is no rate of a Poisson count")
+    if use.factor.completions is not None:
+        raise Declined(f"it enters {use} beside a continuous latent")
     refuse_curved(
         lambda v: problem.arguments(use, {**params, name: v}, bundle)[use.argument], jnp.asarray(params[name])
     )

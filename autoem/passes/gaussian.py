@@ -47,6 +47,8 @@ def latent_groups(program: Program) -> tuple[Group, ...]:
         ordered = tuple(n for n in program.continuous if n in members)
         named = tuple(n for n in program.sites if n in sites)
         at, refusal = next(((s, why) for s in named if (why := why_not(program, program.sites[s]))), ("", ""))
+        if wish := next((w for n in ordered if getattr(w := program.continuous[n].wish, "approximate", False)), None):
+            at, refusal = ordered[0], f"{type(wish).__name__} was asked for"
         groups.append(Group(ordered, named, refusal, at))
     return tuple(groups)
 

@@ -1,7 +1,6 @@
 """Latents integrated cell by cell in closed form: every law over every pair of a prior and a reader."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,7 +8,7 @@ import autoem
 from autoem._jaxpr import jit_once
 from autoem.e_step.local import LocalBlock
 
-from ..local_models import GROUP, PAIRS, ROWS, Pair, X
+from ..local_models import GROUP, PAIRS, ROWS, Pair, X, on_a_grid
 
 KEY = jax.random.key(0)
 EVERY_PAIR = pytest.mark.parametrize("pair", PAIRS, ids=repr)
@@ -21,25 +20,6 @@ def derived(pair: Pair, **how):
     em = autoem.EM(pair.model(**how), progress=False, latent=["u"])
     built, source = em._derive((pair.y, X), {})
     return em, built.kernel, built.start(source, KEY), built.bundle(source, KEY)
-
-
-def on_a_grid(pair: Pair, rows: list[int]) -> tuple[float, float, float]:
-    """Log integral, mean and variance of one cell that the given rows read, by the trapezoid rule in free coordinates.
-
-    The integrand and all its derivatives vanish at both ends, where the rule converges faster than any power.
-    """
-    params = {n: jnp.asarray(v) for n, (v, _) in pair.params.items()}
-    s = jnp.linspace(-45.0, 45.0, 18_001)
-    u = jax.nn.sigmoid(s) if pair.form == "Beta" else jnp.exp(s)
-    jacobian = -jax.nn.softplus(s) - jax.nn.softplus(-s) if pair.form == "Beta" else s
-    log_joint = pair.prior(params).log_prob(u) + jacobian
-    for i in rows:
-        log_joint += jax.vmap(lambda v, i=i: pair.reader(v, params, X[i]).log_prob(pair.y[i]))(u)
-    log_joint = jnp.where(jnp.isnan(log_joint), -jnp.inf, log_joint)  # where 1 - u rounds to zero
-    weight = jnp.exp(log_joint)
-    z = weight.sum()
-    mean = (weight * u).sum() / z
-    return float(jnp.log(z * (s[1] - s[0]))), float(mean), float((weight * (u - mean) ** 2).sum() / z)
 
 
 @EVERY_PAIR
