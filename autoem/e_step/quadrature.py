@@ -49,7 +49,7 @@ class Climb(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Gauss(AbstractMethod):
-    """Quadrature with `points` nodes a dimension; `kinds` are the supports of the latents, `why` is the plan's reason."""
+    """Quadrature with `points` nodes a dimension; `kinds` are the latents' supports, `why` is the plan's reason."""
 
     points: int
     kinds: tuple[str, ...]
