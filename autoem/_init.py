@@ -312,7 +312,7 @@ def expected_under(built: Build, params: Params, bundle: Bundle, weights: Mappin
         for z in factor.latents:
             route = factor.route if factor.route and z.name in factor.route.latents else None
             weight = multiply(weight, route_to_rows(weights[z.name], route, layout.cells))
-        inner = max(factor.latents, key=lambda z: len(layout.plates_of[z.name]), default=None)
+        inner = factor.inner
         if inner is not None and (scale := layout.scales[inner.name]) is not None:
             weight = multiply(weight, route_to_rows(scale, factor.route, layout.cells))
         absent = [p for p in factor.kept if p not in weight.axes and p not in value.axes]

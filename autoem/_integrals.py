@@ -61,10 +61,15 @@ class Integral:
         """Where the integral is derived."""
         return self.block.source
 
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether its posterior is Gaussian given the discrete latents beside it."""
+        return isinstance(self.block, GaussianBlock | GaussianChain | MissingEntries)
+
     @functools.cached_property
     def pooled(self) -> frozenset[str]:
         """Sites whose statistics are sums over all rows, so that no nodes are needed for them."""
-        if not isinstance(self.block, GaussianBlock | GaussianChain):
+        if not self.is_gaussian or not self.has_nodes:
             return frozenset()
         return frozenset(f.name for f in self.factors if is_pooled(f))
 

@@ -260,7 +260,7 @@ def by_table(built: Build, factor: Factor, value: Named, bundle: Bundle, chosen:
     for z in factor.latents:
         route = factor.route if factor.route and z.name in factor.route.latents else None
         value = pick(value, z.name, route_to_rows(named(chosen[z.name], z.axes), route, bundle.cells))
-    inner = max(factor.latents, key=lambda z: len(layout.plates_of[z.name]), default=None)
+    inner = factor.inner
     scale = bundle.scales[inner.name] if inner is not None else None
     if scale is not None:
         value = multiply(value, route_to_rows(scale, factor.route, bundle.cells))

@@ -250,7 +250,7 @@ def output(factor: Factor, graph, field: str, values) -> Named | None:
 def relative_scale(factor: Factor, program: Program, values, cells: Mapping) -> Named | None:
     """Multiplicity of the factor relative to its innermost latent; None where they agree."""
     graph, own = program.full, (factor.name, "scale")
-    inner = max(factor.latents, key=lambda z: len(plates_of(z)), default=None)
+    inner = factor.inner
     mine = output(factor, graph, "scale", values)
     if inner is None or (site := scaled_site(program, inner.name)) is None:
         return mine

@@ -104,6 +104,16 @@ class Factor:
         return self.site.role == "continuous"
 
     @property
+    def inner(self) -> Latent | None:
+        """The innermost latent that it reads, by which its rows count: one of its own plates before any by index."""
+        routed = self.route.latents if self.route else frozenset()
+
+        def depth(z: Latent) -> tuple[bool, int]:
+            return z.name not in routed, sum(not a.startswith("#") for a in z.axes)
+
+        return max(self.latents, key=depth, default=None)
+
+    @property
     def integrated(self) -> bool:
         """Whether its part of the likelihood comes from an integral."""
         return self.gaps or self.completions is not None

@@ -26,6 +26,14 @@ def test_agrees_with_adding_up_every_completion(seed: int) -> None:
         _check_rise(model)
 
 
+@pytest.mark.parametrize("seed", [389])
+def test_what_once_disagreed(seed: int) -> None:
+    """389: weighted rows that read a latent of their own beside one of their group, declared before it."""
+    model = random_model(seed)
+    _check(model)
+    _check_rise(model)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(24, 1024))
 def test_a_thousand_more(seed: int) -> None:
