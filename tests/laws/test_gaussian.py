@@ -30,7 +30,6 @@ SLOW = (  # what they hold stands in other cases as well
     "nested",
     "nested by rows",
     "by plates",
-    "log normal",
     "rows not seen",
     "factor analysis",
     "principal components",
