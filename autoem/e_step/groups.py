@@ -66,6 +66,15 @@ def gaussian_block(
     same = len({m.axes for m in members}) == 1 and all(agree(index, f) for f in parts) and every <= set(group.members)
     routed = frozenset(f.name for f in parts if not set(members[0].plates) <= set(f.site.plates))
     size = sum(m.dim * int(np.prod(m.shape, dtype=int)) for m in members)
+    carried = next((program.base_of(m.name) for m in members if program.chain_of(m.name)), None)
+    if carried and discrete:
+        switch = discrete[0].name.partition("[")[0].partition("@")[0]
+        raise PlanError(
+            carried,
+            problem=f"it is carried from step to step and its sites read the discrete latent '{switch}': "
+            "its posterior has a Gaussian for each combination of all steps",
+            mend=f"observe '{switch}' or leave it out, or give '{carried}' a grid of values (Categorical)",
+        )
     if not same and (size > MAX_DENSE or discrete):
         why = f"one vector of {size:,} coordinates" if not discrete else f"a mixture over {discrete[0].name}"
         raise PlanError(
@@ -237,7 +246,9 @@ def local_block(
     routed = frozenset(n for n, ids in found.items() if not at_home(ids, own, factors[n].site.plates, plates))
     sizes = {p.name: p.size for p in program.plates.values()}
     pieces, order = find_pieces(program, members, parts, values)
-    block = LocalBlock(members, discrete, parts, plates, shape, routed, sizes, group.refusal, pieces)
+    block = LocalBlock(
+        members, discrete, parts, plates, shape, routed, sizes, f"{group.refusal} (site '{group.at}')", pieces
+    )
     return block, {**order, **{index_name(factors[n], members[0]): found[n] for n in routed}}
 
 

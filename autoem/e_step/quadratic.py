@@ -155,7 +155,6 @@ def residual(f: Factor, values: Mapping[Any, Any], rows: Rows) -> Residual:
         y = -first
     elif vector:
         x = f.observations(rows)
-        x = Named(jnp.log(x.array), x.axes) if family.name == "LogNormal" else x
         y = x.to((*f.site.axes, *x.axes[:vector])) - first
     else:
         y = jnp.zeros_like(first)  # put in below: large data stay in the order in which they lie
@@ -164,7 +163,9 @@ def residual(f: Factor, values: Mapping[Any, Any], rows: Rows) -> Residual:
     mask = None if rows.mask is None else Named(rows.mask.array.astype(log_scale.dtype), rows.mask.axes)
     shown = named(y, named_axes)
     if not vector and own is None and not f.value_hidden:
-        away = add(f.observations(rows), named(-first, axes))
+        x = f.observations(rows)
+        x = Named(jnp.log(x.array), x.axes) if family.name == "LogNormal" else x
+        away = add(x, named(-first, axes))
         shown = multiply(away, named(1 / args["scale"], axes))
     return Residual(shown, named(slope, named_axes), named(log_scale, axes), rows.scale, mask)
 
