@@ -27,7 +27,8 @@ def is_pooled(f: Factor) -> bool:
         return False
     if jnp.result_type(float) != jnp.float64:  # sums of squares would cancel in single precision
         return False
-    if not any(k[0] == "latent" and k[1] != f.name for k in f.graph.needs((f.name, "arg:loc"))):
+    read = {("latent", m.name) for m in f.completions.members if m.name != f.name} if f.completions else set()
+    if not read & f.graph.needs((f.name, "arg:loc")):
         return False
     for arg, events in zip(f.family.args, f.family.arg_dims, strict=True):
         shape = f.graph.shape((f.name, f"arg:{arg}"))

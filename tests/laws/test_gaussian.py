@@ -34,7 +34,6 @@ SLOW = (  # what they hold stands in other cases as well
     "factor analysis",
     "principal components",
     "factors with holes",
-    "switched effect",
     "one latent",
     "local level",
     "trend",
