@@ -358,6 +358,11 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
             mend = "use autoem.e_step.Exact(), Truncated(...) or Quadrature(...)"
             raise PlanError("e_step", problem=f"{step!r} is no E-step strategy", mend=mend)
     for name, step in options.e_step.items() if isinstance(options.e_step, Mapping) else ():
+        if isinstance(step, Truncated) and name in program.continuous:
+            mend = f'EM(model, e_step={{"{name}": autoem.e_step.Quadrature()}}), or leave e_step out'
+            raise PlanError(
+                name, problem="a range of whole numbers is for discrete latents; this one is not", mend=mend
+            )
         if isinstance(step, Quadrature) and name not in program.continuous:
             mend = f'EM(model, e_step={{"{name}": autoem.e_step.Exact()}})'
             raise PlanError(name, problem="quadrature is for continuous latents; this one is summed", mend=mend)

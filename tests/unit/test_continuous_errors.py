@@ -162,3 +162,9 @@ def test_rows_that_read_two_cells_tie_all_cells():
     truth = Dense(neighbours, (Y,)).moments(dict(result.params))
     np.testing.assert_allclose(result.log_likelihood, truth.log_likelihood, rtol=1e-9)
     np.testing.assert_allclose(result.posterior().mean["u"], truth.mean["u"], atol=1e-9)
+
+
+def test_a_range_of_whole_numbers_is_no_way_to_integrate_a_continuous_latent():
+    em = autoem.EM(random_intercept, e_step={"u": autoem.e_step.Truncated(0, 5)})
+    with pytest.raises(PlanError, match=r"site 'u': a range of whole numbers is for discrete latents.*\n.*Quadrature"):
+        em.plan(Y, GROUP)
