@@ -167,4 +167,4 @@ def test_rows_that_read_two_cells_tie_all_cells():
 def test_a_range_of_whole_numbers_is_no_way_to_integrate_a_continuous_latent():
     em = autoem.EM(random_intercept, e_step={"u": autoem.e_step.Truncated(0, 5)})
     with pytest.raises(PlanError, match=r"site 'u': a range of whole numbers is for discrete latents.*\n.*Quadrature"):
-        em.plan(Y, GROUP)
+        em.plan(Y, X, GROUP)
