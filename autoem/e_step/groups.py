@@ -85,6 +85,12 @@ def gaussian_block(
     plates = tuple(a for a in members[0].axes if not a.startswith("#")) if same else ()
     shape = tuple(s for a, s in zip(members[0].axes, members[0].shape, strict=True) if not a.startswith("#"))
     sizes = {p.name: p.size for p in program.plates.values()}
+    if same and not discrete and sum(m.dim for m in members) > MAX_DENSE:
+        raise PlanError(
+            group.members[0],
+            problem=f"a row reads all its cells at once, so they are one vector of {sum(m.dim for m in members):,}",
+            mend=f"at most {MAX_DENSE:,}: give it fewer cells, or let a row read its own cell alone",
+        )
     base = {n: program.base_of(n) for n in every}
     block = GaussianBlock(members, discrete, parts, plates, shape if same else (), not same, routed, sizes, base)
     latents = program.every_continuous

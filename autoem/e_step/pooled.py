@@ -17,6 +17,7 @@ from autoem.e_step.quadratic import DIM, EVENT, OTHER, member_of, summed
 from autoem.e_step.tables import Factor, Rows
 
 EVENT_TOO = "·event'"
+WIDE = 64  # coordinates of one cell from which nodes for a latent's own law cost more than its moments
 
 
 def is_pooled(f: Factor) -> bool:
@@ -27,8 +28,9 @@ def is_pooled(f: Factor) -> bool:
         return False
     if jnp.result_type(float) != jnp.float64:  # sums of squares would cancel in single precision
         return False
-    read = {("latent", m.name) for m in f.completions.members if m.name != f.name} if f.completions else set()
-    if not read & f.graph.needs((f.name, "arg:loc")):
+    if f.is_hidden and any(not a.startswith("#") for a in own_axes(f)):
+        return False
+    if not reads_others(f) and not (f.is_hidden and member_of(f).dim >= WIDE):
         return False
     for arg, events in zip(f.family.args, f.family.arg_dims, strict=True):
         shape = f.graph.shape((f.name, f"arg:{arg}"))
@@ -37,6 +39,18 @@ def is_pooled(f: Factor) -> bool:
         if any(size > 1 and not a.startswith("#") for a, size in zip(names, batch, strict=True)):
             return False
     return True
+
+
+def reads_others(f: Factor) -> bool:
+    """Whether the location reads latents, the site's own excepted."""
+    others = {("latent", m.name) for m in f.completions.members if m.name != f.name} if f.completions else set()
+    return bool(others & f.graph.needs((f.name, "arg:loc")))
+
+
+def own_axes(f: Factor) -> tuple[str, ...]:
+    """Axes of a latent's own site that are part of one of its cells."""
+    assert f.family is not None
+    return f.site.axes[len(f.site.axes) - (len(member_of(f).event) - f.family.event_dim) :]
 
 
 def pooled_statistics(f: Factor, rows: Rows, mean: Named, covariance: Named, weight: Named) -> tuple[Array, Array]:
@@ -78,9 +92,13 @@ def pooled_statistics(f: Factor, rows: Rows, mean: Named, covariance: Named, wei
         shape = (*array.shape[: len(whole)], array.shape[len(whole)] if down else 1, array.shape[-1] if across else 1)
         return jnp.broadcast_to(array.reshape(shape), (*lead, sizes[i], sizes[j]))
 
-    lines = [jnp.concatenate([block(i, j) for j in range(3)], -1) for i in range(3)]
-    i, j = np.triu_indices(1 + d + e)
-    return jnp.concatenate(lines, -2)[..., i, j], -jnp.broadcast_to(count.to(whole), lead)
+    known = range(3) if reads_others(f) else (0, 2)
+    lines = [jnp.concatenate([block(i, j) for j in known], -1) for i in known]
+    matrix, counts = jnp.concatenate(lines, -2), -jnp.broadcast_to(count.to(whole), lead)
+    if f.family.event_dim:
+        return matrix.reshape(*lead, -1), counts
+    i, j = np.triu_indices(matrix.shape[-1])
+    return matrix[..., i, j], counts
 
 
 def of_own(f: Factor, first: Named, second: Named) -> tuple[Named, Named, Named]:
@@ -94,7 +112,7 @@ def of_own(f: Factor, first: Named, second: Named) -> tuple[Named, Named, Named]
     inner = second.to((*states, DIM, OTHER))
     inner = jnp.broadcast_to(inner, (*inner.shape[:-2], d, d))
     cross = inner[..., span, :]
-    names = f.site.axes[len(f.site.axes) - (len(event) - f.family.event_dim) :] + (EVENT,) * f.family.event_dim
+    names = own_axes(f) + (EVENT,) * f.family.event_dim
     total = Named(sums.reshape(*sums.shape[:-1], *event), (*states, *names))
     crossed = Named(cross.reshape(*cross.shape[:-2], *event, d), (*states, *names, DIM))
     if f.family.event_dim:

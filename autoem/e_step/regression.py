@@ -126,7 +126,8 @@ def _residuals(t: Array, n: Array, args: Args) -> tuple[Array, Array]:
 def on_vectors(normal: Family) -> Family:
     """A multivariate normal whose location is a matrix of coefficients times known numbers: `loc` is that matrix.
 
-    Statistics are the products of the entries of `z`, the known numbers and then the vector itself.
+    Statistics are the products of the entries of `z`, the known numbers and then the vector itself: the whole matrix,
+    since picking half of its entries costs more than the other half does.
     """
     name, matrix = normal.args[1], normal.rules[normal.args[1]]
     assert isinstance(matrix, Covariance)
@@ -148,17 +149,13 @@ def on_vectors(normal: Family) -> Family:
             precision = jnp.swapaxes(inverse, -1, -2) @ inverse
             log_scale = jnp.log(jnp.abs(jnp.diagonal(lower, axis1=-2, axis2=-1))).sum(-1)
         square = jnp.swapaxes(b, -1, -2) @ precision @ b
-        i, j, weight = _pairs(b.shape[-1])
-        return -0.5 * jnp.asarray(weight) * square[..., i, j], log_scale
+        return -0.5 * square.reshape(*square.shape[:-2], -1), log_scale
 
     def scatter(t: Array, n: Array, args: Args) -> Array:
         del n
         b = contrast(args)
         count = b.shape[-1]
-        i, j = np.triu_indices(count)
-        place = np.zeros((count, count), int)
-        place[i, j] = place[j, i] = np.arange(len(i))
-        return b @ t[..., place] @ jnp.swapaxes(b, -1, -2)
+        return b @ t.reshape(*t.shape[:-1], count, count) @ jnp.swapaxes(b, -1, -2)
 
     return dataclasses.replace(
         REGRESSION, name="multivariate regression", args=("loc", name), arg_dims=(2, 2), natural=natural,
