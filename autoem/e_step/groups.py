@@ -19,6 +19,7 @@ from autoem.e_step.gaussian import GaussianBlock, index_name
 from autoem.e_step.gaussian_chain import GaussianChain
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.missing import MissingEntries, patterns_of
+from autoem.e_step.places import plates_of
 from autoem.e_step.tables import Factor
 from autoem.ir import Continuous, Latent, Program, at_lag
 from autoem.passes.gaussian import Group, latent_groups
@@ -83,6 +84,7 @@ def gaussian_block(
             mend="nest the groups, or read them by one index",
         )
     plates = tuple(a for a in members[0].axes if not a.startswith("#")) if same else ()
+    refuse_mixtures(members[0], plates, discrete)
     shape = tuple(s for a, s in zip(members[0].axes, members[0].shape, strict=True) if not a.startswith("#"))
     sizes = {p.name: p.size for p in program.plates.values()}
     if same and not discrete and sum(m.dim for m in members) > MAX_DENSE:
@@ -98,6 +100,19 @@ def gaussian_block(
         index = {(s, n): in_path(program, latents[n])[v] for (s, n), v in index.items()}
     kept = {index_name(factors[s], latents[n]): v for (s, n), v in index.items() if not same or s in routed}
     return block, kept
+
+
+def refuse_mixtures(member: Continuous, plates: tuple[str, ...], discrete: Sequence[Latent]) -> None:
+    """Raise where rows of one cell each have a discrete latent of their own."""
+    for z in discrete:
+        if not plates_of(z) <= set(plates):
+            raise PlanError(
+                member.name,
+                problem=f"rows that share one of its cells each have a '{z.name}' of their own: its posterior has a "
+                "Gaussian for every combination of them",
+                mend=f"give each row its own '{member.name}', maximise over it (maximize=[\"{member.name}\"]), or put "
+                f"'{z.name}' in its plate",
+            )
 
 
 def refuse_scaled(program: Program, factors: Sequence[Factor]) -> None:

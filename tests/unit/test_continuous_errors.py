@@ -168,3 +168,16 @@ def test_a_range_of_whole_numbers_is_no_way_to_integrate_a_continuous_latent():
     em = autoem.EM(random_intercept, e_step={"u": autoem.e_step.Truncated(0, 5)})
     with pytest.raises(PlanError, match=r"site 'u': a range of whole numbers is for discrete latents.*\n.*Quadrature"):
         em.plan(Y, X, GROUP)
+
+
+def test_rows_with_a_class_each_below_a_shared_effect_are_refused():
+    def model(y, group):
+        shift, spread = param("shift", [0.0, 1.0]), param("spread", 1.0, POSITIVE)
+        with numpyro.plate("groups", 5):
+            u = normal("u", 0.0, spread)
+        with numpyro.plate("rows", len(y)):
+            z = numpyro.sample("z", dist.Bernoulli(0.4))
+            normal("y", shift[z] + u[group], 1.0, y)
+
+    with pytest.raises(PlanError, match=r"site 'u': rows that share one of its cells each have a 'z' of their own"):
+        autoem.EM(model).plan(Y, GROUP)
