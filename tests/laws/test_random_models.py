@@ -82,7 +82,8 @@ def _ran_away(result: autoem.EMResult, description: str) -> bool:
     """
     params = result.plan.program.params
     positive = [v for n, v in result.params.items() if str(params[n].constraint).startswith("Positive(")]
-    vanished = any((v < 1e-4).any() for v in positive)
+    least = 1e-4 if "square" in description else 1e-8
+    vanished = any((v < least).any() for v in positive)
     real = [np.abs(v).max() for n, v in result.params.items() if str(params[n].constraint) == "Real()"]
     grown = "exp" in description and any(v > 30 for v in real)
     infinite = any(np.abs(v).max() > 1e5 for v in result.params.values())
