@@ -29,9 +29,11 @@ def test_agrees_with_adding_up_every_completion(seed: int) -> None:
 @pytest.mark.parametrize("seed", [389])
 def test_what_once_disagreed(seed: int) -> None:
     """389: weighted rows that read a latent of their own beside one of their group, declared before it."""
+    before = dict(tally)
     model = random_model(seed)
     _check(model)
     _check_rise(model)
+    tally.update(before)  # chosen, not drawn: it says nothing of how many are left out
 
 
 @pytest.mark.slow
@@ -65,7 +67,7 @@ def _check(model: RandomModel) -> None:
         return
     before = oracle.exact(model.params)
     np.testing.assert_allclose(result.history[0], before.log_likelihood + before.log_prior, **TOLERANCE)
-    if _ran_away(result, model.description):
+    if _ran_away(result):
         tally["ran away"] += 1
         return
     after = oracle.exact(result.params)
@@ -75,19 +77,12 @@ def _check(model: RandomModel) -> None:
     _check_step(result.params, model.params, oracle)
 
 
-def _ran_away(result: autoem.EMResult, description: str) -> bool:
-    """Whether a scale went to nothing or a shape to infinity: there all digits of the density are lost.
-
-    Some enter as their square or through an exponential, so the bounds are those of a square root and of a logarithm.
-    """
+def _ran_away(result: autoem.EMResult) -> bool:
+    """Whether a scale went to nothing or a shape to infinity: there all digits of the density are lost."""
     params = result.plan.program.params
     positive = [v for n, v in result.params.items() if str(params[n].constraint).startswith("Positive(")]
-    least = 1e-4 if "square" in description else 1e-8
-    vanished = any((v < least).any() for v in positive)
-    real = [np.abs(v).max() for n, v in result.params.items() if str(params[n].constraint) == "Real()"]
-    grown = "exp" in description and any(v > 30 for v in real)
-    infinite = any(np.abs(v).max() > 1e5 for v in result.params.values())
-    return "collapsed" in result.status or vanished or grown or infinite
+    vanished = any((v < 1e-8).any() for v in positive)
+    return "collapsed" in result.status or vanished or any(np.abs(v).max() > 1e5 for v in result.params.values())
 
 
 def _run(instance: Instance, params: dict, max_steps: int) -> autoem.EMResult:
