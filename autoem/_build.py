@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from autoem.ir import Program
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.choose import choose
 from autoem.m_step.mixed_signs import mixed_signs
-from autoem.m_step.problem import Bundle, Problem
+from autoem.m_step.problem import Bundle, Params, Problem
 from autoem.m_step.strategies import AbstractMStep
 from autoem.m_step.superposition import Superposition
 from autoem.passes.classify import classify, continuous_latents, nearest
@@ -113,6 +114,12 @@ class Build:
     def start(self, source: Source, key: Array) -> dict[str, Array]:
         """The model's own start values."""
         return self.model_start(start_data(self.found, source), key)
+
+    def e_state(self, params: Params, bundle: Bundle, key: Array, number: int) -> Any:
+        """What the E-step of a start, by its number, remembers before its first step."""
+        if self.kernel.treatment is None:
+            return None
+        return jit_once(self.kernel.init_e_step)(params, bundle, jax.random.fold_in(key, number))
 
     def fits(self, source: Source) -> bool:
         """Whether the supports, and the signs of sums, computed from this data are those that the plan was made for."""
