@@ -18,6 +18,8 @@ from jax import Array
 
 from autoem._chunks import plan_chunks, spread_rows
 from autoem._errors import PlanError
+from autoem._field import Field
+from autoem._field_build import field_factors
 from autoem._integrals import Integral
 from autoem._jaxpr import Variable, jit_once
 from autoem._local import settled
@@ -30,7 +32,7 @@ from autoem.e_step.factors import TURN_UP_TO, build_factors, prepare
 from autoem.e_step.groups import Block, Joined, build_blocks, partly_seen, with_gaps
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.places import build_layout
-from autoem.e_step.strategies import AbstractEStep, Exact, Quadrature, Truncated
+from autoem.e_step.strategies import AbstractEStep, Exact, MeanField, Quadrature, Truncated
 from autoem.e_step.tables import Factor, log_density_constant
 from autoem.ir import Program
 from autoem.m_step._base import AbstractBlock
@@ -96,7 +98,8 @@ class Build:
     def plain_bundle(self, source: Source, key: Array) -> Bundle:
         """The data of a call, prepared, in one piece."""
         data = self.data(source)
-        cells = route_cells(self.program, self.factors, data, key) if self.has_routes else {}
+        field = isinstance(self.kernel.treatment, Field)
+        cells = route_cells(self.program, self.factors, data, key, field) if self.has_routes else {}
         return with_passed_on(self.program, self.factors, self._prepare(data, key, cells), data)
 
     def whole_bundle(self, source: Source, key: Array) -> Bundle:
@@ -109,7 +112,7 @@ class Build:
 
     @property
     def has_routes(self) -> bool:
-        return any(f.route or f.integrated for f in self.factors)
+        return any(f.route or f.routes or f.integrated for f in self.factors)
 
     def start(self, source: Source, key: Array) -> dict[str, Array]:
         """The model's own start values."""
@@ -174,8 +177,13 @@ def start_values(found: Discovery, data: Mapping[int, Array], key: Array) -> dic
     return {n: jnp.asarray(v, float) for n, v in start.items()}
 
 
-def route_cells(program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array) -> dict[str, Array]:
+def route_cells(
+    program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array, field: bool = False
+) -> dict[str, Array]:
+    """For every route the cell that each row finds; under a mean `field` those of each read."""
     values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
+    if field:
+        return {n: jnp.asarray(c) for n, c in field_factors(program, values)[1].items()}
     known, cells = build_factors(program, values)
     cells.update(build_blocks(program, known, values)[1])
     cells.update(with_gaps(program, known, values)[2])
@@ -361,8 +369,8 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
                 raise PlanError(name, problem=problem, mend=nearest(name, names))
     steps = options.e_step.values() if isinstance(options.e_step, Mapping) else [options.e_step]
     for step in steps:
-        if step is not None and not isinstance(step, Exact | Truncated | Quadrature):
-            mend = "use autoem.e_step.Exact(), Truncated(...) or Quadrature(...)"
+        if step is not None and not isinstance(step, Exact | Truncated | Quadrature | MeanField):
+            mend = "use autoem.e_step.Exact(), Truncated(...), Quadrature(...) or MeanField(...)"
             raise PlanError("e_step", problem=f"{step!r} is no E-step strategy", mend=mend)
     for name, step in options.e_step.items() if isinstance(options.e_step, Mapping) else ():
         if isinstance(step, Truncated) and name in program.continuous:

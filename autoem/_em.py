@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._build import Build, Options, build
+from autoem._build import Build, Options
+from autoem._derive import derive
 from autoem._check import Report, run_checks
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._fit import State, compile_loop, initial_state, run_loop
@@ -160,7 +161,7 @@ class EM:
             if built is not None and built.fits(source):
                 validate(built, source, self.options.missing)
                 return built, source
-        built = build(self.model, args, kwargs, self.options, jax.random.key(0))
+        built = derive(self.model, args, kwargs, self.options, jax.random.key(0))
         validate(built, built.source, self.options.missing)
         small = self._small(built) or built
         built.alike = verify(small)
@@ -178,7 +179,7 @@ class EM:
         if largest < LARGE or built.source.concrete or (arguments := shrunken(built.source, largest)) is None:
             return None
         try:
-            small = build(self.model, *arguments, self.options, jax.random.key(0))
+            small = derive(self.model, *arguments, self.options, jax.random.key(0))
         except (ModelError, PlanError, DataError):
             return None
         return small if set(small.program.sites) == set(built.program.sites) else None

@@ -158,10 +158,13 @@ def densities(
     drawn = random_values(program)
     values.update({("latent", n): v for n, v in drawn.items()})
     nodes = {k: v for block in built.kernel.integrals for k, v in block.nodes_at(drawn, bundle).items()}
+    if (treatment := built.kernel.treatment) is not None:
+        nodes.update(treatment.nodes_at(drawn))
     bundle = with_nodes(bundle, nodes)
     ours, theirs, size = {}, {}, {}
     fields, given = model_fields(built, values), graph_values(bundle, params)
     hidden = {f.name: f for block in built.kernel.integrals for f in block.factors if f.completions}
+    hidden |= {n: f for n, f in built.kernel.problem.factors.items() if n in nodes and f.completions}
     at = {n: f.table(f.cells(given, bundle.rows[n]), bundle.rows[n]).value for n, f in hidden.items()}
     tables = {**tables, **at}
     for name, factor in built.kernel.problem.factors.items():
@@ -258,12 +261,12 @@ def by_table(built: Build, factor: Factor, value: Named, bundle: Bundle, chosen:
     """The same from the factor's table, read at the chosen states."""
     layout, rows = built.kernel.layout, bundle.rows[factor.name]
     for z in factor.latents:
-        route = factor.route if factor.route and z.name in factor.route.latents else None
-        value = pick(value, z.name, route_to_rows(named(chosen[z.name], z.axes), route, bundle.cells))
+        states = named(chosen[factor.latent_of(z.name)], z.axes)
+        value = pick(value, z.name, route_to_rows(states, factor.route_to(z.name), bundle.cells))
     inner = factor.inner
-    scale = bundle.scales[inner.name] if inner is not None else None
-    if scale is not None:
-        value = multiply(value, route_to_rows(scale, factor.route, bundle.cells))
+    scale = bundle.scales[factor.latent_of(inner.name)] if inner is not None else None
+    if inner is not None and scale is not None:
+        value = multiply(value, route_to_rows(scale, factor.route_to(inner.name), bundle.cells))
     absent = [layout.sizes[a] for a in factor.kept if a not in value.axes]
     total = value.array.sum() * float(np.prod(absent, dtype=float))
     constant = log_density_constant(factor, rows)

@@ -30,7 +30,10 @@ LAYERS = """
     _chunks _render accelerate
     _plan
     _lower
+    _field
+    _field_build
     _build
+    _derive
     _moments
     _per_datum
     _stop _progress _validate _paths _impute

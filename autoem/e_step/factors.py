@@ -252,14 +252,14 @@ def relative_scale(factor: Factor, program: Program, values, cells: Mapping) -> 
     graph, own = program.full, (factor.name, "scale")
     inner = factor.inner
     mine = output(factor, graph, "scale", values)
-    if inner is None or (site := scaled_site(program, inner.name)) is None:
+    if inner is None or (site := scaled_site(program, factor.latent_of(inner.name))) is None:
         return mine
     above = (site, "scale")
     if own in graph.outputs and same(graph.outputs[own], graph.outputs[above]):
         return None
     mine = mine or Named(jnp.ones(()), ())
     theirs = scale_of(graph.evaluate([above], values)[0], program.sites[site])
-    theirs = route_to_rows(theirs, factor.route, cells)
+    theirs = route_to_rows(theirs, factor.route_to(inner.name), cells)
     both = tuple(dict.fromkeys((*mine.axes, *theirs.axes)))
     lower = theirs.to(both)
     return Named(jnp.where(lower == 0, 1.0, mine.to(both) / jnp.where(lower == 0, 1, lower)), both)

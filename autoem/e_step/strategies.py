@@ -60,3 +60,35 @@ class Quadrature(AbstractEStep):
     def __post_init__(self):
         if self.points is not None and not 1 <= self.points <= 200:
             raise ValueError(f"Quadrature(points={self.points}): points must lie between 1 and 200")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanField(AbstractEStep):
+    r"""Approximate the posterior by a product of laws, one for each group of latents, each improved in turn.
+
+    .. math:: q(z) = \prod_g q_g(z_g), \qquad \log q_g = \mathrm{E}_{q_{-g}}[\log p(x, z)] + \text{const}
+
+    A discrete latent keeps the joint law of all that is carried along its chain; a continuous one (Gamma, inverse Gamma,
+    Beta, Dirichlet, Normal) has the law of its conjugate form. What rises, at every update, is a lower bound of the
+    log-likelihood, the ELBO. `e_step=MeanField()` takes each latent as a group of its own; `e_step={"z": MeanField()}`
+    the discrete latents that are named, the others together in one group, and each continuous latent as its own.
+
+    Args:
+        sweeps: how often all groups are updated in one E-step, at most; at least 1. The next E-step goes on from there.
+        tol: an E-step ends once a sweep raises the ELBO by less than `tol` of itself.
+
+    References:
+        Jordan, Ghahramani, Jaakkola and Saul 1999; Ghahramani and Jordan 1997, "Factorial hidden Markov models"; Blei, Ng
+        and Jordan 2003, "Latent Dirichlet allocation"; Daudin, Picard and Robin 2008, "A mixture model for random graphs".
+    """
+
+    sweeps: int = 1
+    tol: float = 1e-6
+
+    approximate = True
+
+    def __post_init__(self):
+        if not isinstance(self.sweeps, int) or self.sweeps < 1:
+            raise ValueError(f"MeanField(sweeps={self.sweeps!r}): sweeps must be a whole number, at least 1")
+        if not self.tol >= 0:
+            raise ValueError(f"MeanField(tol={self.tol!r}): tol must not be negative")

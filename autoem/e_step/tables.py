@@ -73,6 +73,8 @@ class Factor:
         completions: the continuous latents that it reads, its own among them; see `completions`.
         gaps: whether its vectors are seen in part, which is integrated; see `missing`.
         pooled: whether it is a regression on its continuous latents, the same for all rows, as the M-step sees it.
+        routes: under mean field, how rows find cells, for each latent of other plates.
+        aliases: names of a latent at its further reads, to its own.
     """
 
     site: Site
@@ -93,6 +95,18 @@ class Factor:
     completions: Completions | None = None
     gaps: bool = False
     pooled: bool = False
+    routes: Mapping[str, Route] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def route_to(self, latent: str) -> Route | None:
+        """How the rows find their cell of a latent; None where it stands in their own plates."""
+        if latent in self.routes:
+            return self.routes[latent]
+        return self.route if self.route and latent in self.route.latents else None
+
+    def latent_of(self, read: str) -> str:
+        """The latent that is read under a name."""
+        return self.aliases.get(read, read)
 
     @property
     def name(self) -> str:
@@ -106,10 +120,9 @@ class Factor:
     @property
     def inner(self) -> Latent | None:
         """The innermost latent that it reads, by which its rows count: one of its own plates before any by index."""
-        routed = self.route.latents if self.route else frozenset()
 
         def depth(z: Latent) -> tuple[bool, int]:
-            return z.name not in routed, sum(not a.startswith("#") for a in z.axes)
+            return self.route_to(z.name) is None, sum(not a.startswith("#") for a in z.axes)
 
         return max(self.latents, key=depth, default=None)
 

@@ -7,6 +7,7 @@ the M-step, and what it will remember.
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax import Array
@@ -54,3 +55,8 @@ class AbstractTreatment(abc.ABC):
     @abc.abstractmethod
     def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any) -> Expectation:
         """One E-step."""
+
+    def nodes_at(self, latents: Mapping[str, Array]) -> dict[str, Any]:
+        """For each factor that it completes, one node where the continuous latents have given values."""
+        del latents
+        return {}

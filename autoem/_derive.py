@@ -1,0 +1,163 @@
+"""Derive EM for a model: exactly where that is known, by mean field where it is asked for or nothing exact exists.
+
+In: a model, its arguments and the options. Out: `Build`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from autoem._build import (
+    Build,
+    Options,
+    accelerated,
+    asked,
+    build,
+    make_bundle,
+    notes_of,
+    read,
+    start_data,
+    start_values,
+    support_limits,
+    with_passed_on,
+)
+from autoem._errors import PlanError
+from autoem._field import Field
+from autoem._field_build import FieldWish, field_factors, field_of, settled_laws
+from autoem._jaxpr import jit_once
+from autoem._lower import Kernel, with_nodes
+from autoem._plan import Cost, LatentRow, Plan, parameter_rows, unread
+from autoem.e_step.places import build_layout
+from autoem.e_step.strategies import MeanField
+from autoem.ir import Program
+from autoem.m_step.choose import choose
+from autoem.m_step.problem import Bundle, Params, Problem
+
+BOUND = "the objective is the ELBO, a lower bound of the log-likelihood; what latents of different groups share is left out"
+
+
+def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array) -> Build:
+    """Derive EM for `model` called with `args` and `kwargs`.
+
+    Raises:
+        ModelError, PlanError, DataError: see each stage.
+    """
+    if (wish := field_wish(options)) is not None:
+        return build_field(model, args, kwargs, options, key, wish)
+    return build(model, args, kwargs, options, key)
+
+
+def field_wish(options: Options) -> FieldWish | None:
+    """The mean field that the user asked for, if any."""
+    if isinstance(options.e_step, MeanField):
+        return FieldWish(options.e_step, None, "asked for")
+    if isinstance(options.e_step, Mapping):
+        named = {n: s for n, s in options.e_step.items() if isinstance(s, MeanField)}
+        if named:
+            strategies = set(named.values())
+            if len(strategies) > 1:
+                name = next(iter(named))
+                mend = "give all of them one MeanField(sweeps=..., tol=...)"
+                raise PlanError(name, problem="mean fields of one model are swept together, not differently", mend=mend)
+            return FieldWish(strategies.pop(), tuple(named), "asked for")
+    return None
+
+
+def build_field(
+    model: Callable, args: tuple, kwargs: dict, options: Options, key: Array, wish: FieldWish
+) -> Build:
+    """The derivation by mean field.
+
+    Raises:
+        ModelError, PlanError, DataError: see each stage.
+    """
+    options = dataclasses.replace(options, latent=(*options.latent, *(wish.apart or ())))
+    program, found, source = read(model, args, kwargs, options)
+    data = {} if source.concrete else {i: jnp.asarray(x) for i, x in enumerate(source.data)}
+    values: dict[Any, Any] = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
+    factors, cells = field_factors(program, values)
+    field = field_of(program, factors, wish)
+    cells = {n: jnp.asarray(c) for n, c in cells.items()}
+    problem = Problem({f.name: f for f in factors}, program.params)
+
+    def whole(d, k, c):
+        return with_passed_on(program, factors, make_bundle(program, factors, d, k, c), d)
+
+    model_start = jit_once(lambda data, key: start_values(found, data, key))
+    params = model_start(start_data(found, source), key)
+    layout = build_layout(program, values, cells)
+    layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={}, chains=())
+    kernel = Kernel(program, problem, layout, (), None, treatment=field)
+    if field.blocks:
+        field = settled_laws(field, kernel, params, jit_once(whole)(data, key, cells))
+        kernel = dataclasses.replace(kernel, treatment=field)
+    shapes = jax.eval_shape(whole, data, key, cells)
+    shapes = dataclasses.replace(shapes, data=jax.eval_shape(lambda d: d, data))
+
+    def completed(params: Params, bundle: Bundle) -> Bundle:
+        return with_nodes(bundle, field.nodes(field.init(kernel, params, bundle, key)))
+
+    filled = jax.eval_shape(completed, params, shapes)
+    blocks = choose(problem, params, filled, asked(program, options))
+    kernel = dataclasses.replace(kernel, blocks=blocks)
+    accelerator = accelerated(options.accelerate, program, blocks)
+    plan = field_plan(kernel, field, notes_of(program, options))
+    plan = dataclasses.replace(plan, accelerate=accelerator and accelerator.method)
+    return Build(
+        plan, kernel, found, source, factors, support_limits(found, source), model_start, accelerator=accelerator
+    )
+
+
+def field_plan(kernel: Kernel, field: Field, notes: tuple[str, ...]) -> Plan:
+    """What the mean field does, in words."""
+    program, problem = kernel.program, kernel.problem
+    sizes = [int(np.prod(p.shape, dtype=int)) for g in field.groups for p in g.pieces] or [0]
+    itemsize = np.dtype(jnp.result_type(float)).itemsize
+    order = (*(g.name for g in field.groups[:-1]), *(b.name for b in field.blocks), *(g.name for g in field.groups[-1:]))
+    cost = Cost(sum(sizes), max(sizes), max(sizes) * itemsize, order)
+    idle = tuple(
+        f"nothing observed depends on '{n}': is a use of it forgotten?" for n in problem.params if unread(n, problem)
+    )
+    said = (f"mean field ({field.why}): {BOUND}",)
+    rows = (*discrete_rows(program, field), *continuous_rows(field))
+    return Plan(
+        program, problem, kernel.layout, kernel.blocks, None, rows,
+        tuple(parameter_rows(program, problem, kernel.blocks)), cost, (*program.notes, *said, *notes, *idle),
+    )  # fmt: skip
+
+
+def discrete_rows(program: Program, field: Field):
+    for name, latent in program.latents.items():
+        group = next((g for g in field.groups if name in g.latents), None)
+        plates = tuple(a for a in latent.axes if not a.startswith("#"))
+        count = int(np.prod(latent.shape, dtype=int))
+        reason = f"{latent.num_states} states" + (f" x {count:,} cells" if count > 1 else "")
+        if group is not None:
+            bases = dict.fromkeys(program.base_of(n) for n in group.latents)
+            with_it = ", ".join(b for b in bases if b != name)
+            chain = next((c for c in group.chains if name in c.lags), None)
+            if group.cellwise:
+                reason += ", a law for each cell, since rows read several of them; damped where all at once went too far"
+            elif chain is not None:
+                reason += f", the law of its path of {chain.length:,} steps kept whole by forward and backward messages"
+            else:
+                reason += ", its law exact given those of the others"
+            reason += f"; jointly with {with_it}" if with_it else ""
+        yield LatentRow(name, "mean field", latent.num_states, plates, count, reason)
+
+
+def continuous_rows(field: Field):
+    for block in field.blocks:
+        member, law = block.member, type(block.law).__name__.removesuffix("Law")
+        law = "InverseGamma" if getattr(block.law, "inverse", False) else law
+        readers = ", ".join(n for n in block.factors if n != block.name)
+        count = int(np.prod(member.shape, dtype=int))
+        reason = f"given the others' laws, its own with {readers or 'its prior'} is {law}"
+        yield LatentRow(member.name, "mean field", 0, member.plates, count, reason + f"; {count:,} cells" * (count > 1))

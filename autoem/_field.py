@@ -1,0 +1,298 @@
+r"""Mean field: the E-step under a product of laws, one for each group of latents, improved in turn.
+
+In: a kernel whose factors were built for it, parameters, data and the laws of the last E-step. Out: `Expectation`, whose
+likelihood is the bound
+
+.. math:: \mathrm{ELBO} = \sum_f \mathrm{E}_q[\log f] + \sum_g H(q_g) \le \log p(x)
+
+and whose statistics are its derivative by the factors' cells at fixed `q`, so that the M-step sees nothing new.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from autoem._lower import Kernel, with_nodes
+from autoem._named import Named, named
+from autoem.e_step.completions import NODES
+from autoem.e_step.elimination import Step, eliminate
+from autoem.e_step.field import (
+    Block,
+    Group,
+    Piece,
+    cell_law,
+    expectation,
+    expected_table,
+    finite,
+    over_nodes,
+    solved,
+    weight_of,
+)
+from autoem.e_step.layout import Layout, Table
+from autoem.e_step.strategies import MeanField
+from autoem.e_step.tables import Factor
+from autoem.e_step.treatment import AbstractTreatment, Expectation
+from autoem.m_step.problem import Bundle, Params, graph_values, make_layout
+
+HALVINGS = 12  # of a step towards the new laws of cells that read one another, before the old ones are kept
+
+
+class Laws(NamedTuple):
+    """The state: marginals by piece, entropies by group, log probabilities of groups by cell, laws of blocks."""
+
+    shares: dict[str, Named]
+    entropy: dict[str, Array]
+    scores: dict[str, Named]
+    natural: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Field(AbstractTreatment):
+    """Mean field over `groups` of discrete latents and `blocks` of continuous ones; the last group is updated last."""
+
+    groups: tuple[Group, ...]
+    blocks: tuple[Block, ...]
+    factors: Mapping[str, Factor]
+    wish: MeanField
+    why: str
+
+    objective_name = "ELBO"
+    source = "Jordan et al. 1999; Ghahramani and Jordan 1997 (structured); Blei, Ng and Jordan 2003; Daudin et al. 2008"
+
+    def pieces_of(self, factor: str) -> tuple[Piece, ...]:
+        return self._pieces.get(factor, ())
+
+    @functools.cached_property
+    def _pieces(self) -> dict[str, tuple[Piece, ...]]:
+        out: dict[str, tuple[Piece, ...]] = {}
+        for g in self.groups:
+            for p in g.pieces:
+                out[p.factor] = (*out.get(p.factor, ()), p)
+        return out
+
+    def init(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> Laws:
+        """Laws that differ a little from cell to cell, or each latent's cells at random where they read one another."""
+        keys = jax.random.split(key, len(self.blocks) + len(self.groups))
+        natural = {b.name: b.law.start(k, b.size) for b, k in zip(self.blocks, keys, strict=False)}
+        laws, layout = Laws({}, {}, {}, natural), make_layout(kernel.layout, bundle)
+        for group, k in zip(self.groups, keys[len(self.blocks) :], strict=True):
+            if group.cellwise:
+                axes, sizes = self._cell_axes(kernel, group)
+                scores = Named(jax.random.normal(k, sizes), axes)
+                shares, entropy = cell_law(group, scores, layout)
+                laws.scores[group.name] = scores
+            else:
+                tables = [self._random_table(p, jax.random.fold_in(k, i)) for i, p in enumerate(group.pieces)]
+                shares, entropy = solved(group, tables, self._within(group, layout))
+            laws.shares.update(shares)
+            laws.entropy[group.name] = entropy
+        if self.groups:
+            laws = self._update_group(self.groups[-1], self._tables(kernel, params, bundle, laws), laws, layout)
+        return laws
+
+    def _random_table(self, piece: Piece, key: Array) -> Table:
+        axes = (*piece.own, *piece.axes)
+        value = 0.1 * jax.random.normal(key, piece.shape)
+        if not piece.crossing:  # as the factor's own table has it: the same along plates it need not vary on
+            value, axes = jnp.zeros(piece.shape[: len(piece.own)]), piece.own
+        return Table(Named(value, axes), frozenset(piece.own), frozenset(piece.axes), piece.route)
+
+    def _cell_axes(self, kernel: Kernel, group: Group) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        latent = kernel.program.every_latent[group.latents[0]]
+        kept = [(a, s) for a, s in zip(latent.axes, latent.shape, strict=True) if not a.startswith("#")]
+        return (latent.name, *(a for a, _ in kept)), (latent.num_states, *(s for _, s in kept))
+
+    @staticmethod
+    def _within(group: Group, layout: Layout) -> Layout:
+        return dataclasses.replace(layout, chains=group.chains, proof=True)
+
+    def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Laws) -> Expectation:
+        """Sweeps of updates, then the bound and its statistics under the laws they led to."""
+        laws = self.improved(kernel, params, bundle, state, self.wish.sweeps)
+        nodes = self.nodes(laws)
+        filled = with_nodes(bundle, nodes)
+        likely = [n for n, f in self.factors.items() if not f.is_prior]
+        cells = kernel.problem.cells(params, filled, likely)
+        bound, statistics = jax.value_and_grad(lambda c: self.bound(c, laws, filled, kernel))(cells)
+        priors = kernel.problem.cells(params, bundle, [n for n, f in self.factors.items() if f.is_prior])
+        prior, from_prior = jax.value_and_grad(kernel.log_prior)(priors, bundle)
+        more = {NODES: nodes} if nodes else {}
+        return Expectation(bound + bundle.constant, prior, {**statistics, **from_prior, **more}, laws)
+
+    def improved(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws, sweeps: int) -> Laws:
+        """The laws after so many sweeps, or fewer where they have settled."""
+        if sweeps == 1:
+            return self.sweep(kernel, params, bundle, laws)
+
+        def value(laws: Laws) -> Array:
+            filled = with_nodes(bundle, self.nodes(laws))
+            likely = [n for n, f in self.factors.items() if not f.is_prior]
+            return self.bound(kernel.problem.cells(params, filled, likely), laws, filled, kernel)
+
+        def again(carry):
+            count, last, laws, _ = carry
+            laws = self.sweep(kernel, params, bundle, laws)
+            new = value(laws)
+            return count + 1, new, laws, new - last > self.wish.tol * jnp.maximum(jnp.abs(new), 1)
+
+        laws = self.sweep(kernel, params, bundle, laws)
+        start = (jnp.ones((), int), value(laws), laws, jnp.asarray(True))
+        return jax.lax.while_loop(lambda c: c[3] & (c[0] < sweeps), again, start)[2]
+
+    def sweep(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws) -> Laws:
+        """Every group and block once, the last group last."""
+        layout = make_layout(kernel.layout, bundle)
+        for group in self.groups[:-1]:
+            laws = self._update_group(group, self._tables(kernel, params, bundle, laws, group), laws, layout)
+        for block in self.blocks:
+            law = self.update_block(block, params, bundle, laws, layout)
+            laws = laws._replace(natural={**laws.natural, block.name: law})
+        for group in self.groups[-1:]:
+            laws = self._update_group(group, self._tables(kernel, params, bundle, laws, group), laws, layout)
+        return laws
+
+    def _tables(
+        self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws, group: Group | None = None
+    ) -> dict[str, Named]:
+        """Tables of the factors that a group reads, or of all, at the nodes of the blocks."""
+        filled = with_nodes(bundle, self.nodes(laws))
+        names = dict.fromkeys(p.factor for p in group.pieces) if group else [n for n in self._pieces]
+        cells = kernel.problem.cells(params, filled, list(names))
+        return {n: self.table(self.factors[n], cells[n], filled) for n in names}
+
+    def table(self, factor: Factor, cells: Any, bundle: Bundle) -> Named:
+        """A factor's expected log densities over the blocks' laws, for every state of its discrete latents."""
+        rows = bundle.rows[factor.name]
+        value = factor.table(cells, rows).value
+        if factor.is_hidden and factor.family is not None and rows.value is not None:
+            axes = rows.value.axes[factor.family.event_dim :]
+            fixed = {k: f.to(axes) for k, f in (rows.fixed or {}).items()}
+            base = Named(factor.family.base(rows.value.array, fixed), axes)
+            whole = tuple(dict.fromkeys((*value.axes, *axes)))
+            value = Named(value.to(whole) + base.to(whole), whole)
+        return finite(over_nodes(value))
+
+    def _update_group(self, group: Group, tables: Mapping[str, Named], laws: Laws, layout: Layout) -> Laws:
+        if group.cellwise:
+            return self._update_cells(group, tables, laws, layout)
+        shares, entropy = solved(group, self._expected(group, tables, laws, layout), self._within(group, layout))
+        return laws._replace(
+            shares={**laws.shares, **shares}, entropy={**laws.entropy, group.name: entropy}
+        )
+
+    def _expected(self, group: Group, tables: Mapping[str, Named], laws: Laws, layout: Layout) -> list[Table]:
+        """The tables of a group's pieces, all other laws as they are."""
+        out = []
+        for p in group.pieces:
+            others = [laws.shares[o.key] for o in self.pieces_of(p.factor) if o.key != p.key]
+            out.append(expected_table(self.factors[p.factor], p, tables[p.factor], others, layout))
+        return out
+
+    def _update_cells(self, group: Group, tables: Mapping[str, Named], laws: Laws, layout: Layout) -> Laws:
+        """Towards the laws that each cell would have given all others: as far as the bound does not fall."""
+        steps: list[Any] = []
+        eliminate(self._expected(group, tables, laws, layout), self._within(group, layout), steps=steps)
+        step = next(s for s in steps if isinstance(s, Step) and s.latent == group.latents[0])
+        old = laws.scores[group.name]
+        wanted = jnp.broadcast_to(step.joint.to(old.axes), old.array.shape)
+
+        def value(shares: Mapping[str, Named], entropy: Array) -> Array:
+            total = entropy
+            for name in dict.fromkeys(p.factor for p in group.pieces):
+                total = total + self._expectation(name, tables[name], {**laws.shares, **shares}, layout)
+            return total
+
+        def at(share: Array) -> tuple[Named, dict[str, Named], Array]:
+            log_old, log_new = (jax.nn.log_softmax(x, axis=0) for x in (old.array, wanted))
+            scores = Named((1 - share) * log_old + share * log_new, old.axes)
+            return scores, *cell_law(group, scores, layout)
+
+        before = value(*cell_law(group, old, layout))
+        slack = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+
+        def halve(carry):
+            share, _, count = carry
+            return share / 2, value(*at(share / 2)[1:]), count + 1
+
+        start = (jnp.ones(()), value(*at(jnp.ones(()))[1:]), 0)
+        share, after, _ = jax.lax.while_loop(lambda c: ~(c[1] >= before - slack) & (c[2] < HALVINGS), halve, start)
+        scores, shares, entropy = at(jnp.where(after >= before - slack, share, 0.0))
+        return laws._replace(
+            shares={**laws.shares, **shares},
+            entropy={**laws.entropy, group.name: entropy},
+            scores={**laws.scores, group.name: scores},
+        )
+
+    def _expectation(self, name: str, table: Named, shares: Mapping[str, Named], layout: Layout) -> Array:
+        factor, pieces = self.factors[name], self.pieces_of(name)
+        counted = bool(pieces) and not pieces[0].crossing
+        if counted and next(g for g in self.groups if g.name == pieces[0].group).cellwise:
+            counted = False
+        return expectation(factor, table, weight_of(factor, pieces, shares, layout), counted)
+
+    def bound(self, cells: Mapping[str, Any], laws: Laws, filled: Bundle, kernel: Kernel) -> Array:
+        """The ELBO, but for constants of the data, in nats; `filled` are the data with nodes for the blocks."""
+        layout = make_layout(kernel.layout, filled)
+        total = sum(laws.entropy.values(), start=jnp.zeros(()))
+        for block in self.blocks:
+            total = total + block.law.entropy(laws.natural[block.name])
+        for name, c in cells.items():
+            total = total + self._expectation(name, self.table(self.factors[name], c, filled), laws.shares, layout)
+        return total
+
+    def update_block(self, block: Block, params: Params, bundle: Bundle, laws: Laws, layout: Layout) -> Any:
+        """The law of a continuous latent under all others, from slopes of its expected log joint."""
+        slope = jax.grad(lambda u: self.joint(block, u, params, bundle, laws, layout))
+        points = block.law.points(laws.natural[block.name])
+        return block.law.solve(points, tuple(slope(u) for u in points))
+
+    def joint(self, block: Block, u: Array, params: Params, bundle: Bundle, laws: Laws, layout: Layout) -> Array:
+        """The expected log joint of a block's factors, where its latent has the values `u`."""
+        points = {**self.node_values(laws), block.name: u[None]}
+        nodes = {n: self._nodes_of(self.factors[n], points) for n in block.factors}
+        filled = with_nodes(bundle, nodes)
+        values, total = graph_values(filled, params), jnp.zeros(())
+        for name in block.factors:
+            factor = self.factors[name]
+            table = self.table(factor, factor.cells(values, filled.rows[name]), filled)
+            total = total + self._expectation(name, table, laws.shares, layout)
+        return total
+
+    def node_values(self, laws: Laws) -> dict[str, Array]:
+        """Equally weighted values of every block, `(nodes, *shape, *event)`."""
+        return {b.name: b.law.nodes(laws.natural[b.name]) for b in self.blocks}
+
+    def nodes(self, laws: Laws) -> dict[str, Any]:
+        """For each factor that reads blocks, its nodes and its own latent's values there."""
+        points = self.node_values(laws)
+        return {n: self._nodes_of(f, points) for n, f in self.factors.items() if f.completions is not None}
+
+    def nodes_at(self, latents: Mapping[str, Array]) -> dict[str, Any]:
+        points = {b.name: jnp.reshape(latents[b.name], (1, *b.size)) for b in self.blocks}
+        return {n: self._nodes_of(f, points) for n, f in self.factors.items() if f.completions is not None}
+
+    def _nodes_of(self, f: Factor, points: Mapping[str, Array]) -> tuple[dict[str, Array], Named | None]:
+        """Nodes of a factor: every combination of those of the latents that it reads."""
+        assert f.completions is not None
+        members = f.completions.members
+        counts = [points[m.name].shape[0] for m in members]
+        lead = (1,) * len(f.parents if f.family else f.latents)
+        chosen = {}
+        for i, m in enumerate(members):
+            x = points[m.name].reshape(*(1,) * i, counts[i], *(1,) * (len(counts) - 1 - i), *m.shape, *m.event)
+            x = jnp.broadcast_to(x, (*counts, *m.shape, *m.event))
+            chosen[m.name] = x.reshape(*lead, -1, *m.shape, *m.event)
+        if not f.is_hidden or f.family is None:
+            return chosen, None
+        events = tuple(f"event{i}" for i in range(f.family.event_dim))
+        own = chosen[f.name].reshape(-1, *f.site.shape, *chosen[f.name].shape[len(lead) + 1 + len(f.site.shape) :])
+        value = named(own, (NODES, *f.site.axes, *events))
+        order = (*events, *(a for a in value.axes if a not in events))
+        return chosen, Named(value.to(order), order)

@@ -1,0 +1,185 @@
+"""What a mean field is made of: groups of latents, and the pieces in which factors read them.
+
+In: tables of factors, with named axes. Out: records, and the sums that every update needs: the expected table of a
+piece under the laws of all others, and the expectation of a table under all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from autoem._named import Named, contract, multiply, union
+from autoem.e_step.completions import NODES
+from autoem.e_step.elimination import eliminate
+from autoem.e_step.field_laws import AbstractLaw
+from autoem.e_step.layout import Layout, Route, Table, route_to_rows
+from autoem.e_step.tables import Factor
+from autoem.ir import Chain, Continuous
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """What one factor reads of one group: `latents` as the table names them, `own` as the group does.
+
+    `axes` are the plates along which its law varies in the factor's rows; `crossing` tells that the factor reads other
+    groups beside it, so that the law is kept as probabilities, not as counts.
+    """
+
+    key: str
+    factor: str
+    group: str
+    latents: tuple[str, ...]
+    own: tuple[str, ...]
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    route: Route | None
+    crossing: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Discrete latents whose joint law is kept, with the chains among them; with `cellwise`, a law for each cell."""
+
+    name: str
+    latents: tuple[str, ...]
+    chains: tuple[Chain, ...]
+    pieces: tuple[Piece, ...]
+    cellwise: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """A continuous latent with a law of its own in every cell; `factors` are those that read it."""
+
+    member: Continuous
+    law: AbstractLaw
+    factors: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.member.name
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return self.member.shape + self.member.event
+
+
+def finite(value: Named) -> Named:
+    """A table in which what is impossible has a finite number, so that no share of it is NaN."""
+    lowest = -(float(jnp.finfo(value.array.dtype).max) ** 0.5)
+    return Named(jnp.maximum(value.array, lowest), value.axes)
+
+
+def over_nodes(value: Named) -> Named:
+    """Mean over equally weighted nodes."""
+    if NODES not in value.axes:
+        return value
+    return Named(value.array.mean(value.axes.index(NODES)), tuple(a for a in value.axes if a != NODES))
+
+
+def repeats(factor: Factor, present: Sequence[str], summed: Sequence[str]) -> float:
+    """How many equal terms a sum over `summed` plates has along those that nothing present varies on."""
+    return float(np.prod([factor.sizes[p] for p in summed if p not in present], dtype=float))
+
+
+def count_of(factor: Factor, latents: Sequence[str], layout: Layout) -> Named | None:
+    """How often each row counts, by the innermost of some latents; None where once."""
+    inside = [z for z in factor.latents if z.name in latents]
+    if not inside:
+        return None
+    inner = max(inside, key=lambda z: (factor.route_to(z.name) is None, sum(not a.startswith("#") for a in z.axes)))
+    scale = layout.scales.get(factor.latent_of(inner.name))
+    return None if scale is None else route_to_rows(scale, factor.route_to(inner.name), layout.cells)
+
+
+def expected_table(factor: Factor, piece: Piece, table: Named, others: Sequence[Named], layout: Layout) -> Table:
+    """The table of a piece: the factor's, averaged over the laws of all other pieces."""
+    terms = [table, *others]
+    inner = factor.inner
+    if inner is not None and inner.name not in piece.latents:
+        mine = count_of(factor, [inner.name], layout)
+        theirs = count_of(factor, piece.latents, layout)
+        if mine is not None:
+            terms.append(mine)
+        if theirs is not None:
+            terms.append(Named(1 / jnp.where(theirs.array == 0, 1, theirs.array), theirs.axes))
+    keep = (*piece.latents, *piece.axes)
+    value = contract(keep, *terms) if len(terms) > 1 or set(table.axes) - set(keep) else table
+    times = repeats(factor, union(*(t.axes for t in terms)), [p for p in factor.kept if p not in piece.axes])
+    value = Named(value.array * times, value.axes) if times != 1 else value
+    names = dict(zip(piece.latents, piece.own, strict=True))
+    value = Named(value.array, tuple(names.get(a, a) for a in value.axes))
+    if piece.crossing:
+        whole = (*piece.own, *piece.axes)
+        value = Named(jnp.broadcast_to(value.to(whole), piece.shape), whole)
+    return Table(value, frozenset(piece.own), frozenset(piece.axes), piece.route)
+
+
+def solved(group: Group, tables: Sequence[Table], layout: Layout) -> tuple[dict[str, Named], Array]:
+    """The law of a group from its expected tables: by piece its marginals, and the entropy in nats."""
+
+    def log_z(values: list[Named]) -> Array:
+        return eliminate([dataclasses.replace(t, value=v) for t, v in zip(tables, values, strict=True)], layout)
+
+    values = [t.value for t in tables]
+    total, counts = jax.value_and_grad(log_z)(values)
+    used = sum(((c.array * v.array).sum() for c, v in zip(counts, values, strict=True)), start=jnp.zeros(()))
+    shares = {p.key: as_read(p, c) for p, c in zip(group.pieces, counts, strict=True)}
+    return shares, total - used
+
+
+def as_read(piece: Piece, counts: Named) -> Named:
+    """Counts of a group's latents, as probabilities where another group is read beside them, by the factor's names."""
+    names = dict(zip(piece.own, piece.latents, strict=True))
+    if piece.crossing:
+        lead = tuple(range(len(piece.own)))
+        total = counts.array.sum(lead, keepdims=True)
+        states = float(np.prod(counts.array.shape[: len(lead)], dtype=float))
+        counts = Named(jnp.where(total > 0, counts.array / jnp.where(total > 0, total, 1), 1 / states), counts.axes)
+    return Named(counts.array, tuple(names.get(a, a) for a in counts.axes))
+
+
+def weight_of(
+    factor: Factor, pieces: Sequence[Piece], shares: Mapping[str, Named], layout: Layout
+) -> tuple[Named, ...]:
+    """What a factor's table is contracted with for its expectation: laws of its pieces, and how often rows count."""
+    laws = tuple(shares[p.key] for p in pieces)
+    if not pieces or not pieces[0].crossing:
+        return laws
+    count = count_of(factor, [z.name for z in factor.latents], layout)
+    return laws if count is None else (*laws, count)
+
+
+def expectation(factor: Factor, table: Named, weight: Sequence[Named], counted: bool) -> Array:
+    """Expectation of a factor's log density over all rows; `counted` weights hold repeated rows already."""
+    if len(weight) == 1 and weight[0].axes == table.axes:
+        total = (weight[0].array * table.array).sum()
+    else:
+        total = contract((), table, *weight).array if weight else table.array.sum()
+    times = 1.0 if counted else repeats(factor, union(table.axes, *(w.axes for w in weight)), factor.kept)
+    return total * times
+
+
+def cell_law(group: Group, scores: Named, layout: Layout) -> tuple[dict[str, Named], Array]:
+    """The same of a group with a law for each cell, from its log probabilities up to a constant."""
+    (name,) = group.latents
+    log_p = jax.nn.log_softmax(scores.array, axis=0)
+    p = Named(jnp.exp(log_p), scores.axes)
+    entropy = -(p.array * log_p).sum(0)
+    scale = layout.scales.get(name)
+    if scale is not None:
+        entropy = entropy * jnp.broadcast_to(scale.to(scores.axes[1:]), entropy.shape)
+    shares = {}
+    for piece in group.pieces:
+        rows = route_to_rows(p, piece.route, layout.cells)
+        axes = tuple(piece.latents[0] if a == name else a for a in rows.axes)
+        shares[piece.key] = Named(rows.array, axes)
+        if not piece.crossing and (count := scale) is not None:
+            shares[piece.key] = multiply(shares[piece.key], route_to_rows(count, piece.route, layout.cells))
+    return shares, entropy.sum()
