@@ -96,6 +96,7 @@ def _trace(
             if found.chains:
                 raise
             graph = full
+    half = half_compact(source, found, {**latents, **pieces}, hidden, outputs) if compact and graph is not full else None
     sites = {n: read_site(r, every) for n, r in reader.records.items()}
     params = {n: Param(n, full.inputs["param", n].shape, None, c) for n, (_, c) in found.params.items()}
     shown = {k: v for k, v in found.graph.outputs.items() if not (k[0] == "init" and k[1] in hidden)}
@@ -107,9 +108,21 @@ def _trace(
     notes += tuple(f"argument '{n}' reaches no site: is obs={n} forgotten?" for n in unused)
     program = Program(
         model_name(model), sites, plates, latents, params, graph, full, compact, source.tree, notes, subsampled,
-        found.chains, pieces, hidden, strands,
+        found.chains, pieces, hidden, strands, half,
     )  # fmt: skip
     return check(program), found, source
+
+
+def half_compact(source: Source, found: Discovery, discrete: Mapping, hidden: Mapping, outputs: Any) -> Graph | None:
+    """The model with its discrete latents compact and its continuous ones at full shape; None where that fails."""
+    if not discrete or not hidden or found.chains:
+        return None
+    inputs = {**full_inputs(found, discrete, compact=True), **full_inputs(found, hidden, compact=False)}
+    inputs = {k: v for k, v in inputs.items() if k[0] == "latent" or k[1] not in hidden}
+    try:
+        return source.read(inputs, outputs, compact=True)[1]
+    except (*NOT_CONCRETE, ModelError, ValueError, TypeError):
+        return None
 
 
 def unused_arguments(found: Discovery, full: Graph, source: Source) -> list[str]:

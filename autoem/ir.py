@@ -198,7 +198,8 @@ class Program:
     `graph` runs the model with every latent at its *compact* shape (1 along its plates); `full` at its full shape.
     Inputs are keyed ("param", name), ("latent", name), ("data", i), ("key", 0); outputs (site, field) with fields
     "value", "elem" (log density of the unwrapped distribution), "mask", "scale", "low", "high" and "arg:<name>".
-    `compact` tells of each latent whether its compact shape may be used.
+    `compact` tells of each latent whether its compact shape may be used. `half`, where there is one, has the discrete
+    latents compact and the continuous ones at full shape.
     """
 
     name: str
@@ -216,6 +217,7 @@ class Program:
     pieces: Mapping[str, Latent] = dataclasses.field(default_factory=dict)
     continuous: Mapping[str, Continuous] = dataclasses.field(default_factory=dict)
     strands: Mapping[str, Continuous] = dataclasses.field(default_factory=dict)
+    half: Graph | None = None
 
     @property
     def every_latent(self) -> dict[str, Latent]:

@@ -27,6 +27,7 @@ from autoem.families._arrays import as_float
 from autoem.ir import Latent, Site
 
 FEATURE = "·"  # axis of the sufficient statistics
+LOOK_UP_FROM = 256  # categories from which a row's log density is looked up, not multiplied out of a column of zeros
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -275,7 +276,8 @@ class Factor:
         if self.coefficients and rows.mask is None and set(x.axes[1:]) <= set(keep):
             value = squared_residuals(keep, eta, x, lambda: self.features(rows), FEATURE)
             return add(value, self._constants(keep, constants))
-        if self.times and self._family.looks_up and set(x.axes) <= set(keep) - set(eta.axes):
+        looked = self._family.looks_up and (self.times or eta.size(FEATURE) >= LOOK_UP_FROM)
+        if looked and set(x.axes) <= set(keep) - set(eta.axes):
             value = looked_up(eta, FEATURE, x)
             value = value if rows.mask is None else multiply(value, rows.mask)
             return add(value, contract_sum(keep, self._counted(keep, constants, x, rows)))
