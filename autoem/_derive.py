@@ -20,14 +20,13 @@ from autoem._build import (
     accelerated,
     asked,
     build,
-    make_bundle,
     notes_of,
     read,
     start_data,
     start_values,
     support_limits,
-    with_passed_on,
 )
+from autoem._bundle import make_bundle, with_passed_on
 from autoem._errors import PlanError
 from autoem._field import Field
 from autoem._field_build import FieldWish, field_factors, field_of, settled_laws
@@ -107,7 +106,7 @@ def build_field(
     filled = jax.eval_shape(completed, params, shapes)
     blocks = choose(problem, params, filled, asked(program, options))
     kernel = dataclasses.replace(kernel, blocks=blocks)
-    accelerator = accelerated(options.accelerate, program, blocks)
+    accelerator = accelerated(options.accelerate, program, blocks, field)
     plan = field_plan(kernel, field, notes_of(program, options))
     plan = dataclasses.replace(plan, accelerate=accelerator and accelerator.method)
     return Build(

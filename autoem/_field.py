@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,9 +30,11 @@ from autoem.e_step.field import (
     cell_law,
     expectation,
     expected_table,
+    as_read,
     finite,
     over_nodes,
     solved,
+    used_by,
     weight_of,
 )
 from autoem.e_step.layout import Layout, Table
@@ -41,6 +43,7 @@ from autoem.e_step.tables import Factor
 from autoem.e_step.treatment import AbstractTreatment, Expectation
 from autoem.m_step.problem import Bundle, Params, graph_values, make_layout
 
+FIRST = 10  # sweeps over each row's own latents before what all rows share is updated for the first time
 HALVINGS = 12  # of a step towards the new laws of cells that read one another, before the old ones are kept
 
 
@@ -59,12 +62,17 @@ class Field(AbstractTreatment):
 
     groups: tuple[Group, ...]
     blocks: tuple[Block, ...]
-    factors: Mapping[str, Factor]
+    by_name: Mapping[str, Factor]
     wish: MeanField
     why: str
 
     objective_name = "ELBO"
     source = "Jordan et al. 1999; Ghahramani and Jordan 1997 (structured); Blei, Ng and Jordan 2003; Daudin et al. 2008"
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """Those that read continuous latents."""
+        return tuple(f for f in self.by_name.values() if f.completions is not None)
 
     def pieces_of(self, factor: str) -> tuple[Piece, ...]:
         return self._pieces.get(factor, ())
@@ -89,20 +97,26 @@ class Field(AbstractTreatment):
                 shares, entropy = cell_law(group, scores, layout)
                 laws.scores[group.name] = scores
             else:
-                tables = [self._random_table(p, jax.random.fold_in(k, i)) for i, p in enumerate(group.pieces)]
-                shares, entropy = solved(group, tables, self._within(group, layout))
+                tables = [self._random_table(group, p, jax.random.fold_in(k, i)) for i, p in enumerate(group.pieces)]
+                shares, entropy = self._law(group, tables, layout)
             laws.shares.update(shares)
             laws.entropy[group.name] = entropy
-        if self.groups:
-            laws = self._update_group(self.groups[-1], self._tables(kernel, params, bundle, laws), laws, layout)
+        laws = self._close(kernel, params, bundle, laws)
+        for _ in range(FIRST if any(b.shared for b in self.blocks) else 0):  # before what all rows share moves
+            laws = self._close(kernel, params, bundle, self.sweep(kernel, params, bundle, laws))
         return laws
 
-    def _random_table(self, piece: Piece, key: Array) -> Table:
-        axes = (*piece.own, *piece.axes)
-        value = 0.1 * jax.random.normal(key, piece.shape)
-        if not piece.crossing:  # as the factor's own table has it: the same along plates it need not vary on
+    def _law(self, group: Group, tables: Sequence[Table], layout: Layout) -> tuple[dict[str, Named], Array]:
+        """The law of a group from its expected tables: by piece its marginals, and the entropy in nats."""
+        total, counts = solved(group, tables, self._within(group, layout))
+        shares = {p.key: as_read(p, c) for p, c in zip(group.pieces, counts, strict=True)}
+        return shares, total - used_by(tables, counts)
+
+    def _random_table(self, group: Group, piece: Piece, key: Array) -> Table:
+        value, axes = 0.1 * jax.random.normal(key, piece.shape), (*piece.own, *piece.axes)
+        if not (piece.crossing or group.simple):  # as the factor's own: the same along plates it need not vary on
             value, axes = jnp.zeros(piece.shape[: len(piece.own)]), piece.own
-        return Table(Named(value, axes), frozenset(piece.own), frozenset(piece.axes), piece.route)
+        return self._as_table(piece, Named(value, axes))
 
     def _cell_axes(self, kernel: Kernel, group: Group) -> tuple[tuple[str, ...], tuple[int, ...]]:
         latent = kernel.program.every_latent[group.latents[0]]
@@ -114,49 +128,87 @@ class Field(AbstractTreatment):
         return dataclasses.replace(layout, chains=group.chains, proof=True)
 
     def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Laws) -> Expectation:
-        """Sweeps of updates, then the bound and its statistics under the laws they led to."""
-        laws = self.improved(kernel, params, bundle, state, self.wish.sweeps)
+        """Sweeps of updates; the last group's last update yields the bound and its statistics in one pass."""
+        laws = self.improved(kernel, params, bundle, state)
         nodes = self.nodes(laws)
         filled = with_nodes(bundle, nodes)
-        likely = [n for n, f in self.factors.items() if not f.is_prior]
-        cells = kernel.problem.cells(params, filled, likely)
-        bound, statistics = jax.value_and_grad(lambda c: self.bound(c, laws, filled, kernel))(cells)
-        priors = kernel.problem.cells(params, bundle, [n for n, f in self.factors.items() if f.is_prior])
+        layout = make_layout(kernel.layout, bundle)
+        cells = kernel.problem.cells(params, filled, [n for n, f in self.by_name.items() if not f.is_prior])
+        last = self.groups[-1] if self.groups and not self.groups[-1].cellwise else None
+        ends = {p.factor for p in last.pieces} if last else set()
+        total, statistics = jnp.zeros(()), {}
+        if last is not None:
+
+            def tables_of(cells: Mapping[str, Any]) -> list[Named]:
+                tables = {n: self.table(self.by_name[n], c, filled) for n, c in cells.items()}
+                return [t.value for t in self._expected(last, tables, laws, layout)]
+
+            values, pull = jax.vjp(tables_of, {n: cells[n] for n in ends})
+            tables = [self._as_table(p, v) for p, v in zip(last.pieces, values, strict=True)]
+            total, counts = solved(last, tables, self._within(last, layout))
+            counts = [Named(c.to(v.axes), v.axes) for c, v in zip(counts, values, strict=True)]
+            (statistics,) = pull(counts)
+            shares = {p.key: as_read(p, c) for p, c in zip(last.pieces, counts, strict=True)}
+            laws = laws._replace(shares={**laws.shares, **shares})
+        others = {n: c for n, c in cells.items() if n not in ends}
+        rest, more = jax.value_and_grad(lambda c: self.bound(c, laws, filled, kernel, last))(others)
+        priors = kernel.problem.cells(params, bundle, [n for n, f in self.by_name.items() if f.is_prior])
         prior, from_prior = jax.value_and_grad(kernel.log_prior)(priors, bundle)
-        more = {NODES: nodes} if nodes else {}
-        return Expectation(bound + bundle.constant, prior, {**statistics, **from_prior, **more}, laws)
+        found = {**statistics, **more, **from_prior, **({NODES: nodes} if nodes else {})}
+        return Expectation(total + rest + bundle.constant, prior, found, laws)
 
-    def improved(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws, sweeps: int) -> Laws:
-        """The laws after so many sweeps, or fewer where they have settled."""
-        if sweeps == 1:
-            return self.sweep(kernel, params, bundle, laws)
+    @staticmethod
+    def _as_table(piece: Piece, value: Named) -> Table:
+        return Table(value, frozenset(piece.own), frozenset(piece.axes), piece.route)
 
-        def value(laws: Laws) -> Array:
-            filled = with_nodes(bundle, self.nodes(laws))
-            likely = [n for n, f in self.factors.items() if not f.is_prior]
-            return self.bound(kernel.problem.cells(params, filled, likely), laws, filled, kernel)
+    def improved(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws) -> Laws:
+        """The laws after an E-step's updates, but for the last one of the last group.
+
+        What all rows share is updated once, as a parameter would be, then each row's own latents in so many sweeps, or
+        fewer where they have settled.
+        """
+        layout = make_layout(kernel.layout, bundle)
+        for block in (b for b in self.blocks if b.shared):
+            laws = self._with_block(block, params, bundle, laws, layout)
+        laws = self.sweep(kernel, params, bundle, laws)
+        if self.wish.sweeps == 1:
+            return laws
 
         def again(carry):
             count, last, laws, _ = carry
-            laws = self.sweep(kernel, params, bundle, laws)
-            new = value(laws)
-            return count + 1, new, laws, new - last > self.wish.tol * jnp.maximum(jnp.abs(new), 1)
+            laws = self._close(kernel, params, bundle, laws)
+            new = self.value(kernel, params, bundle, laws)
+            going = new - last > self.wish.tol * jnp.maximum(jnp.abs(new), 1)
+            return count + 1, new, self.sweep(kernel, params, bundle, laws), going
 
-        laws = self.sweep(kernel, params, bundle, laws)
-        start = (jnp.ones((), int), value(laws), laws, jnp.asarray(True))
-        return jax.lax.while_loop(lambda c: c[3] & (c[0] < sweeps), again, start)[2]
+        start = (jnp.ones((), int), jnp.asarray(-jnp.inf), laws, jnp.asarray(True))
+        return jax.lax.while_loop(lambda c: c[3] & (c[0] < self.wish.sweeps), again, start)[2]
+
+    def value(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws) -> Array:
+        """The bound under given laws, but for constants of the data."""
+        filled = with_nodes(bundle, self.nodes(laws))
+        likely = [n for n, f in self.by_name.items() if not f.is_prior]
+        return self.bound(kernel.problem.cells(params, filled, likely), laws, filled, kernel)
 
     def sweep(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws) -> Laws:
-        """Every group and block once, the last group last."""
+        """Every group and every row's own block once, but for the last group, unless that is by cells."""
         layout = make_layout(kernel.layout, bundle)
         for group in self.groups[:-1]:
             laws = self._update_group(group, self._tables(kernel, params, bundle, laws, group), laws, layout)
-        for block in self.blocks:
-            law = self.update_block(block, params, bundle, laws, layout)
-            laws = laws._replace(natural={**laws.natural, block.name: law})
+        for block in (b for b in self.blocks if not b.shared):
+            laws = self._with_block(block, params, bundle, laws, layout)
+        return self._close(kernel, params, bundle, laws) if self.groups and self.groups[-1].cellwise else laws
+
+    def _close(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws) -> Laws:
+        """The last group's update."""
         for group in self.groups[-1:]:
+            layout = make_layout(kernel.layout, bundle)
             laws = self._update_group(group, self._tables(kernel, params, bundle, laws, group), laws, layout)
         return laws
+
+    def _with_block(self, block: Block, params: Params, bundle: Bundle, laws: Laws, layout: Layout) -> Laws:
+        law = self.update_block(block, params, bundle, laws, layout)
+        return laws._replace(natural={**laws.natural, block.name: law})
 
     def _tables(
         self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws, group: Group | None = None
@@ -165,7 +217,7 @@ class Field(AbstractTreatment):
         filled = with_nodes(bundle, self.nodes(laws))
         names = dict.fromkeys(p.factor for p in group.pieces) if group else [n for n in self._pieces]
         cells = kernel.problem.cells(params, filled, list(names))
-        return {n: self.table(self.factors[n], cells[n], filled) for n in names}
+        return {n: self.table(self.by_name[n], cells[n], filled) for n in names}
 
     def table(self, factor: Factor, cells: Any, bundle: Bundle) -> Named:
         """A factor's expected log densities over the blocks' laws, for every state of its discrete latents."""
@@ -182,7 +234,7 @@ class Field(AbstractTreatment):
     def _update_group(self, group: Group, tables: Mapping[str, Named], laws: Laws, layout: Layout) -> Laws:
         if group.cellwise:
             return self._update_cells(group, tables, laws, layout)
-        shares, entropy = solved(group, self._expected(group, tables, laws, layout), self._within(group, layout))
+        shares, entropy = self._law(group, self._expected(group, tables, laws, layout), layout)
         return laws._replace(
             shares={**laws.shares, **shares}, entropy={**laws.entropy, group.name: entropy}
         )
@@ -192,7 +244,7 @@ class Field(AbstractTreatment):
         out = []
         for p in group.pieces:
             others = [laws.shares[o.key] for o in self.pieces_of(p.factor) if o.key != p.key]
-            out.append(expected_table(self.factors[p.factor], p, tables[p.factor], others, layout))
+            out.append(expected_table(self.by_name[p.factor], p, tables[p.factor], others, layout, group.simple))
         return out
 
     def _update_cells(self, group: Group, tables: Mapping[str, Named], laws: Laws, layout: Layout) -> Laws:
@@ -231,20 +283,26 @@ class Field(AbstractTreatment):
         )
 
     def _expectation(self, name: str, table: Named, shares: Mapping[str, Named], layout: Layout) -> Array:
-        factor, pieces = self.factors[name], self.pieces_of(name)
+        factor, pieces = self.by_name[name], self.pieces_of(name)
         counted = bool(pieces) and not pieces[0].crossing
         if counted and next(g for g in self.groups if g.name == pieces[0].group).cellwise:
             counted = False
         return expectation(factor, table, weight_of(factor, pieces, shares, layout), counted)
 
-    def bound(self, cells: Mapping[str, Any], laws: Laws, filled: Bundle, kernel: Kernel) -> Array:
-        """The ELBO, but for constants of the data, in nats; `filled` are the data with nodes for the blocks."""
+    def bound(
+        self, cells: Mapping[str, Any], laws: Laws, filled: Bundle, kernel: Kernel, without: Group | None = None
+    ) -> Array:
+        """The ELBO, but for constants of the data, in nats; `filled` are the data with nodes for the blocks.
+
+        The part of the group `without`, and of the factors that it reads, is left out.
+        """
         layout = make_layout(kernel.layout, filled)
-        total = sum(laws.entropy.values(), start=jnp.zeros(()))
+        kept = [v for n, v in laws.entropy.items() if without is None or n != without.name]
+        total = sum(kept, start=jnp.zeros(()))
         for block in self.blocks:
             total = total + block.law.entropy(laws.natural[block.name])
         for name, c in cells.items():
-            total = total + self._expectation(name, self.table(self.factors[name], c, filled), laws.shares, layout)
+            total = total + self._expectation(name, self.table(self.by_name[name], c, filled), laws.shares, layout)
         return total
 
     def update_block(self, block: Block, params: Params, bundle: Bundle, laws: Laws, layout: Layout) -> Any:
@@ -256,11 +314,11 @@ class Field(AbstractTreatment):
     def joint(self, block: Block, u: Array, params: Params, bundle: Bundle, laws: Laws, layout: Layout) -> Array:
         """The expected log joint of a block's factors, where its latent has the values `u`."""
         points = {**self.node_values(laws), block.name: u[None]}
-        nodes = {n: self._nodes_of(self.factors[n], points) for n in block.factors}
+        nodes = {n: self._nodes_of(self.by_name[n], points) for n in block.factors}
         filled = with_nodes(bundle, nodes)
         values, total = graph_values(filled, params), jnp.zeros(())
         for name in block.factors:
-            factor = self.factors[name]
+            factor = self.by_name[name]
             table = self.table(factor, factor.cells(values, filled.rows[name]), filled)
             total = total + self._expectation(name, table, laws.shares, layout)
         return total
@@ -272,11 +330,13 @@ class Field(AbstractTreatment):
     def nodes(self, laws: Laws) -> dict[str, Any]:
         """For each factor that reads blocks, its nodes and its own latent's values there."""
         points = self.node_values(laws)
-        return {n: self._nodes_of(f, points) for n, f in self.factors.items() if f.completions is not None}
+        return {f.name: self._nodes_of(f, points) for f in self.factors}
 
-    def nodes_at(self, latents: Mapping[str, Array]) -> dict[str, Any]:
+    def nodes_at(self, latents: Mapping[str, Array], bundle: Bundle) -> dict[str, Any]:
+        """One node for each factor, where the continuous latents have given values."""
+        del bundle
         points = {b.name: jnp.reshape(latents[b.name], (1, *b.size)) for b in self.blocks}
-        return {n: self._nodes_of(f, points) for n, f in self.factors.items() if f.completions is not None}
+        return {f.name: self._nodes_of(f, points) for f in self.factors}
 
     def _nodes_of(self, f: Factor, points: Mapping[str, Array]) -> tuple[dict[str, Array], Named | None]:
         """Nodes of a factor: every combination of those of the latents that it reads."""

@@ -60,6 +60,13 @@ def field_factors(program: Program, values: Mapping[Any, Any]) -> tuple[tuple[Fa
     return tuple(factors), cells
 
 
+def field_cells(program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array) -> dict[str, Array]:
+    """The index arrays of such factors in other data."""
+    del factors
+    values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
+    return {n: jnp.asarray(c) for n, c in field_factors(program, values)[1].items()}
+
+
 def field_factor(program: Program, site: Site, values: Mapping[Any, Any]) -> tuple[Factor, dict[str, np.ndarray]]:
     """One factor, its reads of each latent apart."""
     latents = read_latents(program, site)
@@ -182,11 +189,22 @@ def field_of(program: Program, factors: Sequence[Factor], wish: FieldWish) -> Fi
     groups = [g for s in sets if (g := group_of(program, likely, s, bases, bool(set(s) & paired))).pieces]
     weights = {g.name: (not g.cellwise, sum(int(np.prod(p.shape, dtype=int)) for p in g.pieces)) for g in groups}
     groups.sort(key=lambda g: weights[g.name])
-    blocks = tuple(
-        Block(m, law_of(m), tuple(f.name for f in likely if f.completions and m in f.completions.members))
-        for m in program.continuous.values()
-    )
-    return Field(tuple(groups), blocks, {f.name: f for f in factors}, wish.strategy, wish.why)
+    blocks = []
+    for m in program.continuous.values():
+        readers = [f for f in likely if f.completions and m in f.completions.members]
+        shared = int(np.prod(m.shape, dtype=int)) == 1 or chosen_by_latents(program, m)
+        blocks.append(Block(m, law_of(m), tuple(f.name for f in readers), shared))
+    return Field(tuple(groups), tuple(blocks), {f.name: f for f in factors}, wish.strategy, wish.why)
+
+
+def chosen_by_latents(program: Program, m: Continuous) -> bool:
+    """Whether some rows find their cell of a continuous latent by the value of a discrete one."""
+    graph, source = program.full, program.full.inputs["latent", m.name]
+    for equation in graph.equations:
+        if equation.inputs and equation.inputs[0] is source and len(equation.inputs) > 1:
+            if any(k[0] == "latent" for k in graph.needs_of(equation.inputs[1:])):
+                return True
+    return False
 
 
 def group_of(
@@ -203,7 +221,7 @@ def group_of(
     for f in factors:
         mine = [z for z in f.latents if f.latent_of(z.name) in latents]
         parts = [[z] for z in mine] if cellwise else [mine] if mine else []
-        crossing = len(mine) < len(f.latents) or f.completions is not None or len(parts) > 1
+        crossing = len(mine) < len(f.latents) or len(parts) > 1
         pieces += [piece_of(f, i, part, bases[0], crossing) for i, part in enumerate(parts)]
     return Group(bases[0], latents, tuple(chains), tuple(pieces), cellwise)
 

@@ -193,6 +193,8 @@ def _read_backward(saved, slope: Array):
     part = jnp.arange(flat.size) // READ_AT_ONCE
     parts = -(-flat.size // READ_AT_ONCE)
     slope = slope.reshape(-1, *table.shape[1:])
+    if slope.dtype == jnp.float64:  # has digits to spare
+        return jax.ops.segment_sum(slope, flat, size), np.zeros(index.shape, jax.dtypes.float0)
     sums = jax.ops.segment_sum(slope, flat + size * part, size * parts)
     return sums.reshape(parts, *table.shape).sum(0), np.zeros(index.shape, jax.dtypes.float0)
 

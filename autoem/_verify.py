@@ -17,6 +17,7 @@ from numpyro.distributions import biject_to, constraints
 
 from autoem._build import Build
 from autoem._errors import ModelError
+from autoem._field import Field
 from autoem._init import no_spread, state_spreads, tables_at
 from autoem._integrals import Integral
 from autoem._jaxpr import jit_once
@@ -30,6 +31,7 @@ from autoem.ir import Program, at_lag, at_step
 from autoem.m_step.choose import kind_of
 from autoem.m_step.problem import Bundle, graph_values
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
+from autoem.treatments import AbstractDrawn
 
 
 def verify(built: Build) -> tuple[str, ...]:
@@ -157,14 +159,13 @@ def densities(
     chosen = {**chosen, **pieces_of_paths(program, chosen)}
     drawn = random_values(program)
     values.update({("latent", n): v for n, v in drawn.items()})
-    nodes = {k: v for block in built.kernel.integrals for k, v in block.nodes_at(drawn, bundle).items()}
-    if (treatment := built.kernel.treatment) is not None:
-        nodes.update(treatment.nodes_at(drawn))
+    treatment = built.kernel.treatment
+    drawers: list[Any] = [*built.kernel.integrals, *([treatment] if isinstance(treatment, AbstractDrawn | Field) else [])]
+    nodes = {k: v for block in drawers for k, v in block.nodes_at(drawn, bundle).items()}
     bundle = with_nodes(bundle, nodes)
     ours, theirs, size = {}, {}, {}
     fields, given = model_fields(built, values), graph_values(bundle, params)
-    hidden = {f.name: f for block in built.kernel.integrals for f in block.factors if f.completions}
-    hidden |= {n: f for n, f in built.kernel.problem.factors.items() if n in nodes and f.completions}
+    hidden = {f.name: f for block in drawers for f in block.factors if f.completions}
     at = {n: f.table(f.cells(given, bundle.rows[n]), bundle.rows[n]).value for n, f in hidden.items()}
     tables = {**tables, **at}
     for name, factor in built.kernel.problem.factors.items():

@@ -1,5 +1,17 @@
 """E-steps: how latents are treated. Public: the strategy objects."""
 
-from autoem.e_step.strategies import AbstractEStep, Exact, MeanField, Quadrature, Truncated
+from autoem.e_step.strategies import (
+    SAEM,
+    AbstractEStep,
+    Exact,
+    Laplace,
+    MeanField,
+    MonteCarlo,
+    Quadrature,
+    Truncated,
+    Variational,
+)
 
-__all__ = ["AbstractEStep", "Exact", "MeanField", "Quadrature", "Truncated"]
+__all__ = [
+    "SAEM", "AbstractEStep", "Exact", "Laplace", "MeanField", "MonteCarlo", "Quadrature", "Truncated", "Variational",
+]  # fmt: skip

@@ -52,14 +52,25 @@ class Group:
     pieces: tuple[Piece, ...]
     cellwise: bool = False
 
+    @property
+    def simple(self) -> bool:
+        """Whether it is one latent whose cells stand apart, and every factor reads it row by row."""
+        first = self.pieces[0]
+        alike = all(p.own == first.own and p.axes == first.axes and p.route is None for p in self.pieces)
+        return alike and len(first.own) == 1 and not self.chains and bool(first.axes)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Block:
-    """A continuous latent with a law of its own in every cell; `factors` are those that read it."""
+    """A continuous latent with a law of its own in every cell; `factors` are those that read it.
+
+    `shared` says that it is no row's own: it has one cell, or rows find their cell by a discrete latent.
+    """
 
     member: Continuous
     law: AbstractLaw
     factors: tuple[str, ...]
+    shared: bool = False
 
     @property
     def name(self) -> str:
@@ -98,7 +109,9 @@ def count_of(factor: Factor, latents: Sequence[str], layout: Layout) -> Named | 
     return None if scale is None else route_to_rows(scale, factor.route_to(inner.name), layout.cells)
 
 
-def expected_table(factor: Factor, piece: Piece, table: Named, others: Sequence[Named], layout: Layout) -> Table:
+def expected_table(
+    factor: Factor, piece: Piece, table: Named, others: Sequence[Named], layout: Layout, simple: bool
+) -> Table:
     """The table of a piece: the factor's, averaged over the laws of all other pieces."""
     terms = [table, *others]
     inner = factor.inner
@@ -115,32 +128,54 @@ def expected_table(factor: Factor, piece: Piece, table: Named, others: Sequence[
     value = Named(value.array * times, value.axes) if times != 1 else value
     names = dict(zip(piece.latents, piece.own, strict=True))
     value = Named(value.array, tuple(names.get(a, a) for a in value.axes))
-    if piece.crossing:
-        whole = (*piece.own, *piece.axes)
-        value = Named(jnp.broadcast_to(value.to(whole), piece.shape), whole)
+    if piece.crossing or simple:
+        whole = (*piece.axes, *piece.own) if simple else (*piece.own, *piece.axes)
+        shape = piece.shape[1:] + piece.shape[:1] if simple else piece.shape
+        value = Named(jnp.broadcast_to(value.to(whole), shape), whole)
     return Table(value, frozenset(piece.own), frozenset(piece.axes), piece.route)
 
 
-def solved(group: Group, tables: Sequence[Table], layout: Layout) -> tuple[dict[str, Named], Array]:
-    """The law of a group from its expected tables: by piece its marginals, and the entropy in nats."""
+def solved(group: Group, tables: Sequence[Table], layout: Layout) -> tuple[Array, list[Named]]:
+    """`log Z` of a group's expected tables, and its derivative by each: how often every state is expected there."""
+    if group.simple:
+        return each_cell(tables, layout)
 
     def log_z(values: list[Named]) -> Array:
         return eliminate([dataclasses.replace(t, value=v) for t, v in zip(tables, values, strict=True)], layout)
 
-    values = [t.value for t in tables]
-    total, counts = jax.value_and_grad(log_z)(values)
-    used = sum(((c.array * v.array).sum() for c, v in zip(counts, values, strict=True)), start=jnp.zeros(()))
-    shares = {p.key: as_read(p, c) for p, c in zip(group.pieces, counts, strict=True)}
-    return shares, total - used
+    return jax.value_and_grad(log_z)([t.value for t in tables])
+
+
+def each_cell(tables: Sequence[Table], layout: Layout) -> tuple[Array, list[Named]]:
+    """The same for one latent whose cells stand apart: states along the last axis, as rows are gathered and summed."""
+    name = next(iter(tables[0].latents))
+    plates = tuple(a for a in tables[0].value.axes if a != name)
+    joint = sum((t.value.to((*plates, name)) for t in tables[1:]), start=tables[0].value.to((*plates, name)))
+    top = joint.max(-1, keepdims=True)
+    weight = jnp.exp(joint - top)
+    total = weight.sum(-1, keepdims=True)
+    log_z = (jnp.log(total) + top)[..., 0]
+    scale, share = layout.scales.get(name), 1 / total
+    if scale is not None:
+        times = scale.to(plates)
+        log_z, share = log_z * times, share * times[..., None]
+    counts = Named(weight * share, (*plates, name))
+    return log_z.sum(), [counts for _ in tables]
+
+
+def used_by(tables: Sequence[Table], counts: Sequence[Named]) -> Array:
+    """Expectation of a group's tables under its own law."""
+    pairs = [(t.value, c) for t, c in zip(tables, counts, strict=True)]
+    return sum(((c.to(v.axes) * v.array).sum() for v, c in pairs), start=jnp.zeros(()))
 
 
 def as_read(piece: Piece, counts: Named) -> Named:
     """Counts of a group's latents, as probabilities where another group is read beside them, by the factor's names."""
     names = dict(zip(piece.own, piece.latents, strict=True))
     if piece.crossing:
-        lead = tuple(range(len(piece.own)))
+        lead = tuple(i for i, a in enumerate(counts.axes) if a in piece.own)
         total = counts.array.sum(lead, keepdims=True)
-        states = float(np.prod(counts.array.shape[: len(lead)], dtype=float))
+        states = float(np.prod([counts.array.shape[i] for i in lead], dtype=float))
         counts = Named(jnp.where(total > 0, counts.array / jnp.where(total > 0, total, 1), 1 / states), counts.axes)
     return Named(counts.array, tuple(names.get(a, a) for a in counts.axes))
 
@@ -158,8 +193,8 @@ def weight_of(
 
 def expectation(factor: Factor, table: Named, weight: Sequence[Named], counted: bool) -> Array:
     """Expectation of a factor's log density over all rows; `counted` weights hold repeated rows already."""
-    if len(weight) == 1 and weight[0].axes == table.axes:
-        total = (weight[0].array * table.array).sum()
+    if len(weight) == 1 and set(weight[0].axes) == set(table.axes):
+        total = (weight[0].array * table.to(weight[0].axes)).sum()
     else:
         total = contract((), table, *weight).array if weight else table.array.sum()
     times = 1.0 if counted else repeats(factor, union(table.axes, *(w.axes for w in weight)), factor.kept)

@@ -7,7 +7,6 @@ the M-step, and what it will remember.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax import Array
@@ -33,6 +32,16 @@ class Expectation(NamedTuple):
     state: Any = None
 
 
+class TreatedRow(NamedTuple):
+    """What the plan says of one latent."""
+
+    name: str
+    cells: int
+    reason: str
+    strategy: str
+    plates: tuple[str, ...]
+
+
 class AbstractTreatment(abc.ABC):
     """An E-step other than the exact one, over all latents of a kernel that it names.
 
@@ -40,13 +49,26 @@ class AbstractTreatment(abc.ABC):
         objective_name: what it maximises in place of the log-likelihood, as a user should read it.
         noisy: whether the objective is known up to a random error only, which no step is to be stopped for.
         falls: whether the objective may fall from one step to the next without anything being wrong.
+        needs_data: whether it calls a function of the model's own arguments, so that the bundle has to hold them all.
         source: where the method is derived.
     """
 
     objective_name = "log-likelihood"
     noisy = False
     falls = False
+    needs_data = False
     source = ""
+
+    def prepare(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> None:  # noqa: B027
+        """Do what can be done once only, and in no traced function."""
+
+    def rows(self) -> list[TreatedRow]:
+        """How each of its latents is treated, in words."""
+        return []
+
+    def completed(self, bundle: Bundle) -> Bundle:
+        """The data as the M-step sees them."""
+        return bundle
 
     @abc.abstractmethod
     def init(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> Any:
@@ -55,8 +77,3 @@ class AbstractTreatment(abc.ABC):
     @abc.abstractmethod
     def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any) -> Expectation:
         """One E-step."""
-
-    def nodes_at(self, latents: Mapping[str, Array]) -> dict[str, Any]:
-        """For each factor that it completes, one node where the continuous latents have given values."""
-        del latents
-        return {}
