@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from autoem._lower import Kernel, with_nodes
@@ -77,6 +78,11 @@ class Field(AbstractTreatment):
     def pieces_of(self, factor: str) -> tuple[Piece, ...]:
         return self._pieces.get(factor, ())
 
+    @property
+    def last(self) -> Group | None:
+        """The group whose last update yields the bound; None where the last goes by cells."""
+        return self.groups[-1] if self.groups and not self.groups[-1].cellwise else None
+
     @functools.cached_property
     def _pieces(self) -> dict[str, tuple[Piece, ...]]:
         out: dict[str, tuple[Piece, ...]] = {}
@@ -100,7 +106,8 @@ class Field(AbstractTreatment):
                 tables = [self._random_table(group, p, jax.random.fold_in(k, i)) for i, p in enumerate(group.pieces)]
                 shares, entropy = self._law(group, tables, layout)
             laws.shares.update(shares)
-            laws.entropy[group.name] = entropy
+            if group is not self.last:
+                laws.entropy[group.name] = entropy
         laws = self._close(kernel, params, bundle, laws)
         for _ in range(FIRST if any(b.shared for b in self.blocks) else 0):  # before what all rows share moves
             laws = self._close(kernel, params, bundle, self.sweep(kernel, params, bundle, laws))
@@ -133,8 +140,8 @@ class Field(AbstractTreatment):
         nodes = self.nodes(laws)
         filled = with_nodes(bundle, nodes)
         layout = make_layout(kernel.layout, bundle)
-        cells = kernel.problem.cells(params, filled, [n for n, f in self.by_name.items() if not f.is_prior])
-        last = self.groups[-1] if self.groups and not self.groups[-1].cellwise else None
+        cells = self.cells(kernel, params, filled, [n for n, f in self.by_name.items() if not f.is_prior])
+        last = self.last
         ends = {p.factor for p in last.pieces} if last else set()
         total, statistics = jnp.zeros(()), {}
         if last is not None:
@@ -143,12 +150,12 @@ class Field(AbstractTreatment):
                 tables = {n: self.table(self.by_name[n], c, filled) for n, c in cells.items()}
                 return [t.value for t in self._expected(last, tables, laws, layout)]
 
-            values, pull = jax.vjp(tables_of, {n: cells[n] for n in ends})
+            values, pull = jax.vjp(tables_of, {n: cells[n] for n in cells if n in ends})
             tables = [self._as_table(p, v) for p, v in zip(last.pieces, values, strict=True)]
             total, counts = solved(last, tables, self._within(last, layout))
+            shares = {p.key: as_read(p, c) for p, c in zip(last.pieces, counts, strict=True)}
             counts = [Named(c.to(v.axes), v.axes) for c, v in zip(counts, values, strict=True)]
             (statistics,) = pull(counts)
-            shares = {p.key: as_read(p, c) for p, c in zip(last.pieces, counts, strict=True)}
             laws = laws._replace(shares={**laws.shares, **shares})
         others = {n: c for n, c in cells.items() if n not in ends}
         rest, more = jax.value_and_grad(lambda c: self.bound(c, laws, filled, kernel, last))(others)
@@ -176,8 +183,8 @@ class Field(AbstractTreatment):
 
         def again(carry):
             count, last, laws, _ = carry
-            laws = self._close(kernel, params, bundle, laws)
-            new = self.value(kernel, params, bundle, laws)
+            laws, total = self._closed(kernel, params, bundle, laws)
+            new = total + self.value(kernel, params, bundle, laws)
             going = new - last > self.wish.tol * jnp.maximum(jnp.abs(new), 1)
             return count + 1, new, self.sweep(kernel, params, bundle, laws), going
 
@@ -188,7 +195,7 @@ class Field(AbstractTreatment):
         """The bound under given laws, but for constants of the data."""
         filled = with_nodes(bundle, self.nodes(laws))
         likely = [n for n, f in self.by_name.items() if not f.is_prior]
-        return self.bound(kernel.problem.cells(params, filled, likely), laws, filled, kernel)
+        return self.bound(self.cells(kernel, params, filled, likely), laws, filled, kernel, self.last)
 
     def sweep(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws) -> Laws:
         """Every group and every row's own block once, but for the last group, unless that is by cells."""
@@ -201,10 +208,20 @@ class Field(AbstractTreatment):
 
     def _close(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws) -> Laws:
         """The last group's update."""
-        for group in self.groups[-1:]:
-            layout = make_layout(kernel.layout, bundle)
-            laws = self._update_group(group, self._tables(kernel, params, bundle, laws, group), laws, layout)
-        return laws
+        return self._closed(kernel, params, bundle, laws)[0]
+
+    def _closed(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws) -> tuple[Laws, Array]:
+        """The same, and what it is worth in the bound where the rest is counted without it."""
+        if not self.groups:
+            return laws, jnp.zeros(())
+        group, layout = self.groups[-1], make_layout(kernel.layout, bundle)
+        tables = self._tables(kernel, params, bundle, laws, group)
+        if group.cellwise:
+            return self._update_cells(group, tables, laws, layout), jnp.zeros(())
+        expected = self._expected(group, tables, laws, layout)
+        total, counts = solved(group, expected, self._within(group, layout))
+        shares = {p.key: as_read(p, c) for p, c in zip(group.pieces, counts, strict=True)}
+        return laws._replace(shares={**laws.shares, **shares}), total
 
     def _with_block(self, block: Block, params: Params, bundle: Bundle, laws: Laws, layout: Layout) -> Laws:
         law = self.update_block(block, params, bundle, laws, layout)
@@ -216,11 +233,13 @@ class Field(AbstractTreatment):
         """Tables of the factors that a group reads, or of all, at the nodes of the blocks."""
         filled = with_nodes(bundle, self.nodes(laws))
         names = dict.fromkeys(p.factor for p in group.pieces) if group else [n for n in self._pieces]
-        cells = kernel.problem.cells(params, filled, list(names))
+        cells = self.cells(kernel, params, filled, names)
         return {n: self.table(self.by_name[n], cells[n], filled) for n in names}
 
     def table(self, factor: Factor, cells: Any, bundle: Bundle) -> Named:
         """A factor's expected log densities over the blocks' laws, for every state of its discrete latents."""
+        if self.picked(factor):
+            return self._picked_table(factor, bundle)
         rows = bundle.rows[factor.name]
         value = factor.table(cells, rows).value
         if factor.is_hidden and factor.family is not None and rows.value is not None:
@@ -230,6 +249,26 @@ class Field(AbstractTreatment):
             whole = tuple(dict.fromkeys((*value.axes, *axes)))
             value = Named(value.to(whole) + base.to(whole), whole)
         return finite(over_nodes(value))
+
+    @staticmethod
+    def picked(factor: Factor) -> bool:
+        """Whether a discrete latent's probabilities are a cell of a continuous one, so that logs precede the lookup."""
+        return factor.completions is not None and factor.completions.members[0].name in factor.routes
+
+    @staticmethod
+    def _picked_table(factor: Factor, bundle: Bundle) -> Named:
+        assert factor.completions is not None
+        (member,), family = factor.completions.members, factor._family
+        route = factor.routes[member.name]
+        x = bundle.nodes[factor.name][member.name]
+        eta = family.natural({family.args[0]: x.reshape(-1, int(np.prod(member.shape, dtype=int)), *member.event)})[0]
+        rows = eta.mean(0)[bundle.cells[route.site]]
+        return finite(Named(rows, (*route.source, factor.name)))
+
+    def cells(self, kernel: Kernel, params: Params, filled: Bundle, names: Iterable[str]) -> dict[str, Any]:
+        """The cells of factors, but for those that are looked up without."""
+        found = kernel.problem.cells(params, filled, [n for n in names if not self.picked(self.by_name[n])])
+        return {n: found.get(n, ()) for n in names}
 
     def _update_group(self, group: Group, tables: Mapping[str, Named], laws: Laws, layout: Layout) -> Laws:
         if group.cellwise:
@@ -294,14 +333,16 @@ class Field(AbstractTreatment):
     ) -> Array:
         """The ELBO, but for constants of the data, in nats; `filled` are the data with nodes for the blocks.
 
-        The part of the group `without`, and of the factors that it reads, is left out.
+        The part of the group `without`, and of the factors that read it, is left out.
         """
         layout = make_layout(kernel.layout, filled)
-        kept = [v for n, v in laws.entropy.items() if without is None or n != without.name]
-        total = sum(kept, start=jnp.zeros(()))
+        total = sum(laws.entropy.values(), start=jnp.zeros(()))
         for block in self.blocks:
             total = total + block.law.entropy(laws.natural[block.name])
+        left_out = {p.factor for p in without.pieces} if without else set()
         for name, c in cells.items():
+            if name in left_out:
+                continue
             total = total + self._expectation(name, self.table(self.by_name[name], c, filled), laws.shares, layout)
         return total
 
@@ -319,13 +360,14 @@ class Field(AbstractTreatment):
         values, total = graph_values(filled, params), jnp.zeros(())
         for name in block.factors:
             factor = self.by_name[name]
-            table = self.table(factor, factor.cells(values, filled.rows[name]), filled)
+            table = self.table(factor, () if self.picked(factor) else factor.cells(values, filled.rows[name]), filled)
             total = total + self._expectation(name, table, laws.shares, layout)
         return total
 
     def node_values(self, laws: Laws) -> dict[str, Array]:
         """Equally weighted values of every block, `(nodes, *shape, *event)`."""
-        return {b.name: b.law.nodes(laws.natural[b.name]) for b in self.blocks}
+        nodes = {b.name: b.law.nodes(laws.natural[b.name]) for b in self.blocks}
+        return jax.lax.optimization_barrier(nodes)  # rows gather them: digammas of rows would be computed anew for each
 
     def nodes(self, laws: Laws) -> dict[str, Any]:
         """For each factor that reads blocks, its nodes and its own latent's values there."""

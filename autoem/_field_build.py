@@ -86,12 +86,42 @@ def field_factor(program: Program, site: Site, values: Mapping[Any, Any]) -> tup
             continue
         factor, found = with_reads(program, factor, z, values)
         cells.update(found)
+    if factor.own and len(members) == 1 and len(latents) == 1:
+        factor, found = with_pick(program, factor, members[0], values)
+        cells.update(found)
     plates = set().union(*(p_axes(factor, z) for z in factor.latents)) if factor.latents else set()
     plates |= set(site.plates) if members else set()
     kept = tuple(a for a in site.axes if a in plates)
     return dataclasses.replace(
         factor, kept=kept, plates=frozenset(plates), times=tuple(a for a in factor.times if a in kept)
     ), cells
+
+
+def with_pick(
+    program: Program, factor: Factor, m: Continuous, values: Mapping[Any, Any]
+) -> tuple[Factor, dict[str, np.ndarray]]:
+    """A discrete latent's own factor with the way to its probabilities, where they are a cell of a simplex by index."""
+    site, family = factor.site, factor.family
+    plain = family is not None and family.looks_up and family.args == ("probs",) and not factor.params
+    axes = [a for a, s in zip(site.axes, site.shape, strict=True) if s > 1]
+    if not plain or site.masked or kind_of(m.support) != "simplex" or not axes or any(a[0] == "#" for a in site.axes):
+        return factor, {}
+    if set(m.plates) <= set(site.plates) or program.latents[site.name].bounded:
+        return factor, {}
+    try:
+        rows = row_cells(program, site, m, values, "arg:probs", 1)
+    except ModelError:
+        return factor, {}
+    key = f"{site.name}·{m.name}"
+    route = Route(frozenset(), tuple(axes), tuple(m.axes), m.shape, key)
+    atom = program.full.outputs[site.name, "arg:probs"]
+    probe = jnp.arange(float(np.prod(m.shape + m.event))).reshape(m.shape + m.event)
+    seen = program.full.evaluate_atoms([atom], {**values, ("latent", m.name): probe})[0]
+    expected = probe.reshape(-1, *m.event)[rows.reshape([s for s in site.shape if s > 1])]
+    if not np.array_equal(np.broadcast_to(seen, (*site.shape, *m.event)).reshape(expected.shape), expected):
+        return factor, {}
+    cells = {key: rows.reshape([s for s in site.shape if s > 1])}
+    return dataclasses.replace(factor, routes={**factor.routes, m.name: route}), cells
 
 
 def refuse_continuous(program: Program, site: Site, members: Sequence[Continuous]) -> None:
@@ -223,7 +253,10 @@ def group_of(
         parts = [[z] for z in mine] if cellwise else [mine] if mine else []
         crossing = len(mine) < len(f.latents) or len(parts) > 1
         pieces += [piece_of(f, i, part, bases[0], crossing) for i, part in enumerate(parts)]
-    return Group(bases[0], latents, tuple(chains), tuple(pieces), cellwise)
+    group = Group(bases[0], latents, tuple(chains), tuple(pieces), cellwise)
+    if pieces and not cellwise and group.simple and not any(p.crossing for p in pieces):  # one law serves all its pieces
+        return dataclasses.replace(group, pieces=tuple(dataclasses.replace(p, key=bases[0]) for p in pieces))
+    return group
 
 
 def piece_of(f: Factor, number: int, latents: Sequence[Latent], group: str, crossing: bool) -> Piece:
