@@ -15,7 +15,9 @@ from numpyro.infer import Predictive
 
 from autoem._build import Build
 from autoem._drawn_posterior import DrawnPosterior
-from autoem._errors import DataError
+from autoem._errors import DataError, PlanError
+from autoem._field import Field
+from autoem._field_posterior import FieldPosterior
 from autoem._fit import State
 from autoem._oddities import boundaries, cause, impossible, oddities
 from autoem._plan import Plan
@@ -160,6 +162,10 @@ class EMResult:
             state = context.e_step if same or built.kernel.treatment.needs_data else None
             bundle = built.bundle(source, jax.random.key(0))
             return DrawnPosterior(built, self.params, bundle, source, state)
+        if isinstance(built.kernel.treatment, Field):
+            bundle = built.plain_bundle(source, jax.random.key(0))
+            same = same or alike(source.data, context.source.data)
+            return FieldPosterior(built, self.params, bundle, source, context.e_step if same else None)
         return Posterior(built, self.params, built.plain_bundle(source, jax.random.key(0)), source)
 
     def score(self, *args, **kwargs) -> Array:
@@ -177,6 +183,8 @@ class EMResult:
     def standard_errors(self) -> StandardErrors:
         """Standard error of every parameter, from the observed information; NaN on the boundary."""
         context = self._context
+        if isinstance(context.built.kernel.treatment, Field):
+            raise refused_errors(next(iter(self.params), "model"))
         kernel = dataclasses.replace(context.built.kernel, chunks=one_device(context.built.kernel.chunks))
         bundle = context.built.plain_bundle(context.source, jax.random.key(0))
         errors = standard_errors(kernel, self.params, bundle)
@@ -232,6 +240,20 @@ class EMResult:
             p = np.asarray(posterior.marginals[name])
             entropy -= float(np.sum(p * np.log(np.where(p > 0, p, 1))))
         return self.bic + 2 * entropy
+
+
+def refused_errors(name: str) -> PlanError:
+    """What a fit by mean field says when it is asked for standard errors."""
+    return PlanError(
+        name,
+        problem="the curvature of a bound is not the observed information: standard errors from it would be too small",
+        mend="refit on resampled data (the bootstrap)",
+    )
+
+
+def alike(data: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether two calls hold the same numbers."""
+    return len(data) == len(others) and all(map(np.array_equal, data, others))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
