@@ -24,6 +24,7 @@ from numpyro.distributions import constraints
 
 from autoem._build import Build
 from autoem._errors import DataError, PlanError
+from autoem._field import Field
 from autoem._integrals import Integral
 from autoem._jaxpr import jit_once
 from autoem._lower import with_nodes
@@ -210,7 +211,7 @@ def seeded(
 
         def run(params, bundle, key, given):
             weights = {**random_weights(built, bundle, key, few), **given}
-            statistics = expected_under(built, params, bundle, weights)
+            statistics = {**by_field(built, params, bundle, key), **expected_under(built, params, bundle, weights)}
             states = built.kernel.init_states(params)
             first, states = built.kernel.maximise(params, statistics, bundle, states)
             new = built.kernel.maximise(first, statistics, bundle, states)[0]
@@ -310,17 +311,26 @@ def expected_under(built: Build, params: Params, bundle: Bundle, weights: Mappin
         value = factor.table(cells[name], bundle.rows[name]).value
         weight = Named(jnp.ones(()), ())
         for z in factor.latents:
-            route = factor.route if factor.route and z.name in factor.route.latents else None
-            weight = multiply(weight, route_to_rows(weights[z.name], route, layout.cells))
+            read = route_to_rows(weights[factor.latent_of(z.name)], factor.route_to(z.name), layout.cells)
+            axes = tuple(z.name if a == factor.latent_of(z.name) else a for a in read.axes)
+            weight = multiply(weight, Named(read.array, axes))
         inner = factor.inner
-        if inner is not None and (scale := layout.scales[inner.name]) is not None:
-            weight = multiply(weight, route_to_rows(scale, factor.route, layout.cells))
+        if inner is not None and (scale := layout.scales[factor.latent_of(inner.name)]) is not None:
+            weight = multiply(weight, route_to_rows(scale, factor.route_to(inner.name), layout.cells))
         absent = [p for p in factor.kept if p not in weight.axes and p not in value.axes]
         repeats = float(np.prod([layout.sizes[p] for p in absent], dtype=float))
         cotangent = weight.sum(a for a in weight.axes if a not in value.axes).to(value.axes) * repeats
         _, pull = jax.vjp(table, cells[name])
         out[name] = pull(jnp.broadcast_to(cotangent, value.array.shape).astype(value.array.dtype))[0]
     return out
+
+
+def by_field(built: Build, params: Params, bundle: Bundle, key: Array) -> dict[str, Any]:
+    """Expected statistics under the laws that a mean field with continuous latents starts from."""
+    kernel, field = built.kernel, built.kernel.treatment
+    if not isinstance(field, Field) or not field.blocks:
+        return {}
+    return field.expect(kernel, params, bundle, field.init(kernel, params, bundle, key)).statistics
 
 
 def completed_under(block: Integral, params: Params, bundle: Bundle, weights: Mapping[str, Named]) -> dict[str, Any]:
