@@ -102,7 +102,9 @@ class Build:
         """The data of a call, prepared, in one piece."""
         data = self.data(source)
         field = isinstance(self.kernel.treatment, Field)
-        cells = (field_cells if field else route_cells)(self.program, self.factors, data, key) if self.has_routes else {}
+        cells = (
+            (field_cells if field else route_cells)(self.program, self.factors, data, key) if self.has_routes else {}
+        )
         return with_passed_on(self.program, self.factors, self._prepare(data, key, cells), data)
 
     def whole_bundle(self, source: Source, key: Array) -> Bundle:

@@ -39,7 +39,9 @@ from autoem.ir import Program
 from autoem.m_step.choose import choose
 from autoem.m_step.problem import Bundle, Params, Problem
 
-BOUND = "the objective is the ELBO, a lower bound of the log-likelihood; what latents of different groups share is left out"
+BOUND = (
+    "the objective is the ELBO, a lower bound of the log-likelihood; what latents of different groups share is left out"
+)
 
 
 def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array) -> Build:
@@ -69,9 +71,7 @@ def field_wish(options: Options) -> FieldWish | None:
     return None
 
 
-def build_field(
-    model: Callable, args: tuple, kwargs: dict, options: Options, key: Array, wish: FieldWish
-) -> Build:
+def build_field(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array, wish: FieldWish) -> Build:
     """The derivation by mean field.
 
     Raises:
@@ -119,7 +119,11 @@ def field_plan(kernel: Kernel, field: Field, notes: tuple[str, ...]) -> Plan:
     program, problem = kernel.program, kernel.problem
     sizes = [int(np.prod(p.shape, dtype=int)) for g in field.groups for p in g.pieces] or [0]
     itemsize = np.dtype(jnp.result_type(float)).itemsize
-    order = (*(g.name for g in field.groups[:-1]), *(b.name for b in field.blocks), *(g.name for g in field.groups[-1:]))
+    order = (
+        *(g.name for g in field.groups[:-1]),
+        *(b.name for b in field.blocks),
+        *(g.name for g in field.groups[-1:]),
+    )
     cost = Cost(sum(sizes), max(sizes), max(sizes) * itemsize, order)
     idle = tuple(
         f"nothing observed depends on '{n}': is a use of it forgotten?" for n in problem.params if unread(n, problem)
@@ -143,7 +147,9 @@ def discrete_rows(program: Program, field: Field):
             with_it = ", ".join(b for b in bases if b != name)
             chain = next((c for c in group.chains if name in c.lags), None)
             if group.cellwise:
-                reason += ", a law for each cell, since rows read several of them; damped where all at once went too far"
+                reason += (
+                    ", a law for each cell, since rows read several of them; damped where all at once went too far"
+                )
             elif chain is not None:
                 reason += f", the law of its path of {chain.length:,} steps kept whole by forward and backward messages"
             else:

@@ -44,7 +44,8 @@ from autoem.e_step.tables import Factor
 from autoem.e_step.treatment import AbstractTreatment, Expectation
 from autoem.m_step.problem import Bundle, Params, graph_values, make_layout
 
-FIRST = 10  # sweeps over each row's own latents before what all rows share is updated for the first time
+FIRST = 10  # sweeps over each row's own latents, at the start, before anything that all rows share is updated
+ROUNDS = 5  # of them, each of which begins those latents afresh
 HALVINGS = 12  # of a step towards the new laws of cells that read one another, before the old ones are kept
 
 
@@ -109,9 +110,32 @@ class Field(AbstractTreatment):
             if group is not self.last:
                 laws.entropy[group.name] = entropy
         laws = self._close(kernel, params, bundle, laws)
-        for _ in range(FIRST if any(b.shared for b in self.blocks) else 0):  # before what all rows share moves
-            laws = self._close(kernel, params, bundle, self.sweep(kernel, params, bundle, laws))
-        return laws
+        return self._settled(kernel, params, bundle, laws)
+
+    def _settled(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws) -> Laws:
+        """Start laws, settled at the start parameters; of what all rows share, after rounds that begin afresh.
+
+        In every round each row's own latents start anew under what is shared by then. Without that they would stay
+        where the first, shapeless law of what is shared has put them.
+        """
+        shared = [b for b in self.blocks if b.shared]
+        if not shared and not any(g.cellwise for g in self.groups):
+            return laws
+        own = {b.name: laws.natural[b.name] for b in self.blocks if not b.shared}
+        layout = make_layout(kernel.layout, bundle)
+
+        def once(_, laws: Laws) -> Laws:
+            return self._close(kernel, params, bundle, self.sweep(kernel, params, bundle, laws))
+
+        def again(_, laws: Laws) -> Laws:
+            laws = self._close(kernel, params, bundle, laws._replace(natural={**laws.natural, **own}))
+            laws = jax.lax.fori_loop(0, FIRST, once, laws)
+            for block in shared:
+                laws = self._with_block(block, params, bundle, laws, layout)
+            return laws
+
+        laws = jax.lax.fori_loop(0, ROUNDS, again, laws) if shared else laws
+        return jax.lax.fori_loop(0, FIRST, once, laws)
 
     def _law(self, group: Group, tables: Sequence[Table], layout: Layout) -> tuple[dict[str, Named], Array]:
         """The law of a group from its expected tables: by piece its marginals, and the entropy in nats."""
@@ -274,9 +298,7 @@ class Field(AbstractTreatment):
         if group.cellwise:
             return self._update_cells(group, tables, laws, layout)
         shares, entropy = self._law(group, self._expected(group, tables, laws, layout), layout)
-        return laws._replace(
-            shares={**laws.shares, **shares}, entropy={**laws.entropy, group.name: entropy}
-        )
+        return laws._replace(shares={**laws.shares, **shares}, entropy={**laws.entropy, group.name: entropy})
 
     def _expected(self, group: Group, tables: Mapping[str, Named], laws: Laws, layout: Layout) -> list[Table]:
         """The tables of a group's pieces, all other laws as they are."""

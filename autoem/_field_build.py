@@ -254,7 +254,9 @@ def group_of(
         crossing = len(mine) < len(f.latents) or len(parts) > 1
         pieces += [piece_of(f, i, part, bases[0], crossing) for i, part in enumerate(parts)]
     group = Group(bases[0], latents, tuple(chains), tuple(pieces), cellwise)
-    if pieces and not cellwise and group.simple and not any(p.crossing for p in pieces):  # one law serves all its pieces
+    if (
+        pieces and not cellwise and group.simple and not any(p.crossing for p in pieces)
+    ):  # one law serves all its pieces
         return dataclasses.replace(group, pieces=tuple(dataclasses.replace(p, key=bases[0]) for p in pieces))
     return group
 

@@ -185,7 +185,9 @@ class FieldPosterior(Posterior):
         return float(run(self._params, self._bundle, self._laws))
 
     def _refused(self, what: str) -> PlanError:
-        first = next((g.name for g in self._field.groups), self._field.blocks[0].name if self._field.blocks else "model")
+        first = next(
+            (g.name for g in self._field.groups), self._field.blocks[0].name if self._field.blocks else "model"
+        )
         return PlanError(
             first,
             problem=f"{what} is not known under a mean field, which bounds the likelihood of all data together",

@@ -96,7 +96,9 @@ def _trace(
             if found.chains:
                 raise
             graph = full
-    half = half_compact(source, found, {**latents, **pieces}, hidden, outputs) if compact and graph is not full else None
+    half = (
+        half_compact(source, found, {**latents, **pieces}, hidden, outputs) if compact and graph is not full else None
+    )
     sites = {n: read_site(r, every) for n, r in reader.records.items()}
     params = {n: Param(n, full.inputs["param", n].shape, None, c) for n, (_, c) in found.params.items()}
     shown = {k: v for k, v in found.graph.outputs.items() if not (k[0] == "init" and k[1] in hidden)}

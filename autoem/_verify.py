@@ -160,7 +160,10 @@ def densities(
     drawn = random_values(program)
     values.update({("latent", n): v for n, v in drawn.items()})
     treatment = built.kernel.treatment
-    drawers: list[Any] = [*built.kernel.integrals, *([treatment] if isinstance(treatment, AbstractDrawn | Field) else [])]
+    drawers: list[Any] = [
+        *built.kernel.integrals,
+        *([treatment] if isinstance(treatment, AbstractDrawn | Field) else []),
+    ]
     nodes = {k: v for block in drawers for k, v in block.nodes_at(drawn, bundle).items()}
     bundle = with_nodes(bundle, nodes)
     ours, theirs, size = {}, {}, {}
