@@ -27,17 +27,18 @@ from autoem._build import (
     support_limits,
 )
 from autoem._bundle import make_bundle, with_passed_on
-from autoem._errors import PlanError
+from autoem._errors import ModelError, PlanError
 from autoem._field import Field
 from autoem._field_build import FieldWish, field_factors, field_of, settled_laws
 from autoem._jaxpr import jit_once
 from autoem._lower import Kernel, with_nodes
-from autoem._plan import Cost, LatentRow, Plan, parameter_rows, unread
+from autoem._plan import MEMORY_LIMIT, Cost, LatentRow, Plan, human, parameter_rows, unread
+from autoem.e_step.elimination import eliminate
 from autoem.e_step.places import build_layout
 from autoem.e_step.strategies import MeanField
 from autoem.ir import Program
 from autoem.m_step.choose import choose
-from autoem.m_step.problem import Bundle, Params, Problem
+from autoem.m_step.problem import Bundle, Params, Problem, make_layout
 
 BOUND = (
     "the objective is the ELBO, a lower bound of the log-likelihood; what latents of different groups share is left out"
@@ -52,7 +53,21 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
     """
     if (wish := field_wish(options)) is not None:
         return build_field(model, args, kwargs, options, key, wish)
-    return build(model, args, kwargs, options, key)
+    try:
+        built, why = build(model, args, kwargs, options, key), ""
+    except (ModelError, PlanError) as refusal:
+        built, why = refusal, refusal.problem
+    if isinstance(built, Build) and (built.kernel.treatment is None or options.e_step is not None):
+        return built
+    for apart in ((), None) if options.e_step is None else ():
+        reason = f"chosen since no exact E-step is known: {why}" if why else "chosen since no exact E-step is known"
+        try:
+            return build_field(model, args, kwargs, options, key, FieldWish(MeanField(), apart, reason))
+        except (ModelError, PlanError):
+            continue
+    if isinstance(built, Build):
+        return built
+    raise built
 
 
 def field_wish(options: Options) -> FieldWish | None:
@@ -82,7 +97,7 @@ def build_field(model: Callable, args: tuple, kwargs: dict, options: Options, ke
     data = {} if source.concrete else {i: jnp.asarray(x) for i, x in enumerate(source.data)}
     values: dict[Any, Any] = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
     factors, cells = field_factors(program, values)
-    field = field_of(program, factors, wish)
+    field = field_of(program, factors, wish, cells)
     cells = {n: jnp.asarray(c) for n, c in cells.items()}
     problem = Problem({f.name: f for f in factors}, program.params)
 
@@ -94,11 +109,12 @@ def build_field(model: Callable, args: tuple, kwargs: dict, options: Options, ke
     layout = build_layout(program, values, cells)
     layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={}, chains=())
     kernel = Kernel(program, problem, layout, (), None, treatment=field)
+    shapes = jax.eval_shape(whole, data, key, cells)
+    shapes = dataclasses.replace(shapes, data=jax.eval_shape(lambda d: d, data))
+    cost = measured(kernel, field, params, shapes)
     if field.blocks:
         field = settled_laws(field, kernel, params, jit_once(whole)(data, key, cells))
         kernel = dataclasses.replace(kernel, treatment=field)
-    shapes = jax.eval_shape(whole, data, key, cells)
-    shapes = dataclasses.replace(shapes, data=jax.eval_shape(lambda d: d, data))
 
     def completed(params: Params, bundle: Bundle) -> Bundle:
         return with_nodes(bundle, field.nodes(field.init(kernel, params, bundle, key)))
@@ -107,24 +123,50 @@ def build_field(model: Callable, args: tuple, kwargs: dict, options: Options, ke
     blocks = choose(problem, params, filled, asked(program, options))
     kernel = dataclasses.replace(kernel, blocks=blocks)
     accelerator = accelerated(options.accelerate, program, blocks, field)
-    plan = field_plan(kernel, field, notes_of(program, options))
+    plan = field_plan(kernel, field, notes_of(program, options), cost)
     plan = dataclasses.replace(plan, accelerate=accelerator and accelerator.method)
     return Build(
         plan, kernel, found, source, factors, support_limits(found, source), model_start, accelerator=accelerator
     )
 
 
-def field_plan(kernel: Kernel, field: Field, notes: tuple[str, ...]) -> Plan:
-    """What the mean field does, in words."""
-    program, problem = kernel.program, kernel.problem
-    sizes = [int(np.prod(p.shape, dtype=int)) for g in field.groups for p in g.pieces] or [0]
-    itemsize = np.dtype(jnp.result_type(float)).itemsize
+def measured(kernel: Kernel, field: Field, params: Params, shapes: Bundle) -> Cost:
+    """Size of the tables that the groups' own sums make, on shapes alone.
+
+    Raises:
+        PlanError: one would not fit in memory.
+    """
+    steps: list[Any] = []
+    read: dict[str, int] = {}
+
+    def run(params: Params, bundle: Bundle) -> Array:
+        steps.clear()
+        laws, layout = field.begin(kernel, bundle, jax.random.key(0)), make_layout(kernel.layout, bundle)
+        total = jnp.zeros(())
+        for group in field.groups:
+            whole = field._tables(kernel, params, bundle, laws, group)
+            read.update({n: t.array.size for n, t in whole.items()})
+            tables = field._expected(group, whole, laws, layout)
+            total = total + eliminate(tables, field._within(group, layout), steps=steps)
+        return total
+
+    itemsize = jax.eval_shape(run, dict(params), shapes).dtype.itemsize
+    sizes = [s.entries for s in steps] or [0]
     order = (
         *(g.name for g in field.groups[:-1]),
         *(b.name for b in field.blocks),
         *(g.name for g in field.groups[-1:]),
     )
     cost = Cost(sum(sizes), max(sizes), max(sizes) * itemsize, order)
+    if cost.bytes > MEMORY_LIMIT:
+        problem = f"the sum over one group of the mean field needs a table of {human(cost.bytes)}"
+        raise PlanError(order[0], problem=problem, mend="e_step=autoem.e_step.MeanField(), each latent on its own")
+    return cost
+
+
+def field_plan(kernel: Kernel, field: Field, notes: tuple[str, ...], cost: Cost) -> Plan:
+    """What the mean field does, in words."""
+    program, problem = kernel.program, kernel.problem
     idle = tuple(
         f"nothing observed depends on '{n}': is a use of it forgotten?" for n in problem.params if unread(n, problem)
     )

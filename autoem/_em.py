@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 
 from autoem._build import Build, Options
-from autoem._derive import derive
 from autoem._check import Report, run_checks
+from autoem._derive import derive
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._fit import State, compile_loop, initial_state, run_loop
 from autoem._init import given_start, starts

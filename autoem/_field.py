@@ -1,7 +1,7 @@
 r"""Mean field: the E-step under a product of laws, one for each group of latents, improved in turn.
 
-In: a kernel whose factors were built for it, parameters, data and the laws of the last E-step. Out: `Expectation`, whose
-likelihood is the bound
+In: a kernel whose factors were built for it, parameters, data and the laws of the last E-step. Out: `Expectation`,
+whose likelihood is the bound
 
 .. math:: \mathrm{ELBO} = \sum_f \mathrm{E}_q[\log f] + \sum_g H(q_g) \le \log p(x)
 
@@ -17,23 +17,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from autoem._lower import Kernel, with_nodes
-from autoem._named import Named, named
+from autoem._named import Named
 from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import Step, eliminate
 from autoem.e_step.field import (
     Block,
     Group,
     Piece,
+    as_read,
     cell_law,
     expectation,
     expected_table,
-    as_read,
     finite,
+    nodes_of,
     over_nodes,
+    picked_table,
     solved,
     used_by,
     weight_of,
@@ -93,7 +94,12 @@ class Field(AbstractTreatment):
         return out
 
     def init(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> Laws:
-        """Laws that differ a little from cell to cell, or each latent's cells at random where they read one another."""
+        """Laws that differ a little from cell to cell, settled at the start parameters."""
+        laws = self._close(kernel, params, bundle, self.begin(kernel, bundle, key))
+        return self._settled(kernel, params, bundle, laws)
+
+    def begin(self, kernel: Kernel, bundle: Bundle, key: Array) -> Laws:
+        """Laws that know nothing of the data: nearly flat, or at random where cells of one latent read one another."""
         keys = jax.random.split(key, len(self.blocks) + len(self.groups))
         natural = {b.name: b.law.start(k, b.size) for b, k in zip(self.blocks, keys, strict=False)}
         laws, layout = Laws({}, {}, {}, natural), make_layout(kernel.layout, bundle)
@@ -109,8 +115,7 @@ class Field(AbstractTreatment):
             laws.shares.update(shares)
             if group is not self.last:
                 laws.entropy[group.name] = entropy
-        laws = self._close(kernel, params, bundle, laws)
-        return self._settled(kernel, params, bundle, laws)
+        return laws
 
     def _settled(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws) -> Laws:
         """Start laws, settled at the start parameters; of what all rows share, after rounds that begin afresh.
@@ -263,7 +268,7 @@ class Field(AbstractTreatment):
     def table(self, factor: Factor, cells: Any, bundle: Bundle) -> Named:
         """A factor's expected log densities over the blocks' laws, for every state of its discrete latents."""
         if self.picked(factor):
-            return self._picked_table(factor, bundle)
+            return picked_table(factor, bundle.nodes[factor.name], bundle.cells)
         rows = bundle.rows[factor.name]
         value = factor.table(cells, rows).value
         if factor.is_hidden and factor.family is not None and rows.value is not None:
@@ -278,16 +283,6 @@ class Field(AbstractTreatment):
     def picked(factor: Factor) -> bool:
         """Whether a discrete latent's probabilities are a cell of a continuous one, so that logs precede the lookup."""
         return factor.completions is not None and factor.completions.members[0].name in factor.routes
-
-    @staticmethod
-    def _picked_table(factor: Factor, bundle: Bundle) -> Named:
-        assert factor.completions is not None
-        (member,), family = factor.completions.members, factor._family
-        route = factor.routes[member.name]
-        x = bundle.nodes[factor.name][member.name]
-        eta = family.natural({family.args[0]: x.reshape(-1, int(np.prod(member.shape, dtype=int)), *member.event)})[0]
-        rows = eta.mean(0)[bundle.cells[route.site]]
-        return finite(Named(rows, (*route.source, factor.name)))
 
     def cells(self, kernel: Kernel, params: Params, filled: Bundle, names: Iterable[str]) -> dict[str, Any]:
         """The cells of factors, but for those that are looked up without."""
@@ -377,7 +372,7 @@ class Field(AbstractTreatment):
     def joint(self, block: Block, u: Array, params: Params, bundle: Bundle, laws: Laws, layout: Layout) -> Array:
         """The expected log joint of a block's factors, where its latent has the values `u`."""
         points = {**self.node_values(laws), block.name: u[None]}
-        nodes = {n: self._nodes_of(self.by_name[n], points) for n in block.factors}
+        nodes = {n: nodes_of(self.by_name[n], points) for n in block.factors}
         filled = with_nodes(bundle, nodes)
         values, total = graph_values(filled, params), jnp.zeros(())
         for name in block.factors:
@@ -394,29 +389,10 @@ class Field(AbstractTreatment):
     def nodes(self, laws: Laws) -> dict[str, Any]:
         """For each factor that reads blocks, its nodes and its own latent's values there."""
         points = self.node_values(laws)
-        return {f.name: self._nodes_of(f, points) for f in self.factors}
+        return {f.name: nodes_of(f, points) for f in self.factors}
 
     def nodes_at(self, latents: Mapping[str, Array], bundle: Bundle) -> dict[str, Any]:
         """One node for each factor, where the continuous latents have given values."""
         del bundle
         points = {b.name: jnp.reshape(latents[b.name], (1, *b.size)) for b in self.blocks}
-        return {f.name: self._nodes_of(f, points) for f in self.factors}
-
-    def _nodes_of(self, f: Factor, points: Mapping[str, Array]) -> tuple[dict[str, Array], Named | None]:
-        """Nodes of a factor: every combination of those of the latents that it reads."""
-        assert f.completions is not None
-        members = f.completions.members
-        counts = [points[m.name].shape[0] for m in members]
-        lead = (1,) * len(f.parents if f.family else f.latents)
-        chosen = {}
-        for i, m in enumerate(members):
-            x = points[m.name].reshape(*(1,) * i, counts[i], *(1,) * (len(counts) - 1 - i), *m.shape, *m.event)
-            x = jnp.broadcast_to(x, (*counts, *m.shape, *m.event))
-            chosen[m.name] = x.reshape(*lead, -1, *m.shape, *m.event)
-        if not f.is_hidden or f.family is None:
-            return chosen, None
-        events = tuple(f"event{i}" for i in range(f.family.event_dim))
-        own = chosen[f.name].reshape(-1, *f.site.shape, *chosen[f.name].shape[len(lead) + 1 + len(f.site.shape) :])
-        value = named(own, (NODES, *f.site.axes, *events))
-        order = (*events, *(a for a in value.axes if a not in events))
-        return chosen, Named(value.to(order), order)
+        return {f.name: nodes_of(f, points) for f in self.factors}

@@ -150,7 +150,7 @@ def p_axes(factor: Factor, z: Latent) -> set[str]:
 def with_reads(
     program: Program, factor: Factor, z: Latent, values: Mapping[Any, Any]
 ) -> tuple[Factor, dict[str, np.ndarray]]:
-    """A factor with the route to a latent of other plates; with one for each read, where its rows read several cells."""
+    """A factor with the route to a latent of other plates, or, where its rows read several cells, one for each read."""
     site = factor.site
     try:
         rows = [row_cells(program, site, z, values)]
@@ -201,7 +201,7 @@ def refuse_same_cell(site: Site, z: Latent, rows: Sequence[np.ndarray]) -> None:
                 )
 
 
-def field_of(program: Program, factors: Sequence[Factor], wish: FieldWish) -> Field:
+def field_of(program: Program, factors: Sequence[Factor], wish: FieldWish, cells: Mapping[str, np.ndarray]) -> Field:
     """The groups and blocks of a program whose factors are known.
 
     Raises:
@@ -217,6 +217,8 @@ def field_of(program: Program, factors: Sequence[Factor], wish: FieldWish) -> Fi
     together = [b for b in bases if b not in apart]
     sets = [[b] for b in apart] + ([together] if together else [])
     groups = [g for s in sets if (g := group_of(program, likely, s, bases, bool(set(s) & paired))).pieces]
+    for g in groups:
+        refuse_two_ways(g, {f.name: f for f in likely}, cells)
     weights = {g.name: (not g.cellwise, sum(int(np.prod(p.shape, dtype=int)) for p in g.pieces)) for g in groups}
     groups.sort(key=lambda g: weights[g.name])
     blocks = []
@@ -231,10 +233,32 @@ def chosen_by_latents(program: Program, m: Continuous) -> bool:
     """Whether some rows find their cell of a continuous latent by the value of a discrete one."""
     graph, source = program.full, program.full.inputs["latent", m.name]
     for equation in graph.equations:
-        if equation.inputs and equation.inputs[0] is source and len(equation.inputs) > 1:
-            if any(k[0] == "latent" for k in graph.needs_of(equation.inputs[1:])):
-                return True
+        picks = len(equation.inputs) > 1 and equation.inputs[0] is source
+        if picks and any(k[0] == "latent" for k in graph.needs_of(equation.inputs[1:])):
+            return True
     return False
+
+
+def refuse_two_ways(group: Group, factors: Mapping[str, Factor], cells: Mapping[str, np.ndarray]) -> None:
+    """Raise where one law would tie cells that rows find by different indices.
+
+    Raises:
+        PlanError: a factor reads two latents of the group so; or two factors do, beside latents of the same rows.
+    """
+    found: dict[tuple[str, ...], tuple[str, np.ndarray]] = {}
+    for p in group.pieces:
+        routes = [r for n in p.latents if (r := factors[p.factor].route_to(n)) is not None]
+        ways = [np.asarray(cells[r.site]) for r in routes]
+        alone = len(routes) == len(p.latents)
+        first = found.get(p.axes, (p.factor, ways[0])) if ways and not alone else (p.factor, ways[0] if ways else None)
+        if any(not np.array_equal(w, first[1]) for w in ways):
+            raise PlanError(
+                p.factor,
+                problem=f"its rows find cells of '{group.name}' and of what is with it by different indices",
+                mend="e_step=autoem.e_step.MeanField(), which keeps each latent apart",
+            )
+        if ways and not alone:
+            found[p.axes] = (p.factor, ways[0])
 
 
 def group_of(

@@ -18,7 +18,6 @@ from autoem._build import Build
 from autoem._errors import PlanError
 from autoem._field import Field, Laws
 from autoem._jaxpr import jit_once
-from autoem._named import Named
 from autoem._posterior import Marginals, Posterior
 from autoem._trace import Source
 from autoem.e_step.field import Group
@@ -111,9 +110,9 @@ class FieldPosterior(Posterior):
         return Marginals({n: jnp.sqrt(v).reshape(self.mean[n].shape) for n, v in variances.items()})
 
     def interval(self, name: str, level: float = 0.95) -> tuple[Array, ...]:
-        """Lower and upper end of the central interval that holds a continuous latent with probability `level` under `q`.
+        """Lower and upper end of the central interval that holds a continuous latent with probability `level`.
 
-        From the quantiles of 4,000 draws, always the same.
+        From the quantiles of 4,000 draws of `q`, always the same.
 
         Raises:
             KeyError: the model has no such continuous latent. ValueError: `level` is not between 0 and 1.

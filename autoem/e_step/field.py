@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._named import Named, contract, multiply, union
+from autoem._named import Named, contract, multiply, named, union
 from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import eliminate
 from autoem.e_step.field_laws import AbstractLaw
@@ -218,3 +218,32 @@ def cell_law(group: Group, scores: Named, layout: Layout) -> tuple[dict[str, Nam
         if not piece.crossing and (count := scale) is not None:
             shares[piece.key] = multiply(shares[piece.key], route_to_rows(count, piece.route, layout.cells))
     return shares, entropy.sum()
+
+
+def picked_table(factor: Factor, nodes: Mapping[str, Array], cells: Mapping[str, Array]) -> Named:
+    """The expected log probabilities of a discrete latent whose probabilities are a cell of a simplex, by index."""
+    assert factor.completions is not None
+    (member,), family = factor.completions.members, factor._family
+    route, x = factor.routes[member.name], nodes[member.name]
+    eta = family.natural({family.args[0]: x.reshape(-1, int(np.prod(member.shape, dtype=int)), *member.event)})[0]
+    return finite(Named(eta.mean(0)[cells[route.site]], (*route.source, factor.name)))
+
+
+def nodes_of(f: Factor, points: Mapping[str, Array]) -> tuple[dict[str, Array], Named | None]:
+    """Nodes of a factor, every combination of those of the latents that it reads; and its own latent's values there."""
+    assert f.completions is not None
+    members = f.completions.members
+    counts = [points[m.name].shape[0] for m in members]
+    lead = (1,) * len(f.parents if f.family else f.latents)
+    chosen = {}
+    for i, m in enumerate(members):
+        x = points[m.name].reshape(*(1,) * i, counts[i], *(1,) * (len(counts) - 1 - i), *m.shape, *m.event)
+        x = jnp.broadcast_to(x, (*counts, *m.shape, *m.event))
+        chosen[m.name] = x.reshape(*lead, -1, *m.shape, *m.event)
+    if not f.is_hidden or f.family is None:
+        return chosen, None
+    events = tuple(f"event{i}" for i in range(f.family.event_dim))
+    own = chosen[f.name].reshape(-1, *f.site.shape, *chosen[f.name].shape[len(lead) + 1 + len(f.site.shape) :])
+    value = named(own, (NODES, *f.site.axes, *events))
+    order = (*events, *(a for a in value.axes if a not in events))
+    return chosen, Named(value.to(order), order)

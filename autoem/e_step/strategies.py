@@ -193,8 +193,8 @@ class MeanField(AbstractEStep):
 
     .. math:: q(z) = \prod_g q_g(z_g), \qquad \log q_g = \mathrm{E}_{q_{-g}}[\log p(x, z)] + \text{const}
 
-    A discrete latent keeps the joint law of all that is carried along its chain; a continuous one (Gamma, inverse Gamma,
-    Beta, Dirichlet, Normal) has the law of its conjugate form. What rises, at every update, is a lower bound of the
+    A discrete latent keeps the joint law of all that is carried along its chain; a continuous one has the law of its
+    conjugate form (Gamma, inverse Gamma, Beta, Dirichlet, Normal). What rises, at every update, is a lower bound of the
     log-likelihood, the ELBO. `e_step=MeanField()` takes each latent as a group of its own; `e_step={"z": MeanField()}`
     the discrete latents that are named, the others together in one group, and each continuous latent as its own.
 
@@ -203,8 +203,9 @@ class MeanField(AbstractEStep):
         tol: an E-step ends once a sweep raises the ELBO by less than `tol` of itself.
 
     References:
-        Jordan, Ghahramani, Jaakkola and Saul 1999; Ghahramani and Jordan 1997, "Factorial hidden Markov models"; Blei, Ng
-        and Jordan 2003, "Latent Dirichlet allocation"; Daudin, Picard and Robin 2008, "A mixture model for random graphs".
+        Jordan, Ghahramani, Jaakkola and Saul 1999; Ghahramani and Jordan 1997, "Factorial hidden Markov models"; Blei,
+        Ng and Jordan 2003, "Latent Dirichlet allocation"; Daudin, Picard and Robin 2008, "A mixture model for random
+        graphs".
     """
 
     sweeps: int = 1

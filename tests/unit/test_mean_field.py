@@ -259,7 +259,7 @@ def test_what_has_no_law_is_refused_by_name():
             u = numpyro.sample("u", dist.Normal(0.0, s))
             numpyro.sample("x", dist.Bernoulli(logits=u), obs=x)
 
-    with pytest.raises(autoem.PlanError, match="'u'.*that of no law in the table"):
+    with pytest.raises(autoem.PlanError, match=r"'u'.*that of no law in the table"):
         autoem.EM(model, e_step=MeanField(), progress=False).plan(np.array([0.0, 1.0, 1.0]))
     with pytest.raises(ValueError, match="sweeps must be a whole number"):
         MeanField(sweeps=0)
