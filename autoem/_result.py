@@ -20,7 +20,7 @@ from autoem._fit import State
 from autoem._plan import Plan
 from autoem._posterior import Posterior
 from autoem._stderr import StandardErrors, on_boundary, standard_errors
-from autoem._stop import CONVERGED, DIVERGED, FELL, ROUNDED, SENTENCES
+from autoem._stop import CONVERGED, DIVERGED, FELL, ROUNDED, SENTENCES, SETTLED
 from autoem._trace import Source
 from autoem.e_step.tables import Rows
 from autoem.m_step.choose import kind_of
@@ -115,7 +115,7 @@ class EMResult:
 
     def __str__(self) -> str:
         steps = f"{self.num_steps} step" + ("" if self.num_steps == 1 else "s")
-        lines = [f"EM: {self.status}", f"log-likelihood {self.log_likelihood:.6f} after {steps}"]
+        lines = [f"EM: {self.status}", f"{self.objective_name} {self.log_likelihood:.6f} after {steps}"]
         with np.printoptions(precision=5, suppress=True, threshold=24):
             entries = []
             for name, value in self.params.items():
@@ -178,6 +178,11 @@ class EMResult:
             )
             warnings.warn(message, stacklevel=2)
         return errors
+
+    @property
+    def objective_name(self) -> str:
+        """What `log_likelihood` is: the log-likelihood itself, or what an approximate E-step has in its place."""
+        return self._context.built.kernel.objective_name
 
     @property
     def num_params(self) -> int:
@@ -271,7 +276,7 @@ def make_result(
         float(state.objective) if np.isfinite(likelihood) else likelihood,
         history,
         int(state.step),
-        int(state.status) in (CONVERGED, ROUNDED),
+        int(state.status) in (CONVERGED, ROUNDED, SETTLED),
         status,
         restarts,
         (*notes, *odd, *boundaries(built, state.params, odd)),
@@ -338,7 +343,7 @@ def boundaries(built: Build, params: Mapping[str, Array], odd: Sequence[str]) ->
 def cause(built: Build, state: State, bundle: Bundle) -> tuple[str, ...]:
     """What the step that ended the fit, made once more, did to the parameters or to the data's density."""
     try:
-        statistics = jax.jit(built.kernel.expect)(state.params, bundle)[2]
+        statistics = jax.jit(built.kernel.expect)(state.params, bundle, state.e_step).statistics
         moved = jax.jit(built.kernel.maximise)(state.params, statistics, bundle, state.optimizer)[0]
     except (FloatingPointError, jax.errors.JaxRuntimeError):
         return ()
