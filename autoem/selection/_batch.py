@@ -119,7 +119,7 @@ def in_turn(em: EM, built: Build, sources: Sequence[Source], begin: list[list[Pa
     quiet, em.progress = em.progress, False
     try:
         return [
-            em._fit(built, built.bundle(source, key), [dict(p) for p in start])[0]
+            em._fit(built, built.bundle(source, key), [dict(p) for p in start], key)[0]
             for source, start, key in zip(sources, begin, keys, strict=False)
         ]
     finally:
@@ -185,7 +185,9 @@ def run_batch(
     work up.
     """
     kernel, width = plain(built.kernel), len(begin[0])
-    states = stack([initial_state(kernel, dict(p), em.stop, built.accelerator) for start in begin for p in start])
+    states = stack(
+        [initial_state(kernel, dict(p), em.stop, accelerator=built.accelerator) for start in begin for p in start]
+    )
     data = stack(bundles)
     which = np.repeat(np.arange(len(begin)), width)
     running, limit = np.arange(len(which)), 0

@@ -16,7 +16,7 @@ from jax import Array
 from autoem._errors import DataError, PlanError
 from autoem._result import EMResult
 from autoem.selection._batch import fit_many
-from autoem.selection._simulate import draws, with_draws
+from autoem.selection._simulate import draws, refuse_approximate, with_draws
 
 SLACK = 1e-6  # of the objective: by how much the larger structure may be worse and still count as fitted
 
@@ -98,6 +98,8 @@ def bootstrap_test(
         raise ValueError(f"bootstrap_test(num={num}): num must be at least 1")
     if restarts is not None and restarts < 1:
         raise ValueError(f"bootstrap_test(restarts={restarts}): restarts must be at least 1")
+    for result in (null, alternative):
+        refuse_approximate(result, "likelihood-ratio tests")
     refuse_other_data(null, alternative)
     to_draw, to_null, to_alternative = jax.random.split(rng_key, 3)
     drawn = draws(null, to_draw, num)

@@ -53,9 +53,7 @@ def is_number(value: Any) -> bool:
 def lines(selection: Selection, ax: Any, along: str) -> None:
     groups: dict[str, list[Entry]] = {}
     for e in selection.ranked:
-        rest = ", ".join(
-            str(v) if n == "model" else f"{n}={v}" for n, v in e.structure.setting.items() if n != along
-        )
+        rest = ", ".join(str(v) if n == "model" else f"{n}={v}" for n, v in e.structure.setting.items() if n != along)
         groups.setdefault(rest, []).append(e)
     for (rest, members), colour in zip(sorted(groups.items()), COLOURS * 20, strict=False):
         members.sort(key=lambda e: e.structure.setting[along])

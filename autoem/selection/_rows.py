@@ -21,14 +21,16 @@ from autoem._per_datum import datum_plate, per_datum
 from autoem._result import EMResult
 from autoem._source import path_name
 from autoem.selection._batch import Call, fit_many, plain
+from autoem.selection._simulate import refuse_approximate
 
 
 def row_plate(result: EMResult) -> tuple[str, int]:
     """The plate whose rows are the independent data, and its size.
 
     Raises:
-        PlanError: the data have no plate of independent rows.
+        PlanError: the data have no plate of independent rows, or the fit no exact likelihood.
     """
+    refuse_approximate(result, "held-out scores")
     plate = result.posterior().datum_plate
     if plate is None:
         name, problem = result.plan.program.name, "its data have no plate of rows that are independent of each other"

@@ -89,6 +89,7 @@ def select(
         entries += [fitted(structure, options, jax.random.fold_in(key, i), args, kwargs)]
     refuse_none(entries)
     refuse_other_data(entries)
+    refuse_other_objectives(entries)
     if folds is not None:
         entries = crossed(entries, folds, jax.random.fold_in(key, len(entries)), rows)
     elif test is not None:
@@ -113,6 +114,9 @@ def fitted(structure: Structure, options: Mapping[str, Any], key: Array, args: t
 
 def broken(result: EMResult) -> str:
     """Why the likelihood at the end of a fit says nothing of the structure; empty where it does."""
+    kernel = result._context.built.kernel
+    if kernel.noisy:
+        return f"no likelihood to compare: its E-step tells the {kernel.objective_name} alone"
     if not np.isfinite(result.log_likelihood):
         return result.status
     unbounded = result.status.startswith(BROKEN) or "collapsed" in result.status
@@ -135,6 +139,17 @@ def refuse_other_data(entries: Sequence[Entry]) -> None:
         b = next(n for n in counts if counts[n] != counts[a])
         problem = f"{a} observes {counts[a]} numbers and {b} observes {counts[b]}: their likelihoods do not compare"
         raise PlanError("grid", problem=problem, mend="observe the same data in every structure", kind="argument")
+
+
+def refuse_other_objectives(entries: Sequence[Entry]) -> None:
+    """Raise where a likelihood would be compared with a bound or an approximation of another."""
+    names = {e.label: e.result.objective_name for e in entries if e.result is not None and not e.reason}
+    if len(set(names.values())) > 1:
+        a = next(iter(names))
+        b = next(n for n in names if names[n] != names[a])
+        problem = f"of {a} the {names[a]} is known, of {b} the {names[b]}: the two do not compare"
+        mend = 'em={"e_step": ...} with one strategy for all structures'
+        raise PlanError("grid", problem=problem, mend=mend, kind="argument")
 
 
 def observed(result: EMResult) -> int:
@@ -182,8 +197,9 @@ def notes_of(entries: Sequence[Entry]) -> tuple[str, ...]:
     if failed:
         notes += [f"{failed} of {len(entries)} structures have no score; the table says why"]
     known = [e.result for e in entries if e.result is not None]
+    if name := next((r.objective_name for r in known if r.objective_name != "log-likelihood"), ""):
+        notes += [f"what is compared is the {name}, which stands in for the log-likelihood"]
     priors = [p.name for r in known for p in r._context.built.program.params.values() if p.prior]
     if priors:
-        name = f"'{priors[0]}'"
-        notes += [f"parameters have priors ({name}): likelihoods are those at the mode, not at their maximum"]
+        notes += [f"parameters have priors ('{priors[0]}'): likelihoods are those at the mode, not at their maximum"]
     return tuple(notes)

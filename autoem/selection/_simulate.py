@@ -39,6 +39,19 @@ def observed_sites(result: EMResult) -> list[str]:
     return sorted(s.name for s in result._context.built.program.sites.values() if s.role == "observed")
 
 
+def refuse_approximate(result: EMResult, what: str) -> None:
+    """Raise where the fit has no exact likelihood.
+
+    Raises:
+        PlanError: an E-step is approximate, so that what was maximised stands in for the likelihood.
+    """
+    kernel = result._context.built.kernel
+    if kernel.treatment is not None:
+        problem = f"{what} compare likelihoods, and this fit maximised its {kernel.objective_name}"
+        mend = "an exact E-step: see the plan for what it would take"
+        raise PlanError(kernel.program.name, problem=problem, mend=mend, kind="model")
+
+
 def refuse_unsimulable(result: EMResult) -> None:
     """Raise where a draw from the fitted model is not a data set like the one fitted.
 

@@ -24,6 +24,7 @@ from autoem._result import EMResult, Restarts, make_result, oddities
 from autoem._stop import DIVERGED, FELL, SENTENCES
 from autoem.ir import Latent
 from autoem.passes.classify import nearest
+from autoem.selection._simulate import refuse_approximate
 
 SOFT = 0.95  # weight of the half that a row goes to
 LEAST = 1e-8  # rise of the objective, relative to its size, below which a move is not kept
@@ -83,6 +84,7 @@ def split_merge(
     for option, number in (("candidates", candidates), ("splits", splits), ("max_moves", max_moves)):
         if number < 1:
             raise ValueError(f"split_merge({option}={number}): {option} must be at least 1")
+    refuse_approximate(result, "merge and split moves")
     name = latent_of(result, latent)
     key, now, made = as_key(rng_key), result, []
     for step in range(max_moves):
@@ -116,9 +118,7 @@ def latent_of(result: EMResult, asked: str | None) -> str:
     return asked or fit[0]
 
 
-def one_move(
-    now: EMResult, name: str, key: Array, candidates: int, splits: int
-) -> tuple[EMResult, Move] | None:
+def one_move(now: EMResult, name: str, key: Array, candidates: int, splits: int) -> tuple[EMResult, Move] | None:
     """The best of the moves from a fit, with the fit that it leads to; None where none is better."""
     context = now._context
     em, built, source = context.em, context.built, context.source
@@ -139,12 +139,12 @@ def one_move(
         given = {**others, name: in_place(built, latent, weight)}
         begin += [seeded(built, now.params, bundle, jax.random.fold_in(key, i), given)]
     placed = built.bundle(source, key)
-    state, ends = em._fit(built, placed, begin)
+    state, ends = em._fit(built, placed, begin, key)
     best = acceptable(now, ends)
     if best is None:
         return None
     if best != ends.best:
-        state = em._fit(built, placed, [begin[best]])[0]
+        state = em._fit(built, placed, [begin[best]], key)[0]
         ends = dataclasses.replace(ends, best=best)
     return make_result(em, built, source, placed, (state, ends), (), context.args, context.kwargs), tried[best][0]
 
