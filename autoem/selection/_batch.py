@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -89,7 +90,7 @@ def starts_of(
         for source, bundle, key in zip(sources, bundles, keys, strict=True)
     ]
     known = [{n: jnp.asarray(v) for n, v in p.items()} for p in also]
-    out = [[*known, *(dict(p) for p in start)] for start in first]
+    out: list[list[Params]] = [[*known, *start] for start in first]
     for i in range(1, em.restarts):
         few = i % 2 == 1
         for start, bundle, key in zip(out, bundles, keys, strict=True):
@@ -108,7 +109,7 @@ def stack(trees: Sequence[Any]) -> Any:
 
     def together(*leaves: Any) -> Any:
         if jnp.issubdtype(getattr(leaves[0], "dtype", float), jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(np.stack([np.asarray(jax.random.key_data(k)) for k in leaves]))
+            return jax.random.wrap_key_data(jnp.asarray(np.stack([np.asarray(jax.random.key_data(k)) for k in leaves])))
         return np.stack([np.asarray(x) for x in leaves])
 
     return jax.tree.map(together, *trees)
@@ -185,9 +186,8 @@ def run_batch(
     work up.
     """
     kernel, width = plain(built.kernel), len(begin[0])
-    states = stack(
-        [initial_state(kernel, dict(p), em.stop, accelerator=built.accelerator) for start in begin for p in start]
-    )
+    every = [dict(p) for start in begin for p in start]
+    states = stack([initial_state(kernel, p, em.stop, accelerator=built.accelerator) for p in every])
     data = stack(bundles)
     which = np.repeat(np.arange(len(begin)), width)
     running, limit = np.arange(len(which)), 0
@@ -200,7 +200,7 @@ def run_batch(
         size = smaller(int(going.sum()), len(going))
         if size == len(going) and going.any():
             continue
-        ended = jax.tree.map(lambda old, new: put(old, running, new), ended, states)
+        ended = jax.tree.map(partial(put, running), ended, states)
         # the first of those kept are still running; the others fill the batch up, and do not move
         kept = np.argsort(~going, kind="stable")[:size] if going.any() else np.zeros(0, int)
         running = running[kept]
@@ -208,7 +208,7 @@ def run_batch(
     return [best_of(ended, range(i * width, (i + 1) * width)) for i in range(len(begin))]
 
 
-def put(old: np.ndarray, where: np.ndarray, new: Any) -> np.ndarray:
+def put(where: np.ndarray, old: np.ndarray, new: Any) -> np.ndarray:
     old[where] = np.asarray(new)
     return old
 

@@ -119,7 +119,7 @@ def bootstrap_test(
         raise DataError("alternative", problem=problem, mend="more restarts, or exchange the two", kind="argument")
     p = (1 + int(np.sum(~(under_null < statistic)))) / (num + 1)
     notes = told(under_null, best, (null, alternative))
-    return BootstrapTest(statistic, under_null, p, *params, notes, (label(null), label(alternative)))
+    return BootstrapTest(statistic, under_null, p, params[0], params[1], notes, (label(null), label(alternative)))
 
 
 def label(result: EMResult) -> str:

@@ -1,9 +1,10 @@
 """Which arguments hold the rows of the data, and what a model that did not see some rows says of them.
 
 In: a fit of all data. Out: folds of its rows whose training sets have one size, and the log density of each row under
-the parameters fitted without it. The rows are those of the plate whose rows are independent given the parameters, so a
-row's log density is a term of the likelihood of all data: the training sets need one more compiled program, the held-out
-scores none. That a row's density depends on no other row is not assumed but tested on the rows of a training set.
+the parameters fitted without it. The rows are those of the plate whose rows are independent given the parameters, so
+a row's log density is a term of the likelihood of all data: the training sets need one more compiled program, the
+held-out scores none. That a row's density depends on no other row is not assumed but tested, on the rows of a training
+set.
 """
 
 from __future__ import annotations

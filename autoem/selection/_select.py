@@ -51,8 +51,8 @@ def select(
 
     Args:
         model: a NumPyro model, or several by label.
-        grid: values for each keyword argument of the model to vary, `{"k": range(1, 7), "shared": [False, True]}`; every
-            combination is fitted. None where there are several models and nothing else varies.
+        grid: values for each keyword argument of the model to vary, `{"k": range(1, 7), "shared": [False, True]}`;
+            every combination is fitted. None where there are several models and nothing else varies.
         rng_key: `jax.random.key(seed)`; starts and folds.
         args, kwargs: the model's own arguments, the same for every structure.
         criterion: "bic", "aic", "icl", or "heldout", which needs `folds` or `test`.
@@ -164,21 +164,24 @@ def observed(result: EMResult) -> int:
 def crossed(entries: Sequence[Entry], folds: int, key: Array, rows: Sequence[str] | None) -> list[Entry]:
     """The entries with the held-out log density of each row; the folds are the same for all of them."""
     to_deal, to_fit = jax.random.split(key)
-    out = []
+    out, errors = [], []
     for i, e in enumerate(entries):
         if e.result is None or e.reason:
             out += [e]
             continue
         began = time.perf_counter()
-        fold, training = deal(row_plate(e.result)[1], folds, to_deal)
         try:
+            fold, training = deal(row_plate(e.result)[1], folds, to_deal)
             scores = held_out(e.result, jax.random.fold_in(to_fit, i), fold, training, rows)
             worst = sorted({int(f) for f in fold[~np.isfinite(scores)]})
             reason = f"no finite held-out score: the fit without fold {worst[0]}, or a row of it" if worst else ""
-        except DataError as error:
+        except (ModelError, PlanError, DataError) as error:
             scores, reason = None, f"{type(error).__name__}: {error}"
+            errors += [error]
         seconds = e.seconds + time.perf_counter() - began
         out += [Entry(e.structure, e.result, reason, seconds, None if reason else scores)]
+    if errors and all(e.held_out is None for e in out):
+        raise errors[0]
     return out
 
 

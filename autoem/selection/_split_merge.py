@@ -1,8 +1,8 @@
 """Merge and split moves: out of an optimum where two states share what one could hold, and one holds what needs two.
 
-In: a fit with a discrete latent. Out: a fit with an objective at least as high. A move merges two states and splits one,
-which frees no state and needs none; it starts EM anew from responsibilities moved so, and is kept where the objective
-ends higher. All moves that are tried at a time are the starts of one compiled fit.
+In: a fit with a discrete latent. Out: a fit with an objective at least as high. A move merges two states and splits
+one, which frees no state and needs none; it starts EM anew from responsibilities moved so, and is kept where the
+objective ends higher. All moves that are tried at a time are the starts of one compiled fit.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def split_merge(
 ) -> EMResult:
     r"""Move a fit out of a poor optimum by merging two states of a latent and splitting a third.
 
-    Of responsibilities :math:`r_{nk}` and log densities :math:`\log p(x_n)` at the fit, the pairs to merge are those with
-    the most in common, :math:`r_i \cdot r_j / \lVert r_i \rVert \lVert r_j \rVert`, and the states to split those that
-    describe their rows worst, :math:`-\sum_n r_{nk} \log p(x_n) / \sum_n r_{nk}`. (At a fixed point that is, but for a
+    Of responsibilities :math:`r_{nk}` and log densities :math:`\log p(x_n)` at the fit, the pairs to merge are those
+    with the most in common, :math:`r_i \cdot r_j / \lVert r_i \rVert \lVert r_j \rVert`, and the states to split those
+    that describe their rows worst, :math:`-\sum_n r_{nk} \log p(x_n) / \sum_n r_{nk}`. (At a fixed point that is, but for a
     constant, the divergence of a state's density from its share of the data.) A merged pair may also be split again in
     another way, which is the only move of a latent with two states. A split is by density, by the principal axis of the
     observed values, or by chance. EM then runs to its end from each candidate; the best is kept where its objective is
@@ -173,7 +173,7 @@ def in_place(built, latent: Latent, weight: np.ndarray) -> Named:
 
 
 def peopled(share: np.ndarray) -> np.ndarray:
-    """Responsibilities with a little of every row in each state, where one has less than a row: an M-step needs some."""
+    """Responsibilities with a little of every row in each state, where one has less than a row."""
     if share.sum(0).min() >= 1:
         return share
     return (1 - FILL) * share + FILL / share.shape[1]
