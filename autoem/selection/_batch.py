@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from autoem._build import Build
-from autoem._em import EM, VMAP_UP_TO, underflowed
+from autoem._em import EM, ONE_THREAD_UP_TO, VMAP_UP_TO, underflowed
 from autoem._fit import State, em_step, initial_state
 from autoem._init import seeded, starts
 from autoem._jaxpr import jit_small
@@ -73,7 +73,7 @@ def fit_many(em: EM, calls: Sequence[Call], rng_key: Array, also: Sequence[Param
         sources = [derived[i][1] for i in members]
         bundles = [built.plain_bundle(source, keys[i]) for i, source in zip(members, sources, strict=True)]
         begin = starts_of(em, built, sources, bundles, keys[np.asarray(members)], also)
-        stacked = stackable(bundles) and len(members) > 1
+        stacked = len(members) > 1 and stackable(bundles) and entries(bundles[0]) * len(begin[0]) <= VMAP_UP_TO
         together &= stacked
         best = in_batches(em, built, bundles, begin) if stacked else in_turn(em, built, sources, begin, keys)
         for i, state in zip(members, best, strict=True):
@@ -104,6 +104,11 @@ def stackable(bundles: Sequence[Bundle]) -> bool:
     return all((jax.tree.structure(b), [np.shape(x) for x in jax.tree.leaves(b)]) == first for b in bundles[1:])
 
 
+def entries(bundle: Bundle) -> int:
+    """Numbers that an E-step reads of a data set."""
+    return max(1, sum(x.size for x in jax.tree.leaves(bundle.rows)))
+
+
 def stack(trees: Sequence[Any]) -> Any:
     """Trees of arrays as one tree with a leading axis; in NumPy, which compiles nothing."""
 
@@ -129,13 +134,13 @@ def in_turn(em: EM, built: Build, sources: Sequence[Source], begin: list[list[Pa
 
 def in_batches(em: EM, built: Build, bundles: Sequence[Bundle], begin: list[list[Params]]) -> list[State]:
     """As many at once as fit in memory; each batch of the same size, so that one program serves all."""
-    entries = max(1, sum(x.size for x in jax.tree.leaves(bundles[0].rows))) * len(begin[0])
-    count = int(np.clip(VMAP_UP_TO // entries, 1, len(bundles)))
+    count = int(np.clip(VMAP_UP_TO // (entries(bundles[0]) * len(begin[0])), 1, len(bundles)))
     count = -(-len(bundles) // -(-len(bundles) // count))  # equal shares
     out: list[State] = []
     loop = ("many", id(built))
     if loop not in em._loops:
-        em._loops[loop] = batched_loop(built, em.stop)
+        read = 8 * entries(bundles[0]) * len(begin[0]) * count
+        em._loops[loop] = batched_loop(built, em.stop, small=read <= ONE_THREAD_UP_TO)
     advance = em._loops[loop]
     for first in range(0, len(bundles), count):
         chosen = list(range(first, min(first + count, len(bundles))))
@@ -154,7 +159,7 @@ def lost(built: Build, state: State, bundle: Bundle) -> bool:
     return underflowed(built, state.params, state._replace(history=state.objective[None]), bundle)
 
 
-def batched_loop(built: Build, stop: Stop) -> Callable:
+def batched_loop(built: Build, stop: Stop, small: bool) -> Callable:
     """`advance(states, bundles, which, limit)`: steps of many fits, each on the data set that `which` names."""
     kernel = plain(built.kernel)
 
@@ -169,7 +174,7 @@ def batched_loop(built: Build, stop: Stop) -> Callable:
         rows = jax.tree.map(lambda x: x[which], bundles)
         return jax.vmap(advance, in_axes=(0, 0, None))(states, rows, limit)
 
-    return jit_small(many)
+    return jit_small(many) if small else jax.jit(many)
 
 
 def plain(kernel: Kernel) -> Kernel:

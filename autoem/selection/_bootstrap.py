@@ -18,7 +18,8 @@ from autoem._result import EMResult
 from autoem.selection._batch import fit_many
 from autoem.selection._simulate import draws, refuse_approximate, with_draws
 
-SLACK = 1e-6  # of the objective: by how much the larger structure may be worse and still count as fitted
+SLACK = 1e-6  # of the objective: by how much two optima may differ and still be one
+SLOW = 0.05  # nats by which the larger structure may end below the smaller where its optimum is on a boundary
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -81,7 +82,8 @@ def bootstrap_test(
         alternative: fit of the larger, to the same data.
         rng_key: `jax.random.key(seed)`.
         num: data sets to draw, at least 1; the smallest p-value is `1 / (num + 1)`.
-        restarts: starts for each data set, besides the estimates; None for those of each structure's `EM`.
+        restarts: starts for each data set, besides the estimates; None for those of each structure's `EM`. With fewer
+            than the two fits had, drawn data are searched less well than the data were, and p is too small.
 
     Returns:
         The test, with the simulated null distribution.
@@ -114,7 +116,7 @@ def bootstrap_test(
         params.append({n: v[1:] for n, v in ends.params.items()})
     best = [np.nanmax([r.log_likelihood, v[0]]) for r, v in zip((null, alternative), likelihood, strict=True)]
     statistic, under_null = float(2 * (best[1] - best[0])), 2 * (likelihood[1] - likelihood[0])[1:]
-    if statistic < -SLACK * (1 + abs(best[0])):
+    if statistic < -2 * SLOW:
         problem = f"the larger structure fits worse than the null ({best[1]:.6g} against {best[0]:.6g})"
         raise DataError("alternative", problem=problem, mend="more restarts, or exchange the two", kind="argument")
     p = (1 + int(np.sum(~(under_null < statistic)))) / (num + 1)
@@ -125,16 +127,22 @@ def bootstrap_test(
 def label(result: EMResult) -> str:
     """What a structure is called: by its label in a selection, or by its model's name and number of parameters."""
     em = result._context.em
-    told = getattr(em.model, "label", None)
-    return told or f"{getattr(em.model, '__name__', 'the model')} with {result.num_params} parameters"
+    if told := getattr(em.model, "label", None):
+        return told
+    name = getattr(getattr(em.model, "func", em.model), "__name__", "the model")
+    return f"{name} with {result.num_params} parameters"
 
 
 def told(under_null: np.ndarray, best: list[float], results: tuple[EMResult, EMResult]) -> tuple[str, ...]:
     notes = []
     if broken := int(np.isnan(under_null).sum()):
         notes += [f"{broken} fits of drawn data broke down (a likelihood without bound); they count as exceeding"]
-    if worse := int(np.sum(under_null < -SLACK * (1 + abs(best[0])))):
-        notes += [f"in {worse} drawn data sets the alternative fitted worse than the null: more restarts would mend it"]
+    if worse := int(np.sum(under_null < -2 * SLACK * (1 + abs(best[0])))):
+        most = f"at most {-np.nanmin(under_null) / 2:.2g} nats"
+        notes += [f"in {worse} drawn data sets the alternative ended below the null ({most}): more restarts, or tol="]
+    if len(under_null) > 1 and np.nanmax(under_null) < SLOW and best[1] - best[0] < SLOW:
+        notes += ["the alternative never fitted better than the null: it is stuck, or its addition does nothing"]
+    notes += [f"of {label(r)}: {w}" for r in results for w in r.warnings if "is empty" in w or "alike" in w]
     for result, value in zip(results, best, strict=True):
         if value > result.log_likelihood + SLACK * (1 + abs(value)):
             found = f"the data themselves have a better fit of {label(result)} than the one given"

@@ -97,6 +97,7 @@ def plot_test(test: BootstrapTest, ax: Any = None) -> Any:
         xycoords=("data", "axes fraction"), textcoords="offset points", va="top", ha="right" if right else "left",
         color=INK, weight="bold",
     )  # fmt: skip
+    ax.yaxis.get_major_locator().set_params(integer=True)
     ax.set_ylim(top=1.25 * ax.get_ylim()[1])  # room for what is written there
     ax.margins(x=0.12)
     ax.set(xlabel="twice the rise of the log-likelihood", ylabel="drawn data sets")

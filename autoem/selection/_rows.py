@@ -58,7 +58,7 @@ def row_arguments(result: EMResult, rows: Sequence[str] | None) -> list[int]:
         found = [i for i, n in enumerate(names) if shapes.get(n, (0,))[0] == size]
         if not found:
             problem = f"no argument has a leading axis of its size, {size} (they have {shapes})"
-            raise PlanError(plate, problem=problem, mend='rows=["x"], or test= with data of their own', kind="plate")
+            raise PlanError(plate, problem=problem, mend="test= with data of their own", kind="plate")
         square = [n for i, n in enumerate(names) if i in found and shapes[n].count(size) > 1]
         if square:
             problem = f"{square} have several axes of its size, {size}, so that nothing tells which is the rows'"

@@ -58,11 +58,11 @@ def split_merge(
 
     Of responsibilities :math:`r_{nk}` and log densities :math:`\log p(x_n)` at the fit, the pairs to merge are those
     with the most in common, :math:`r_i \cdot r_j / \lVert r_i \rVert \lVert r_j \rVert`, and the states to split those
-    that describe their rows worst, :math:`-\sum_n r_{nk} \log p(x_n) / \sum_n r_{nk}`. (At a fixed point that is, but for a
-    constant, the divergence of a state's density from its share of the data.) A merged pair may also be split again in
-    another way, which is the only move of a latent with two states. A split is by density, by the principal axis of the
-    observed values, or by chance. EM then runs to its end from each candidate; the best is kept where its objective is
-    higher, no parameter collapses in it, and the search goes on from there.
+    that describe their rows worst, :math:`-\sum_n r_{nk} \log p(x_n) / \sum_n r_{nk}`. (At a fixed point that is, but
+    for a constant, the divergence of a state's density from its share of the data.) A merged pair may also be split
+    again in another way, which is the only move of a latent with two states. A split is by density, by the principal
+    axis of the observed values, or by chance. EM then runs to its end from each candidate; the best is kept where its
+    objective is higher, no parameter collapses in it, and the search goes on from there.
 
     Args:
         result: a fit of a model with a discrete latent whose states exchange roles, such as a mixture.

@@ -53,7 +53,7 @@ def sweep():
 
 
 def test_bic_of_faithful_is_that_of_mclust(sweep):
-    """mclust 6.0, model EEE, in its own sign: -2607.622, -2325.220, -2314.316; its choice among all models is EEE, 3."""
+    """mclust 6.0, model EEE, in its own sign: -2607.622, -2325.220, -2314.316; its choice of EEE and VVV is EEE, 3."""
     bic = [e.numbers["bic"] for e in sweep.entries]
     np.testing.assert_allclose(bic, [2607.622, 2325.220, 2314.316], atol=0.03)
     assert [e.numbers["num_params"] for e in sweep.entries] == [5, 8, 11]

@@ -86,7 +86,7 @@ def test_two_lines_change_places():
 
 
 def test_empty_states_are_put_to_use():
-    """A start far off leaves two of three states empty; mclust's three full components of Old Faithful reach -1127.2."""
+    """A start far off leaves two of three states empty; mclust's three full components reach -1127.2."""
     stuck = run(surface, matrix("old_faithful.csv"))
     assert "is empty" in stuck.status and stuck.log_likelihood < -1280
     assert autoem.split_merge(stuck, KEY).log_likelihood > -1127.2
