@@ -130,6 +130,13 @@ class Build:
             self.prepared = True
         return jit_once(self.kernel.init_e_step)(params, bundle, jax.random.fold_in(key, number))
 
+    def final(self, params: Params, bundle: Bundle, state: Any) -> tuple[float, float]:
+        """The objective of a noisy fit at its end, from draws of its own, and its standard error."""
+        treatment = self.kernel.treatment
+        assert treatment is not None
+        found = jit_once(lambda *a: treatment.final(self.kernel, *a))(params, bundle, state, jax.random.key(60))
+        return float(found[0]), float(found[1])
+
     def fits(self, source: Source) -> bool:
         """Whether the supports, and the signs of sums, computed from this data are those that the plan was made for."""
         moved = support_limits(self.found, source)

@@ -124,8 +124,8 @@ class Variational(AbstractEStep):
 class MonteCarlo(AbstractEStep):
     """Draw continuous latents from their posterior by Hamiltonian Monte Carlo (Monte Carlo EM).
 
-    The chains go on from step to step, with a step size adapted while they warm up. What is reported is the mean log
-    density of the completed data, up to its Monte Carlo error, which is no likelihood.
+    The chains go on from step to step, with a step size adapted while they warm up. What is reported is an estimate of
+    the log-likelihood, by importance sampling at the start and the draws' likelihood ratios from step to step.
 
     Args:
         num_draws: draws of each chain in every E-step, at least 1.

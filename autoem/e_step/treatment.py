@@ -70,6 +70,10 @@ class AbstractTreatment(abc.ABC):
         """The data as the M-step sees them."""
         return bundle
 
+    def final(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, key: Array) -> tuple[Array, Array]:
+        """Of a noisy objective, a better estimate at the end, and its standard error."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def init(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> Any:
         """What it remembers before its first step."""

@@ -1,22 +1,33 @@
 r"""Continuous latents drawn from their posterior by Hamiltonian Monte Carlo, beside discrete ones summed exactly.
 
 In: the latents and the factors that read them. Out: draws of chains that go on from step to step, for the M-step; with
-stochastic approximation the draws of earlier steps too, with falling weights.
+stochastic approximation the draws of earlier steps too, with falling weights. The log-likelihood is followed from step
+to step: where the draws are from the posterior at the new parameters,
+
+.. math:: \log \frac{p(x \mid \theta)}{p(x \mid \theta')} = \log E_{u \sim \theta'}[e^{J_\theta(u) - J_{\theta'}(u)}],
+
+from where it was at the start, by importance sampling about the mode.
+
+References:
+    Wei and Tanner 1990; Thompson and Guo 1991, "Evaluation of likelihood ratios for complex genetic models".
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.scipy.special import gammaln
 from numpyro.infer.hmc import hmc
 
 from autoem.e_step.treatment import Expectation
 from autoem.treatments.drawn import AbstractDrawn
+from autoem.treatments.laplace import MAX_COORDINATES, JointLaplace
 
 if TYPE_CHECKING:
     from autoem._lower import Kernel
@@ -24,15 +35,18 @@ if TYPE_CHECKING:
     from autoem.m_step.problem import Bundle, Params
 
 MAX_TREE_DEPTH = 7
+PROPOSALS, BATCHES, FREEDOM = 4096, 16, 6.0
 
 
 class Chains(NamedTuple):
-    """What is remembered: the chains' own state, and of stochastic approximation the draws held and their weights."""
+    """The chains' state, draws held and their weights, steps done, the log-likelihood, and the parameters before."""
 
     hmc: Any
     held: Array
     weights: Array
     step: Array
+    total: Array
+    before: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +56,7 @@ class Sampled(AbstractDrawn):
     wish: MonteCarlo
 
     strategy = "Monte Carlo"
-    objective_name = "mean log density of the completed data"
+    objective_name = "Monte Carlo estimate of the log-likelihood"
     noisy = True
     source = "Wei and Tanner 1990 (Monte Carlo EM); Hoffman and Gelman 2014"
 
@@ -78,7 +92,15 @@ class Sampled(AbstractDrawn):
 
         states = jax.vmap(chain)(jax.random.split(key, self.wish.num_chains))
         held = jnp.zeros((self.num_draws, self.hidden.dim))
-        return Chains(states, held, jnp.zeros(self.num_draws), jnp.zeros((), int))
+        start = self.estimate(kernel, params, bundle, key)[0]
+        return Chains(states, held, jnp.zeros(self.num_draws), jnp.zeros((), int), start, dict(params))
+
+    def estimate(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> tuple[Array, Array]:
+        """The log-likelihood by importance sampling about the mode, and its standard error."""
+        return importance(JointLaplace(self.hidden), kernel, params, bundle, key)
+
+    def final(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, key: Array) -> tuple[Array, Array]:
+        return self.estimate(kernel, params, bundle, key)
 
     def go_on(self, kernel: Kernel, params: Params, bundle: Bundle, states: Any, num: int) -> tuple[Any, Array]:
         """The chains after `num` transitions each at these parameters, and their draws `(num * chains, dim)`."""
@@ -102,8 +124,10 @@ class Sampled(AbstractDrawn):
         states, x = self.go_on(kernel, params, bundle, state.hmc, self.wish.num_draws)
         held, weights = self.weighted(state, x)
         each, found = self.hidden.expectation(kernel, params, bundle, self.hidden.constrain(held)[0], weights)
-        now = each[-self.per_step :].mean()
-        return found._replace(likelihood=now, state=Chains(states, held, weights, state.step + 1))
+        back = self.hidden.log_joint(kernel, state.before, bundle, self.hidden.constrain(x)[0])
+        total = state.total - jax.nn.logsumexp(back - each[-self.per_step :]) + math.log(self.per_step)
+        after = Chains(states, held, weights, state.step + 1, total, dict(params))
+        return found._replace(likelihood=total, state=after)
 
     def weighted(self, state: Chains, x: Array) -> tuple[Array, Array]:
         """The draws that the M-step sees, the newest last, and their weights."""
@@ -121,6 +145,31 @@ class Sampled(AbstractDrawn):
             f"approximate: drawn from the posterior by {self.wish.kernel}, {self.wish.num_draws} draws a step from "
             f"{chains}, since {self.hidden.why}; the objective is the {self.objective_name}"
         )
+
+
+def importance(method: JointLaplace, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> tuple[Array, Array]:
+    """The log-likelihood by weighted draws of a t law about the mode, and its standard error by the delta method.
+
+    Zero, of infinite error, where there are too many coordinates for a curvature.
+
+    References:
+        Geweke 1989, "Bayesian inference in econometric models using Monte Carlo integration".
+    """
+    dim = method.hidden.dim
+    if dim > MAX_COORDINATES:
+        return jnp.zeros(()), jnp.asarray(jnp.inf)
+    mode, _, root, log_det = method.place(kernel, params, bundle, jnp.zeros(dim))
+    normal, wide = jax.random.split(jax.random.fold_in(key, 1))
+    z = jax.random.normal(normal, (PROPOSALS, dim))
+    z = z * jnp.sqrt(FREEDOM / (2 * jax.random.gamma(wide, 0.5 * FREEDOM, (PROPOSALS, 1))))
+    half = 0.5 * (FREEDOM + dim)
+    proposal = -half * jnp.log1p((z**2).sum(1) / FREEDOM) + gammaln(half) - gammaln(0.5 * FREEDOM)
+    proposal = proposal - 0.5 * dim * math.log(FREEDOM * math.pi)
+    one = jax.vmap(lambda x: method.log_density(kernel, params, bundle, x[None])[0])
+    log_weights = jax.lax.map(one, (mode + z @ root.T).reshape(BATCHES, -1, dim)).ravel() - proposal
+    share = jax.nn.softmax(log_weights) * PROPOSALS
+    error = jnp.sqrt(jnp.var(share) / PROPOSALS)
+    return jax.nn.logsumexp(log_weights) - math.log(PROPOSALS) + log_det, error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from autoem.e_step.strategies import Variational
     from autoem.m_step.problem import Bundle, Params
 
+FINAL = 1000  # draws of the reported bound
 FIRST = 10  # times as many optimiser steps before the first E-step
 
 
@@ -173,6 +175,14 @@ class Guide(AbstractDrawn):
         weights = jnp.full(self.num_draws, 1 / self.num_draws)
         each, found = self.hidden.expectation(kernel, params, bundle, draws, weights)
         return found._replace(likelihood=(each - density).mean(), state=state._replace(key=key))
+
+    def final(self, kernel: Kernel, params: Params, bundle: Bundle, state: Guided, key: Array) -> tuple[Array, Array]:
+        def one(key: Array) -> Array:
+            draws, density = self.many(state.free, bundle, key, 1)
+            return self.hidden.log_joint(kernel, params, bundle, draws)[0] - density[0]
+
+        each = jax.lax.map(one, jax.random.split(key, FINAL))
+        return each.mean(), each.std() / math.sqrt(FINAL)
 
     def posterior_draws(self, kernel: Kernel, params: Params, bundle: Bundle, state: Guided, key: Array, num: int):
         return self.many(state.free, bundle, key, num)[0]
