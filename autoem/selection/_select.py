@@ -114,9 +114,6 @@ def fitted(structure: Structure, options: Mapping[str, Any], key: Array, args: t
 
 def broken(result: EMResult) -> str:
     """Why the likelihood at the end of a fit says nothing of the structure; empty where it does."""
-    kernel = result._context.built.kernel
-    if kernel.noisy:
-        return f"no likelihood to compare: its E-step tells the {kernel.objective_name} alone"
     if not np.isfinite(result.log_likelihood):
         return result.status
     unbounded = result.status.startswith(BROKEN) or "collapsed" in result.status
@@ -142,9 +139,9 @@ def refuse_other_data(entries: Sequence[Entry]) -> None:
 
 
 def refuse_other_objectives(entries: Sequence[Entry]) -> None:
-    """Raise where a likelihood would be compared with a bound or an approximation of another."""
+    """Raise where a likelihood would be compared with a bound of another."""
     names = {e.label: e.result.objective_name for e in entries if e.result is not None and not e.reason}
-    if len(set(names.values())) > 1:
+    if len(set(names.values())) > 1 and "ELBO" in names.values():
         a = next(iter(names))
         b = next(n for n in names if names[n] != names[a])
         problem = f"of {a} the {names[a]} is known, of {b} the {names[b]}: the two do not compare"
@@ -201,7 +198,9 @@ def notes_of(entries: Sequence[Entry]) -> tuple[str, ...]:
         notes += [f"{failed} of {len(entries)} structures have no score; the table says why"]
     known = [e.result for e in entries if e.result is not None]
     if name := next((r.objective_name for r in known if r.objective_name != "log-likelihood"), ""):
-        notes += [f"what is compared is the {name}, which stands in for the log-likelihood"]
+        error = max(r.standard_error for r in known)
+        told = f" (standard errors up to {error:.2g} nats)" if error else ""
+        notes += [f"the {name}{told} stands in for the log-likelihood of some structures"]
     priors = [p.name for r in known for p in r._context.built.program.params.values() if p.prior]
     if priors:
         notes += [f"parameters have priors ('{priors[0]}'): likelihoods are those at the mode, not at their maximum"]

@@ -20,7 +20,8 @@ from autoem._em import as_key
 from autoem._errors import PlanError
 from autoem._init import FEW, responsibilities, row_features, seeded
 from autoem._named import Named, named
-from autoem._result import EMResult, Restarts, make_result, oddities
+from autoem._oddities import oddities
+from autoem._result import EMResult, Restarts, make_result
 from autoem._stop import DIVERGED, FELL, SENTENCES
 from autoem.ir import Latent
 from autoem.passes.classify import nearest
