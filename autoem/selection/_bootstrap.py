@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from autoem._em import as_key
 from autoem._errors import DataError, PlanError
 from autoem._result import EMResult
 from autoem.selection._batch import fit_many
@@ -103,7 +104,7 @@ def bootstrap_test(
     for result in (null, alternative):
         refuse_approximate(result, "likelihood-ratio tests")
     refuse_other_data(null, alternative)
-    to_draw, to_null, to_alternative = jax.random.split(rng_key, 3)
+    to_draw, to_null, to_alternative = jax.random.split(as_key(rng_key), 3)
     drawn = draws(null, to_draw, num)
     likelihood, params = [], []
     for result, key in ((null, to_null), (alternative, to_alternative)):
