@@ -67,14 +67,19 @@ def test_the_choice_is_told_and_shown(sweep):
     assert "BIC chooses k=3, shared=True: 10.92 below the next, k=2, shared=True: very strong evidence." in text
     assert "k=3 is the largest that was tried" in text
     assert "<b>k=3, shared=True</b>" in sweep._repr_html_()
-    frame = sweep.table
-    assert frame["bic"].idxmin() == "k=3, shared=True"
-    assert frame.loc["k=3, shared=True", "difference"] == 0
     axes = sweep.plot()
     assert axes.get_xlabel() == "k" and axes.get_ylabel() == "BIC"
-    np.testing.assert_allclose(axes.lines[0].get_ydata(), frame["bic"])
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [e.numbers["bic"] for e in sweep.entries])
     with pytest.raises(KeyError, match="there are"):
         sweep["k=9"]
+
+
+def test_the_table_is_a_pandas_frame(sweep):
+    pytest.importorskip("pandas")
+    frame = sweep.table
+    assert frame["bic"].idxmin() == "k=3, shared=True" and list(frame["k"]) == [1, 2, 3]
+    assert frame.loc["k=3, shared=True", "difference"] == 0
+    assert list(frame["num_params"]) == [5, 8, 11] and frame["status"].str.startswith("converged").all()
 
 
 def test_a_structure_that_fails_is_a_row_with_its_reason():
@@ -143,35 +148,34 @@ def test_many_fits_at_once_are_the_single_fits():
     assert loop._cache_size() == 1
 
 
-@pytest.mark.parametrize("most", [1, 3 * 272 * 6], ids=["one after the other", "in batches of a few"])
+@pytest.mark.parametrize("most", [1, 70], ids=["one after the other", "in batches of a few"])
 def test_what_does_not_fit_in_memory_at_once_ends_the_same(monkeypatch, most):
-    em = autoem.EM(functools.partial(mixture, k=2), init={"loc": [[2.0, 54.0], [4.3, 80.0]]}, progress=False)
-    sets = [((X[RNG.integers(0, len(X), len(X))],), {}) for _ in range(5)]
-    at_once = fit_many(em, sets, KEY)
+    em = autoem.EM(functools.partial(normal, moved=True), progress=False)
+    sets = [((RNG.normal(1, 2, 20),), {}) for _ in range(5)]
     monkeypatch.setattr("autoem.selection._batch.VMAP_UP_TO", most)
-    em._loops.clear()
     ends = fit_many(em, sets, KEY)
     assert ends.together == (most > 1)
-    np.testing.assert_allclose(ends.log_likelihood, at_once.log_likelihood, rtol=1e-9)
-    np.testing.assert_allclose(ends.params["cov"], at_once.params["cov"], rtol=1e-4)
+    np.testing.assert_allclose(ends.params["loc"], [y.mean() for (y,), _ in sets], rtol=1e-6)
+    np.testing.assert_allclose(ends.params["sd"], [y.std() for (y,), _ in sets], rtol=1e-6)
 
 
 def test_the_bootstrap_gives_the_p_value_of_the_t_test():
     """Of one Gaussian, the statistic is n log(1 + t²/(n - 1)), whose law under the null is known."""
     null, moved = (autoem.EM(functools.partial(normal, moved=m), progress=False).run(KEY, Y) for m in (False, True))
-    test = autoem.bootstrap_test(null, moved, jax.random.key(1), num=399)
+    test = autoem.bootstrap_test(null, moved, jax.random.key(1), num=199)
     n, t = len(Y), stats.ttest_1samp(Y, 0.0)
     np.testing.assert_allclose(test.statistic, n * np.log1p(t.statistic**2 / (n - 1)), rtol=1e-6)
-    assert abs(test.p_value - t.pvalue) < 4 * np.sqrt(t.pvalue * (1 - t.pvalue) / 399)
+    assert abs(test.p_value - t.pvalue) < 4 * np.sqrt(t.pvalue * (1 - t.pvalue) / 199)
     as_t = np.sqrt((n - 1) * np.expm1(test.null / n))
     # one false alarm in a thousand, at a fixed seed
     assert stats.kstest(2 * stats.t.sf(as_t, n - 1), "uniform").pvalue > 1e-3
-    assert test.p_value == (1 + np.sum(test.null >= test.statistic)) / 400
+    assert test.p_value == (1 + np.sum(test.null >= test.statistic)) / 200
     np.testing.assert_allclose(test.null_params["sd"].std(), test.null_params["sd"].mean() / np.sqrt(2 * n), rtol=0.15)
     assert f"p = {test.p_value:.4g}" in str(test)
     assert len(test.plot().patches) > 5
 
 
+@pytest.mark.slow
 def test_two_components_of_faithful_are_not_one():
     """mclustBootstrapLRT (mclust 6.0, VVV, 1 against 2): statistic 319.065, p the smallest there is."""
     fits = [autoem.EM(functools.partial(mixture, k=k), **FEW).run(KEY, X) for k in (1, 2)]
