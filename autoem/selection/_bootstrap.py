@@ -141,9 +141,11 @@ def told(under_null: np.ndarray, best: list[float], results: tuple[EMResult, EMR
     if worse := int(np.sum(under_null < -2 * SLACK * (1 + abs(best[0])))):
         most = f"at most {-np.nanmin(under_null) / 2:.2g} nats"
         notes += [f"in {worse} drawn data sets the alternative ended below the null ({most}): more restarts, or tol="]
-    if len(under_null) > 1 and np.nanmax(under_null) < SLOW and best[1] - best[0] < SLOW:
+    known = under_null[np.isfinite(under_null)]
+    if known.size > 1 and known.max() < SLOW and best[1] - best[0] < SLOW:
         notes += ["the alternative never fitted better than the null: it is stuck, or its addition does nothing"]
-    notes += [f"of {label(r)}: {w}" for r in results for w in r.warnings if "is empty" in w or "alike" in w]
+    odd = ("is empty", "every step from there")  # states that do nothing, and states that nothing tells apart
+    notes += [f"of {label(r)}: {w}" for r in results for w in r.warnings if any(o in w for o in odd)]
     for result, value in zip(results, best, strict=True):
         if value > result.log_likelihood + SLACK * (1 + abs(value)):
             found = f"the data themselves have a better fit of {label(result)} than the one given"

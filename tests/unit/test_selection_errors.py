@@ -13,6 +13,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
 import autoem
+from autoem.selection._bootstrap import told
 from autoem.selection._grid import structures
 from autoem.selection._rows import deal, row_arguments
 
@@ -144,5 +145,9 @@ def test_fits_that_cannot_be_tested_against_each_other():
     other = autoem.EM(functools.partial(normal, moved=True), progress=False).run(KEY, Y + 1)
     with pytest.raises(autoem.DataError, match="fitted to other data"):
         autoem.bootstrap_test(small, other, KEY)
+    notes = told(np.array([0.0, np.nan, 0.0, -0.2]), [-10.0, -10.0], (small, large))
+    assert [n.split()[0] for n in notes] == ["1", "in", "the", "the", "the"]
+    assert "at most 0.1 nats" in notes[1] and "it is stuck" in notes[2]
+    assert told(np.full(3, np.nan), [-30.0, -29.0], (small, large))[0].startswith("3 fits of drawn data broke down")
     with pytest.raises(ValueError, match="num must be at least 1"):
         autoem.bootstrap_test(small, large, KEY, num=0)
