@@ -41,6 +41,7 @@ LAYERS = """
     _replay
     _check
     _em
+    selection
     __init__
 """
 LAYER_OF = {unit: depth for depth, line in enumerate(LAYERS.split("\n")) for unit in line.split()}
