@@ -40,6 +40,8 @@ from autoem.m_step.problem import Bundle, Params, Problem
 from autoem.m_step.strategies import AbstractMStep
 from autoem.m_step.superposition import Superposition
 from autoem.passes.classify import classify, continuous_latents, nearest
+from autoem.treatments import treatment_of
+from autoem.treatments.discrete import STRATEGIES as DISCRETE
 
 LARGE = 1_000_000  # entries of the data from which their preparation is compiled well rather than fast
 
@@ -300,8 +302,9 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
         blocks = choose(problem, params, shapes, wishes, mixed)
     chunks = None if integrals else plan_chunks(program, problem, layout, params, shapes)
     notes = notes_of(program, options)
-    plan = make_plan(program, problem, layout, blocks, chunks, params, shapes, notes, integrals)
-    kernel = Kernel(program, problem, layout, blocks, chunks, integrals)
+    treatment = treatment_of(program, options.e_step, options.accelerate)
+    plan = make_plan(program, problem, layout, blocks, chunks, params, shapes, notes, integrals, treatment)
+    kernel = Kernel(program, problem, layout, blocks, chunks, integrals, treatment)
     accelerator = accelerated(options.accelerate, program, blocks)
     plan = dataclasses.replace(plan, accelerate=accelerator and accelerator.method)
     return Build(
@@ -338,7 +341,8 @@ def integrals_of(
 def with_wishes(program: Program, options: Options) -> Program:
     """The program, each of its continuous latents with the strategy that was asked for it."""
     wish = options.e_step
-    wishes = {n: wish.get(n) if isinstance(wish, Mapping) else wish for n in program.continuous}
+    whole = None if isinstance(wish, DISCRETE) else wish
+    wishes = {n: wish.get(n) if isinstance(wish, Mapping) else whole for n in program.continuous}
     latents = {n: dataclasses.replace(z, wish=wishes[n]) for n, z in program.continuous.items()}
     return dataclasses.replace(program, continuous=latents)
 
@@ -361,15 +365,14 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
                 raise PlanError(name, problem=problem, mend=nearest(name, names))
     steps = options.e_step.values() if isinstance(options.e_step, Mapping) else [options.e_step]
     for step in steps:
-        if step is not None and not isinstance(step, Exact | Truncated | Quadrature):
-            mend = "use autoem.e_step.Exact(), Truncated(...) or Quadrature(...)"
+        if step is not None and not isinstance(step, (Exact, Truncated, Quadrature, *DISCRETE)):
+            mend = "use autoem.e_step.Exact(), Truncated(...), Quadrature(...), Hard(), Stochastic() or Annealed(...)"
             raise PlanError("e_step", problem=f"{step!r} is no E-step strategy", mend=mend)
     for name, step in options.e_step.items() if isinstance(options.e_step, Mapping) else ():
-        if isinstance(step, Truncated) and name in program.continuous:
+        if isinstance(step, (Truncated, *DISCRETE)) and name in program.continuous:
             mend = f'EM(model, e_step={{"{name}": autoem.e_step.Quadrature()}}), or leave e_step out'
-            raise PlanError(
-                name, problem="a range of whole numbers is for discrete latents; this one is not", mend=mend
-            )
+            what = "a range of whole numbers" if isinstance(step, Truncated) else str(step)
+            raise PlanError(name, problem=f"{what} is for discrete latents; this one is not", mend=mend)
         if isinstance(step, Quadrature) and name not in program.continuous:
             mend = f'EM(model, e_step={{"{name}": autoem.e_step.Exact()}})'
             raise PlanError(name, problem="quadrature is for continuous latents; this one is summed", mend=mend)

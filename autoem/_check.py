@@ -250,11 +250,7 @@ def site_density(built: Build, factor, values) -> Array:
 def check_m_step(built: Build, params, bundle: Bundle) -> list[Check]:
     """After a block's closed form the gradient of `Q` in the block's free coordinates is zero."""
     kernel = built.kernel
-    _, _, statistics = (
-        jax.jit(kernel.expect)(params, dataclasses.replace(bundle))
-        if not kernel.chunks
-        else jax.jit(dataclasses.replace(kernel, chunks=None).expect)(params, bundle)
-    )
+    statistics = jax.jit(dataclasses.replace(kernel, chunks=None).exactly)(params, bundle).statistics
     checks, current = [], dict(params)
     bundle = with_nodes(bundle, statistics.get(NODES, {}))
     for block in kernel.blocks:

@@ -18,6 +18,7 @@ from autoem._integrals import Integral
 from autoem._render import citations_of, plan_html, plan_latex, plan_text
 from autoem.accelerate import AbstractAcceleration
 from autoem.e_step.elimination import ChainStep, Layout, Step, eliminate
+from autoem.e_step.treatment import AbstractTreatment
 from autoem.ir import Program
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.problem import Bundle, Params, Problem, make_layout, uses_of
@@ -75,6 +76,7 @@ class Plan:
         cost: size of the E-step.
         notes: judgements, and how to turn them.
         accelerate: how the EM map is extrapolated; None where it is not.
+        treatment: the E-step where it is not the exact one; its `objective_name` says what is maximised.
     """
 
     program: Program
@@ -88,6 +90,7 @@ class Plan:
     notes: tuple[str, ...]
     integrals: tuple[Integral, ...] = ()
     accelerate: AbstractAcceleration | None = None
+    treatment: AbstractTreatment | None = None
 
     def __str__(self) -> str:
         return plan_text(self)
@@ -139,6 +142,7 @@ def make_plan(
     bundle: Bundle,
     notes: tuple[str, ...] = (),
     integrals: tuple[Integral, ...] = (),
+    treatment: AbstractTreatment | None = None,
 ) -> Plan:
     """Write the plan down.
 
@@ -158,8 +162,9 @@ def make_plan(
     )
     return Plan(
         program, problem, layout, blocks, chunks,
-        (*latent_rows(program, problem, layout), *continuous_rows(integrals)),
+        (*(as_treated(r, treatment) for r in latent_rows(program, problem, layout)), *continuous_rows(integrals)),
         tuple(parameter_rows(program, problem, blocks)), cost, (*program.notes, *notes, *idle), integrals,
+        treatment=treatment,
     )  # fmt: skip
 
 
@@ -209,6 +214,14 @@ def latent_rows(program: Program, problem: Problem, layout: Layout):
         if not all(f.compact for f in readers if f.completions is None):
             reason += "; tabulated at full shape, since the model's text does not broadcast over it"
         yield LatentRow(name, "exact", latent.num_states, plates, cells, reason)
+
+
+def as_treated(row: LatentRow, treatment: AbstractTreatment | None) -> LatentRow:
+    """The row of a discrete latent, with what an E-step other than the exact one makes of it."""
+    said = treatment and treatment.described(row.name)
+    if not said:
+        return row
+    return dataclasses.replace(row, strategy=said[0], reason=f"{said[1]}; {row.reason}")
 
 
 def continuous_rows(integrals: Sequence[Integral]):
