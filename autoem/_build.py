@@ -40,7 +40,7 @@ from autoem.m_step.problem import Bundle, Params, Problem
 from autoem.m_step.strategies import AbstractMStep
 from autoem.m_step.superposition import Superposition
 from autoem.passes.classify import classify, continuous_latents, nearest
-from autoem.treatments import treatment_of
+from autoem.treatments import treatment_of, try_out
 from autoem.treatments.discrete import STRATEGIES as DISCRETE
 
 LARGE = 1_000_000  # entries of the data from which their preparation is compiled well rather than fast
@@ -305,6 +305,8 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
     treatment = treatment_of(program, options.e_step, options.accelerate)
     plan = make_plan(program, problem, layout, blocks, chunks, params, shapes, notes, integrals, treatment)
     kernel = Kernel(program, problem, layout, blocks, chunks, integrals, treatment)
+    if treatment is not None:
+        try_out(kernel, params, shapes)
     accelerator = accelerated(options.accelerate, program, blocks)
     plan = dataclasses.replace(plan, accelerate=accelerator and accelerator.method)
     return Build(

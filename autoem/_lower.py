@@ -197,9 +197,7 @@ class Kernel:
     def init_states(self, params: Params) -> tuple:
         return tuple(b.init(params) for b in self.blocks)
 
-    def _in_chunks(
-        self, cells, bundle: Bundle, gradient: bool, reduce: Reduce = log_sum_exp
-    ) -> tuple[Array, Any]:
+    def _in_chunks(self, cells, bundle: Bundle, gradient: bool, reduce: Reduce = log_sum_exp) -> tuple[Array, Any]:
         """Log-likelihood and statistics, summed over chunks, devices and the tail."""
         chunks = self.chunks
         assert chunks is not None

@@ -15,6 +15,7 @@ from jax import Array
 from numpyro.infer import Predictive
 
 from autoem._build import Build
+from autoem._ending import remarks
 from autoem._errors import DataError
 from autoem._fit import State
 from autoem._plan import Plan
@@ -30,9 +31,7 @@ from autoem.m_step.problem import Bundle
 if TYPE_CHECKING:
     from autoem._em import EM
 
-
-SHOWN = 12  # starts that are printed
-MANY_PARAMS = 20  # parameters that are printed
+SHOWN, MANY_PARAMS = 12, 20  # starts, and parameters, that are printed
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -90,8 +89,8 @@ class EMResult:
 
     Attributes:
         params: value of every parameter, by site name, on its constrained scale; maximised sample sites included.
-        log_likelihood: log density of the observed data at `params`, latents summed out, in nats.
-        objective: `log_likelihood` plus the log density of the parameters' priors; what EM maximised.
+        log_likelihood: log density of the observed data at `params`, latents summed out, in nats; or a bound of it.
+        objective: what was maximised, see `objective_name`, plus the log density of the parameters' priors.
         history: objective at the start and after every step, `(num_steps + 1,)`.
         num_steps: M-steps that led to `params`.
         converged: whether the objective stopped moving; hitting `max_steps` is not converging.
@@ -115,7 +114,11 @@ class EMResult:
 
     def __str__(self) -> str:
         steps = f"{self.num_steps} step" + ("" if self.num_steps == 1 else "s")
-        lines = [f"EM: {self.status}", f"{self.objective_name} {self.log_likelihood:.6f} after {steps}"]
+        both = self.objective_name != "log-likelihood" and getattr(self.plan.treatment, "sums_exactly", False)
+        value = (
+            f"{self.objective:.6f}, log-likelihood {self.log_likelihood:.6f}" if both else f"{self.log_likelihood:.6f}"
+        )
+        lines = [f"EM: {self.status}", f"{self.objective_name} {value} after {steps}"]
         with np.printoptions(precision=5, suppress=True, threshold=24):
             entries = []
             for name, value in self.params.items():
@@ -181,7 +184,7 @@ class EMResult:
 
     @property
     def objective_name(self) -> str:
-        """What `log_likelihood` is: the log-likelihood itself, or what an approximate E-step has in its place."""
+        """What `objective` is, but for priors: the log-likelihood, or what an approximate E-step has in its place."""
         return self._context.built.kernel.objective_name
 
     @property
@@ -261,7 +264,9 @@ def make_result(
 ) -> EMResult:
     """The result of the best start."""
     state, restarts = ended
-    odd = oddities(built, state.params, bundle) if np.isfinite(float(state.objective)) else ()
+    odd: tuple[str, ...] = ()
+    if np.isfinite(float(state.objective)):
+        odd = oddities(built, state.params, bundle) + remarks(built, source, state.params, em.options.truncated())
     if int(state.status) in (DIVERGED, FELL):
         odd = tuple(dict.fromkeys((*odd, *cause(built, state, bundle))))
     sentence = SENTENCES[int(state.status)]
@@ -269,12 +274,11 @@ def make_result(
     if likelihood < -1e15:  # the finite stand-in for log 0
         likelihood, sentence = float("-inf"), impossible(built, source, state.params)
     status = "; ".join([sentence, *odd])
-    history = np.asarray(state.history)[: int(state.step) + 1]
     return EMResult(
-        {n: v for n, v in state.params.items()},
+        dict(state.params),
         likelihood,
         float(state.objective) if np.isfinite(likelihood) else likelihood,
-        history,
+        np.asarray(state.history)[: int(state.step) + 1],
         int(state.step),
         int(state.status) in (CONVERGED, ROUNDED, SETTLED),
         status,

@@ -36,6 +36,7 @@ LAYERS = """
     _per_datum
     _stop _progress _validate _paths _impute
     _fit _posterior _stderr _init
+    _ending
     _result _verify
     _replay
     _check

@@ -116,7 +116,8 @@ def sum_out(tables, layout: Layout, leaf: frozenset[str], reduce, steps) -> list
             tables, done = close(tables, waiting[0], reduce, steps, layout)
             local -= done
             continue
-        latent = min(free, key=lambda z: (is_late(reduce, z), joint_size(tables, z), z))
+        late = {z for z in free if is_late(reduce, z)}
+        latent = min(free - late or late, key=lambda z: (joint_size(tables, z), z))
         local.remove(latent)
         holding = [t for t in tables if latent in t.latents]
         if isinstance(reduce, Reduction) and reduce.apart:

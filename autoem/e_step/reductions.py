@@ -11,6 +11,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Callable, Iterable
 
@@ -147,7 +148,7 @@ class Partly(Reduction):
         if not taken:
             return log_sum_exp
         if summed := (latents | beside) - self.names:
-            one, other = min(taken), min(summed)
+            one, other = (re.split(r"[@\[]", min(names))[0] for names in (taken, summed))
             raise PlanError(
                 one,
                 problem=f"its maximum would have to be taken before '{other}' is summed out, which is another function",

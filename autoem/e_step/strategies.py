@@ -68,10 +68,10 @@ class Hard(AbstractEStep):
 
     .. math:: \max_{z} \log p(x, z \mid \theta)
 
-    is what rises, the classification log-likelihood, not the likelihood: classes that overlap are told apart more sharply
-    than they are, so that weights, spreads and transitions are biased; the gain is an E-step that ends after few steps, and
-    k-means where the model is that. Of several best values the first is taken. As `e_step={"z": Hard()}` the maximum is
-    over the latents that are named, the others summed out within. Continuous latents are integrated as ever.
+    is what rises, the classification log-likelihood, not the likelihood: classes that overlap are told apart more
+    sharply than they are, so that weights, spreads and transitions are biased; the gain is a fit that ends after few
+    steps, and k-means where the model is that. Of several best values the first is taken. As `e_step={"z": Hard()}` the
+    maximum is over the latents that are named, the others summed out within. Continuous latents are integrated as ever.
 
     After the fit the log-likelihood and the posterior are the exact ones at the parameters found.
 
@@ -113,9 +113,10 @@ class Annealed(AbstractEStep):
 
     .. math:: \frac{1}{\beta} \log \sum_z p(x, z \mid \theta)^{\beta}
 
-    rises at each step, with :math:`\beta` going from `start` to one in equal ratios over `steps` steps; from there on it
-    is plain EM, and only there may the fit end. Poor starts are then left more often. Continuous latents are integrated
-    given the discrete ones, at any :math:`\beta`.
+    is what a step raises, with :math:`\beta` going from `start` to one in equal ratios over `steps` steps; from there
+    on it is plain EM, and only there may the fit end. Poor starts are left more often, where the spreads of the classes
+    are known or held: spreads that are free grow to the whole data's while the posterior is flat, and the states merge,
+    which the result says. Continuous latents are integrated given the discrete ones, at any :math:`\beta`.
 
     Args:
         start: the first inverse temperature, above 0 and below 1. Too small a one makes all states alike, from which

@@ -55,6 +55,7 @@ class AbstractTreatment(abc.ABC):
         falls: whether the objective may fall from one step to the next without anything being wrong.
         warmup: steps whose objectives are of other functions: none is compared with another, and no fit ends there.
         is_likelihood: whether what it ends at is a maximum of the likelihood, up to rounding.
+        sums_exactly: whether the log-likelihood at the end is the exact one, whatever was maximised.
         source: where the method is derived.
     """
 
@@ -63,6 +64,7 @@ class AbstractTreatment(abc.ABC):
     falls = False
     warmup = 0
     is_likelihood = False
+    sums_exactly = False
     source = ""
 
     @abc.abstractmethod
@@ -73,7 +75,9 @@ class AbstractTreatment(abc.ABC):
     def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any) -> Expectation:
         """One E-step."""
 
-    def ended(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, value: Array, likelihood: Array) -> Ending:
+    def ended(
+        self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, value: Array, likelihood: Array
+    ) -> Ending:
         """What a fit that came to `params` returns: by default that, with its last objective and log-likelihood."""
         return Ending(params, value, likelihood)
 

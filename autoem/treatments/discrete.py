@@ -1,8 +1,8 @@
 r"""Discrete latents otherwise than by their exact sum: at their best, at a draw, or tempered.
 
 In: a kernel, parameters, data. Out: an `Expectation`. Each is the exact E-step with another reduction in place of the
-sum over a latent (`e_step.reductions`), of which the statistics are the derivative as ever: so whatever the exact E-step
-can do (plates, chains, groups by index, weights, continuous latents within) these can do too.
+sum over a latent (`e_step.reductions`), of which the statistics are the derivative as ever: so whatever the exact
+E-step can do (plates, chains, groups by index, weights, continuous latents within) these can do too.
 
 A cell that a mask takes out counts as uniform and adds nothing to a sum; to a maximum or a tempered sum it would add a
 constant, which is taken out again.
@@ -35,11 +35,12 @@ STRATEGIES = (Hard, Stochastic, Annealed)
 
 @dataclasses.dataclass(frozen=True)
 class HardTreatment(AbstractTreatment):
-    """The best value of the latents `names`, pieces of paths among them; where there are none, of all discrete latents."""
+    """The best value of the latents `names`, pieces of paths among them; of all discrete ones where it is empty."""
 
     names: frozenset[str] = frozenset()
 
     objective_name = "classification log-likelihood"
+    sums_exactly = True
     source = "Celeux and Govaert 1992 (classification EM); Juang and Rabiner 1990 (along a chain)"
 
     @property
@@ -53,7 +54,9 @@ class HardTreatment(AbstractTreatment):
     def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any) -> Expectation:
         return reduced(kernel, params, bundle, self.reduce)
 
-    def ended(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, value: Array, likelihood: Array) -> Ending:
+    def ended(
+        self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, value: Array, likelihood: Array
+    ) -> Ending:
         return Ending(params, value, kernel.proof.log_likelihood(params, bundle))
 
     def described(self, latent: str) -> tuple[str, str] | None:
@@ -66,7 +69,7 @@ class Drawing(NamedTuple):
     """What a stochastic E-step remembers: its key, the number of draws, and the best point so far."""
 
     key: Array
-    count: Array
+    draws: Array
     objective: Array
     likelihood: Array
     params: dict[str, Array]
@@ -77,6 +80,7 @@ class StochasticTreatment(AbstractTreatment):
     """One exact draw of all discrete latents a step."""
 
     noisy = True
+    sums_exactly = True
     source = "Celeux and Diebolt 1985 (stochastic EM); Chib 1996 (draws of a path)"
 
     def init(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> Drawing:
@@ -84,13 +88,13 @@ class StochasticTreatment(AbstractTreatment):
         return Drawing(key, jnp.zeros((), int), low, low, {n: jnp.asarray(v) for n, v in params.items()})
 
     def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Drawing) -> Expectation:
-        out = kernel.exactly(params, bundle, Drawn(jax.random.fold_in(state.key, state.count)))
+        out = kernel.exactly(params, bundle, Drawn(jax.random.fold_in(state.key, state.draws)))
         value = out.likelihood + out.prior
         better = value > state.objective
         best = {n: jnp.where(better, v, state.params[n]) for n, v in params.items()}
         memory = Drawing(
             state.key,
-            state.count + 1,
+            state.draws + 1,
             jnp.where(better, value, state.objective),
             jnp.where(better, out.likelihood, state.likelihood),
             best,
@@ -114,6 +118,7 @@ class AnnealedTreatment(AbstractTreatment):
     steps: int
 
     is_likelihood = True
+    sums_exactly = True
     source = "Ueda and Nakano 1998 (deterministic annealing)"
 
     @property
@@ -130,7 +135,9 @@ class AnnealedTreatment(AbstractTreatment):
     def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Array) -> Expectation:
         return reduced(kernel, params, bundle, Tempered(self.beta(state)))._replace(state=state + 1)
 
-    def ended(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, value: Array, likelihood: Array) -> Ending:
+    def ended(
+        self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, value: Array, likelihood: Array
+    ) -> Ending:
         objective, (exact, _) = kernel.proof.objective(params, bundle)
         return Ending(params, objective, exact)
 
@@ -150,9 +157,9 @@ def masked_cells(kernel: Kernel, bundle: Bundle) -> list[tuple[Factor, Rows]]:
     own = [f for f in kernel.likelihood_factors if f.own]
     out = [(f, bundle.rows[f.name]) for f in own]
     chunks = kernel.chunks
-    for f in own if bundle.tail is not None and chunks is not None else ():
-        mask = bundle.tail[f.name].mask
-        out += [(f, bundle.tail[f.name])] if mask is not None and chunks.plate in mask.axes else []
+    if bundle.tail is not None and chunks is not None:
+        apart = [(f, bundle.tail[f.name]) for f in own]
+        out += [(f, r) for f, r in apart if r.mask is not None and chunks.plate in r.mask.axes]
     return [(f, r) for f, r in out if r.mask is not None]
 
 
@@ -189,10 +196,14 @@ def discrete_treatment(
     refuse_mixtures(asked, program)
     if accelerate is not None:
         why = "settles after a few steps" if isinstance(strategy, Hard) else "makes every step another map"
-        raise PlanError("accelerate", problem=f"{strategy} {why}, which leaves nothing to extrapolate", mend="accelerate=None")
+        raise PlanError(
+            "accelerate", problem=f"{strategy} {why}, which leaves nothing to extrapolate", mend="accelerate=None"
+        )
     if isinstance(strategy, Hard):
         return HardTreatment(frozenset() if program.latents.keys() <= asked.keys() else with_pieces(program, asked))
-    return StochasticTreatment() if isinstance(strategy, Stochastic) else AnnealedTreatment(strategy.start, strategy.steps)
+    return (
+        StochasticTreatment() if isinstance(strategy, Stochastic) else AnnealedTreatment(strategy.start, strategy.steps)
+    )
 
 
 def with_pieces(program: Program, names: Iterable[str]) -> frozenset[str]:
