@@ -23,7 +23,7 @@ from autoem.accelerate import Accelerator
 from autoem.m_step.problem import Bundle, Params
 
 SECONDS_BETWEEN_LOOKS = 0.25
-WINDOW = 10  # steps whose mean is compared with that of as many before, where the objective is noisy
+WINDOW = 20  # steps whose mean is compared with that of as many before, where the objective is noisy
 RULE = 1e-5  # a fall, relative to the objective, that the error of an approximate E-step may cause
 SMALL_GAIN = 1e-4  # relative gain of a map (or one nat) from which on extrapolating is unlikely to land on another hill
 
@@ -91,6 +91,8 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle, accelerato
     # against the best value so far: at the limit of single precision the objective wavers without rising
     before = state.history[min(kernel.warmup, stop.max_steps) :]
     change = value - jnp.max(jnp.where(jnp.isnan(before), -jnp.inf, before))
+    if kernel.may_fall:  # then a step down is a step, not rest
+        change = jnp.abs(value - state.objective)
     # terms of either sign may cancel in the objective, but not in its rounding error
     rounding = 4 * eps * (size + kernel.num_rows)
     if kernel.noisy:
@@ -158,7 +160,7 @@ def onwards(accelerator: Accelerator, state: State, image: Params, refused: Arra
 def ended(kernel: Kernel, state: State, bundle: Bundle) -> State:
     """The state with what the E-step makes of its end: the best point where it wandered, exact values where it can."""
     treatment = kernel.treatment
-    if treatment is None:
+    if treatment is None or not treatment.sums_exactly:
         return state
 
     def run(params, bundle, memory, value, likelihood):

@@ -158,7 +158,7 @@ class Kernel:
                 return self._whole(cells, known, bundle, reduce)
 
             likelihood, (statistics, slopes) = jax.value_and_grad(whole, (0, 1))(cells, [t.value for t in tables])
-            completed = self._completed(params, [m for _, m in integrals], slopes, bundle)
+            completed = self.completed_by(params, [m for _, m in integrals], slopes, bundle)
         statistics = {n: from_prior[n] if self.problem.factors[n].is_prior else statistics[n] for n in cells}
         return Expectation(likelihood + bundle.constant, prior, {**statistics, **completed})
 
@@ -167,9 +167,10 @@ class Kernel:
         nodes = {}
         for block in self.integrals:
             nodes.update(block.nodes_of_factors(block.integrate(params, bundle)[1], bundle))
-        return with_nodes(bundle, nodes)
+        bundle = with_nodes(bundle, nodes)
+        return bundle if self.treatment is None else self.treatment.completed(bundle)
 
-    def _completed(self, params: Params, moments: Sequence[Any], slopes: Sequence[Named], bundle: Bundle) -> dict:
+    def completed_by(self, params: Params, moments: Sequence[Any], slopes: Sequence[Named], bundle: Bundle) -> dict:
         """Nodes for every factor that reads continuous latents, and its expected statistics under their weights."""
         nodes: dict[str, Any] = {}
         for block, moment in zip(self.integrals, moments, strict=True):
@@ -265,7 +266,7 @@ def with_nodes(bundle: Bundle, nodes: Mapping[str, Any]) -> Bundle:
         return bundle
     rows = {n: dataclasses.replace(bundle.rows[n], value=v, ready=True) for n, (_, v) in nodes.items() if v is not None}
     return dataclasses.replace(
-        bundle, nodes={n: points for n, (points, _) in nodes.items()}, rows={**bundle.rows, **rows}
+        bundle, nodes={**bundle.nodes, **{n: points for n, (points, _) in nodes.items()}}, rows={**bundle.rows, **rows}
     )
 
 

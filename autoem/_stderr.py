@@ -97,9 +97,11 @@ def standard_errors(kernel: Kernel, params: Mapping[str, Array], bundle: Bundle)
     Raises:
         PlanError: the fit was of an E-step that does not end at a maximum of the likelihood.
     """
-    if kernel.treatment is not None and not kernel.treatment.is_likelihood:
+    treatment = kernel.treatment
+    if treatment is not None and treatment.sums_exactly and not treatment.is_likelihood:
         raise PlanError(
             "e_step",
+            kind="option",
             problem="the E-step asked for does not end at a maximum of the likelihood, where alone its curvature tells "
             "the standard errors",
             mend="refined = autoem.EM(model, init=result.params).run(rng_key, *args); refined.standard_errors()",

@@ -28,14 +28,16 @@ LAYERS = """
     _integrals
     _local
     _chunks _render accelerate
+    _alternatives
     _plan
     _lower
-    treatments
+    _bundle treatments
     _build
     _moments
     _per_datum
     _stop _progress _validate _paths _impute
     _fit _posterior _stderr _init
+    _oddities _drawn_posterior
     _ending
     _result _verify
     _replay

@@ -1,5 +1,29 @@
 """E-steps: how latents are treated. Public: the strategy objects."""
 
-from autoem.e_step.strategies import AbstractEStep, Annealed, Exact, Hard, Quadrature, Stochastic, Truncated
+from autoem.e_step.strategies import (
+    SAEM,
+    AbstractEStep,
+    Annealed,
+    Exact,
+    Hard,
+    Laplace,
+    MonteCarlo,
+    Quadrature,
+    Stochastic,
+    Truncated,
+    Variational,
+)
 
-__all__ = ["AbstractEStep", "Annealed", "Exact", "Hard", "Quadrature", "Stochastic", "Truncated"]
+__all__ = [
+    "SAEM",
+    "AbstractEStep",
+    "Annealed",
+    "Exact",
+    "Hard",
+    "Laplace",
+    "MonteCarlo",
+    "Quadrature",
+    "Stochastic",
+    "Truncated",
+    "Variational",
+]

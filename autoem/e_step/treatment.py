@@ -32,6 +32,16 @@ class Expectation(NamedTuple):
     state: Any = None
 
 
+class TreatedRow(NamedTuple):
+    """What the plan says of one latent."""
+
+    name: str
+    cells: int
+    reason: str
+    strategy: str
+    plates: tuple[str, ...]
+
+
 class Ending(NamedTuple):
     """Where a fit ends.
 
@@ -55,7 +65,9 @@ class AbstractTreatment(abc.ABC):
         falls: whether the objective may fall from one step to the next without anything being wrong.
         warmup: steps whose objectives are of other functions: none is compared with another, and no fit ends there.
         is_likelihood: whether what it ends at is a maximum of the likelihood, up to rounding.
-        sums_exactly: whether the log-likelihood at the end is the exact one, whatever was maximised.
+        sums_exactly: whether it is over discrete latents alone, so that at the end the log-likelihood is the exact
+            one, whatever was maximised; all messages of chains are logarithms.
+        needs_data: whether it calls a function of the model's own arguments, so that the bundle has to hold them all.
         source: where the method is derived.
     """
 
@@ -65,7 +77,23 @@ class AbstractTreatment(abc.ABC):
     warmup = 0
     is_likelihood = False
     sums_exactly = False
+    needs_data = False
     source = ""
+
+    def prepare(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> None:  # noqa: B027
+        """Do what can be done once only, and in no traced function."""
+
+    def rows(self) -> list[TreatedRow]:
+        """How each of its latents is treated, in words."""
+        return []
+
+    def completed(self, bundle: Bundle) -> Bundle:
+        """The data as the M-step sees them."""
+        return bundle
+
+    def final(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, key: Array) -> tuple[Array, Array]:
+        """Of a noisy objective, a better estimate at the end, and its standard error."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def init(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> Any:

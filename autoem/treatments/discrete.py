@@ -106,6 +106,9 @@ class StochasticTreatment(AbstractTreatment):
     ) -> Ending:
         return Ending(state.params, state.objective, state.likelihood)
 
+    def final(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, key: Array) -> tuple[Array, Array]:
+        return state.likelihood, jnp.zeros(())
+
     def described(self, latent: str) -> tuple[str, str] | None:
         return "stochastic", "one exact draw of it, jointly with the others, is counted at every step"
 
@@ -188,7 +191,10 @@ def discrete_treatment(
     asked = {n: w for n, w in named.items() if isinstance(w, STRATEGIES)}
     if isinstance(wish, STRATEGIES) and not program.latents:
         raise PlanError(
-            "e_step", problem=f"{wish} is for discrete latents, and the model has none", mend="leave e_step= out"
+            "e_step",
+            kind="option",
+            problem=f"{wish} is for discrete latents, and the model has none",
+            mend="leave e_step= out",
         )
     if not asked:
         return None
@@ -197,7 +203,10 @@ def discrete_treatment(
     if accelerate is not None:
         why = "settles after a few steps" if isinstance(strategy, Hard) else "makes every step another map"
         raise PlanError(
-            "accelerate", problem=f"{strategy} {why}, which leaves nothing to extrapolate", mend="accelerate=None"
+            "accelerate",
+            kind="option",
+            problem=f"{strategy} {why}, which leaves nothing to extrapolate",
+            mend="accelerate=None",
         )
     if isinstance(strategy, Hard):
         return HardTreatment(frozenset() if program.latents.keys() <= asked.keys() else with_pieces(program, asked))
