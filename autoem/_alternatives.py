@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import html
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._render import _table
 from autoem.e_step.registry import CONTINUOUS, DISCRETE, STRATEGIES, Strategy
+from autoem.ir import Program
 from autoem.m_step import strategies as m_steps
 from autoem.m_step.strategies import AbstractMStep
 from autoem.passes.classify import nearest
@@ -87,32 +88,38 @@ def alternatives(plan: Plan, name: str | None = None) -> Alternatives:
     return Alternatives(out)
 
 
-def wishes(wish: Any, names: Any) -> dict[str, Any]:
-    """What was asked for, by name."""
-    if isinstance(wish, Mapping):
-        return dict(wish)
-    return {} if wish is None else dict.fromkeys(names, wish)
+def by_name(wish: Any, names: Iterable[str]) -> dict[str, Any]:
+    """What was asked for, by name; what was asked for all, for each of `names`."""
+    return dict(wish) if isinstance(wish, Mapping) else dict.fromkeys(names if wish is not None else (), wish)
+
+
+def latents_of(program: Program, wish: Any) -> list[str]:
+    """The latents that a strategy for all is for."""
+    row = next((r for r in STRATEGIES if isinstance(wish, type(r.example))), None)
+    kinds = row.latents if row else ()
+    return [*(program.latents if DISCRETE in kinds else ()), *(program.continuous if CONTINUOUS in kinds else ())]
 
 
 def other_e_step(plan: Plan, latent: str, row: Strategy) -> Iterator[Alternative]:
     """The alternative, if the model can be derived with it and is treated otherwise then."""
     program = plan.program
-    kind = program.latents if latent in program.latents else program.continuous
-    names = list(kind) if row.together else [latent]
-    # what was asked of all latents was asked of those that it is for
-    options = {"e_step": {**wishes(plan.asked.get("e_step"), kind), **dict.fromkeys(names, row.example)}}
-    found = derived(plan, options)
-    if found is None or found.e_step(latent) == plan.e_step(latent):
+    kind, wish = program.latents if latent in program.latents else program.continuous, plan.asked.get("e_step")
+    for names in (list(kind),) if row.together else ([latent], list(kind)):  # alone, or else all of its kind
+        options = {"e_step": {**by_name(wish, latents_of(program, wish)), **dict.fromkeys(names, row.example)}}
+        if (found := derived(plan, options)) is not None:
+            break
+    else:
         return
-    where = f", with {', '.join(n for n in names if n != latent)}" if len(names) > 1 else ""
-    price = f"{row.price}: {found.cost}" if found.cost.entries else row.price
-    yield Alternative(latent, f"autoem.e_step.{row.example}{where}", row.changes, price, {**plan.asked, **options})
+    if found.e_step(latent) != plan.e_step(latent):
+        where = f", with {', '.join(n for n in names if n != latent)}" if len(names) > 1 else ""
+        price = f"{row.price}: {found.cost}" if found.cost.entries else row.price
+        yield Alternative(latent, f"autoem.e_step.{row.example}{where}", row.changes, price, {**plan.asked, **options})
 
 
 def other_m_steps(plan: Plan, param: str) -> Iterator[Alternative]:
     """The other ways to maximise over a parameter."""
     for strategy, changes in M_STEPS:
-        options = {"m_step": {**wishes(plan.asked.get("m_step"), plan.program.params), param: strategy}}
+        options = {"m_step": {**by_name(plan.asked.get("m_step"), plan.program.params), param: strategy}}
         found = derived(plan, options)
         if found is not None and found.m_step(param) != plan.m_step(param):
             yield Alternative(param, f"autoem.m_step.{strategy}", changes, "", {**plan.asked, **options})
