@@ -24,14 +24,16 @@ LEFT_OUT = 1e-6  # prior mass beyond a truncated sum that is worth a word
 
 
 def remarks(
-    built: Build, source: Source, params: Mapping[str, Array], truncated: Mapping[str, object]
+    built: Build, source: Source, params: Mapping[str, Array], truncated: Mapping[str, object], steps: int
 ) -> tuple[str, ...]:
     """What a user should know of the end point; `truncated` names the latents that are summed over a range only."""
-    annealed = built.kernel.treatment is not None and built.kernel.treatment.warmup > 0
-    if not annealed and not truncated:
+    warmup = built.kernel.warmup
+    if warmup > steps:
+        return (f"the posterior was still flattened, for it sharpens until step {warmup}: give a larger max_steps",)
+    if not warmup and not truncated:
         return ()
     bundle = built.plain_bundle(source, jax.random.key(0))
-    out = merged(built, params, bundle) if annealed else ()
+    out = merged(built, params, bundle) if warmup else ()
     return (*out, *(left_out(built, params, bundle, truncated) if truncated else ()))
 
 

@@ -275,7 +275,9 @@ def make_result(
     state, restarts = ended
     odd: tuple[str, ...] = ()
     if np.isfinite(float(state.objective)):
-        odd = oddities(built, state.params, bundle) + remarks(built, source, state.params, em.options.truncated())
+        odd = oddities(built, state.params, bundle) + remarks(
+            built, source, state.params, em.options.truncated(), int(state.step)
+        )
     if int(state.status) in (DIVERGED, FELL):
         odd = tuple(dict.fromkeys((*odd, *cause(built, state, bundle))))
     sentence = SENTENCES[int(state.status)]
