@@ -28,6 +28,7 @@ LAYERS = """
     _integrals
     _local
     _chunks _render accelerate
+    _alternatives
     _plan
     _lower
     _bundle treatments
@@ -37,6 +38,7 @@ LAYERS = """
     _stop _progress _validate _paths _impute
     _fit _posterior _stderr _init
     _oddities _drawn_posterior
+    _ending
     _result _verify
     _replay
     _check
