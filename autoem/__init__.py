@@ -1,6 +1,7 @@
 """autoem: expectation maximisation, derived automatically from ordinary NumPyro models."""
 
-from autoem import accelerate, e_step, m_step
+from autoem import accelerate, baselines, e_step, m_step
+from autoem._compare import Comparison, compare
 from autoem._em import EM
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._plan import Plan
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EM",
+    "Comparison",
     "DataError",
     "EMResult",
     "Family",
@@ -21,6 +23,8 @@ __all__ = [
     "PlanError",
     "Posterior",
     "accelerate",
+    "baselines",
+    "compare",
     "e_step",
     "m_step",
     "padded",

@@ -39,6 +39,8 @@ LAYERS = """
     _replay
     _check
     _em
+    baselines
+    _compare
     __init__
 """
 LAYER_OF = {unit: depth for depth, line in enumerate(LAYERS.split("\n")) for unit in line.split()}

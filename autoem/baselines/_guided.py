@@ -1,7 +1,7 @@
 """Model and guide for NumPyro's SVI, and who sums out the discrete latents.
 
-NumPyro's own enumeration asks for funsor, for free dimensions, and for model code that bears them; where it does not get
-them it may fail, or be wrong. So its loss is held against autoem's objective at the start before it is used.
+NumPyro's own enumeration asks for funsor, for free dimensions, and for model code that bears them; where it does not
+get them it may fail, or be wrong. So its loss is held against autoem's objective at the start before it is used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 from jax import Array
 from numpyro import handlers
@@ -182,14 +181,7 @@ def density_by_numpyro(target: Target, model: Callable, start: Mapping[str, Arra
         svi = SVI(summed, nothing, numpyro.optim.Adam(0.1), TraceEnum_ELBO())
         own = {n: start[n] for n in target.names if n not in points}
         state = svi.init(jax.random.key(0), *args, init_params=own, **kwargs)
-        return -float(jax.jit(svi.evaluate)(state, *args, **kwargs)) if not_static(args, kwargs) else -float(
-            svi.evaluate(state, *args, **kwargs)
-        ), expected
-
-
-def not_static(args: tuple, kwargs: dict) -> bool:
-    """Whether all arguments are arrays, which a compiled function may take."""
-    return all(isinstance(x, np.ndarray | jax.Array) for x in jax.tree.leaves((args, kwargs)))
+        return -float(svi.evaluate(state, *args, **kwargs)), expected
 
 
 def conditioned(target: Target, start: Mapping[str, Array], given: Mapping[str, Array], args, kwargs) -> float:

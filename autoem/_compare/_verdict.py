@@ -1,0 +1,93 @@
+"""Who ended highest, and who was there first; and whether EM was beaten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from autoem._compare._row import Row
+
+if TYPE_CHECKING:
+    from autoem._compare._comparison import Comparison
+
+CLOSE = 0.01  # nats that do not matter
+
+
+def verdict(comparison: Comparison) -> str:
+    """The verdict in sentences, a line each."""
+    rows = [r for r in comparison.rows if np.isfinite(r.log_joint)]
+    if not rows:
+        return "Verdict: no strategy has an end point that could be measured."
+    top = comparison.best
+    near = [r for r in rows if r.log_joint >= top - CLOSE]
+    # those within a hair of the top are equals; EM is named first among equals
+    first = max(near, key=lambda r: (r.kind == "EM", r.log_joint))
+    what = comparison.measure + (" + log prior" if comparison.has_priors else "")
+    others = [r for r in near if r is not first]
+    lines = [f"Verdict: highest {what}: {quoted([first])} with {first.log_joint:.4f}" + equals(others)]
+    lines += speed(near, top - CLOSE)
+    lines += [baselines(comparison, near, top)]
+    lines += [better_draw(r, top) for r in rows if drawn(r) > top + CLOSE]
+    return "\n  ".join(lines)
+
+
+def equals(rows: Sequence[Row]) -> str:
+    return f"; {quoted(rows)} ended within {CLOSE} nats of the top" if rows else ""
+
+
+def fastest(rows: Sequence[Row], level: float, compilation: bool) -> Row | None:
+    """The row that was above `level` first."""
+
+    def seconds(row: Row) -> float:
+        value = row.seconds_to(level) + (row.compilation if compilation else 0.0)
+        return value if np.isfinite(value) else float("inf")
+
+    found = min(rows, key=seconds, default=None)
+    return found if found is not None and np.isfinite(seconds(found)) else None
+
+
+def speed(near: Sequence[Row], level: float) -> list[str]:
+    """Who was first, compiled already and not."""
+    warm, cold = fastest(near, level, False), fastest(near, level, True)
+    if warm is None:
+        return []
+    line = f"fastest to within {CLOSE} nats of it: {quoted([warm])} in {warm.seconds_to(level):.3g} s"
+    if cold is None:
+        return [line]
+    total = cold.seconds_to(level) + cold.compilation
+    same = "" if cold is warm else f"{quoted([cold])} in "
+    return [f"{line}; with compilation {same}{total:.3g} s"]
+
+
+def baselines(comparison: Comparison, near: Sequence[Row], top: float) -> str:
+    """Whether a baseline wins, said plainly."""
+    if not any(r.kind == "baseline" for r in comparison.rows):
+        return "no baseline was run"
+    wins = []
+    if not any(r.kind == "EM" for r in near):
+        wins += [f"in {comparison.measure} ({quoted(near)})"]
+    warm, cold = fastest(near, top - CLOSE, False), fastest(near, top - CLOSE, True)
+    if warm is not None and warm.kind == "baseline":
+        wins += [f"in time ({quoted([warm])})"]
+    elif cold is not None and cold.kind == "baseline":
+        wins += [f"in time with compilation ({quoted([cold])})"]
+    return f"a baseline wins {' and '.join(wins)}" if wins else "no baseline beats EM here"
+
+
+def drawn(row: Row) -> float:
+    """The best log density of a sampler's draws."""
+    details = getattr(row.result, "details", {})
+    return details.get("best", float("-inf"))
+
+
+def better_draw(row: Row, top: float) -> str:
+    return (
+        f"a draw of {quoted([row])} has {drawn(row):.4f}, {drawn(row) - top:.3g} more than any end point: "
+        "there is a higher hill, so try more starts"
+    )
+
+
+def quoted(rows: Sequence[Row]) -> str:
+    return ", ".join(f"'{r.label}'" for r in rows)

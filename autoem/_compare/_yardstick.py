@@ -1,0 +1,121 @@
+"""One derivation by which the end points of all strategies are measured, an exact one if there is any.
+
+In: the comparison's EMs. Out: `Yardstick`, with the log-likelihood, the held-out score and the posterior at any
+parameters, and the starts that all have in common.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from autoem._build import Build
+from autoem._compare._row import Latents
+from autoem._compare._strategies import options_of
+from autoem._em import EM
+from autoem._errors import DataError, ModelError, PlanError
+from autoem._init import starts
+from autoem._posterior import Posterior
+from autoem.baselines._target import Target, objective_name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Yardstick:
+    """The measure of all end points."""
+
+    target: Target
+    args: tuple
+    kwargs: dict[str, Any]
+    held_out: tuple[tuple, dict[str, Any]] | None
+
+    @property
+    def exact(self) -> bool:
+        return not self.target.kernel.approximate
+
+    @property
+    def name(self) -> str:
+        """What it measures, without priors."""
+        return objective_name(self.target.built).removesuffix(" + log prior")
+
+    @property
+    def has_priors(self) -> bool:
+        return any(p.prior for p in self.target.built.program.params.values())
+
+    @functools.cached_property
+    def _objective(self):
+        kernel = self.target.kernel
+        return jax.jit(lambda params, bundle: kernel.objective(params, bundle))
+
+    def fits(self, params: Mapping[str, Any]) -> bool:
+        """Whether these are the parameters of this derivation."""
+        own = self.target.built.program.params
+        return own.keys() == params.keys() and all(own[n].shape == np.shape(v) for n, v in params.items())
+
+    def measure(self, params: Mapping[str, Any]) -> tuple[float, float]:
+        """Log-likelihood, and log-likelihood plus log prior."""
+        joint, (likelihood, _) = self._objective(dict(params), self.target.bundle)
+        return float(likelihood), float(joint)
+
+    def score(self, params: Mapping[str, Any]) -> float:
+        """Log density of the held-out data."""
+        if self.held_out is None:
+            return float("nan")
+        return self._at(params, *self.held_out).total
+
+    def latents(self, params: Mapping[str, Any]) -> Latents:
+        """The posterior at these parameters."""
+        return latents_of(self._at(params, self.args, self.kwargs), self.target.built)
+
+    def _at(self, params: Mapping[str, Any], args: tuple, kwargs: dict) -> Posterior:
+        built, source = self.target.em._derive(args, kwargs)
+        if any(p.shape != np.shape(params[n]) for n, p in built.program.params.items()):
+            raise DataError(
+                "held_out", problem="these data give the parameters other shapes",
+                mend="pass the data with the columns, and the model the options, of the fit", kind="argument",
+            )  # fmt: skip
+        return Posterior(built, dict(params), built.plain_bundle(source, jax.random.key(0)), source)
+
+
+def latents_of(posterior: Posterior, built: Build) -> Latents:
+    """What a posterior says of each latent of the program."""
+    program = built.program
+    marginals = {n: np.asarray(posterior.marginals[n]) for n in program.latents}
+    moments = {n: (np.asarray(posterior.mean[n]), np.asarray(posterior.sd[n])) for n in program.continuous}
+    return Latents(marginals, moments)
+
+
+def find(base: EM, ems: Sequence[EM], count: int, rng_key: Array, args: tuple, kwargs: dict, held_out) -> Yardstick:
+    """The first exact derivation: the plain one, the base's, then those of the strategies; else the first of any kind.
+
+    Raises:
+        ModelError, PlanError, DataError: none of them can be derived; the base's own error.
+    """
+    plain = EM(base.model, **{**options_of(base), "e_step": None})
+    candidates = [plain, base] if base.options.e_step is not None else [base]
+    first: tuple[EM, Build] | None = None
+    error: Exception | None = None
+    for em in (*candidates, *ems):
+        try:
+            built = em._derive(args, kwargs)[0]
+        except (ModelError, PlanError, DataError) as refused:
+            error = refused if em in candidates else error or refused
+            continue
+        if not built.kernel.approximate:
+            first = em, built
+            break
+        if first is None or em is base:
+            first = em, built
+    if first is None:
+        assert error is not None
+        raise error
+    em, built = first
+    source = em._derive(args, kwargs)[1]
+    begin, _ = starts(built, source, built.bundle(source, rng_key), base.init, count, rng_key)
+    target = Target(em, built, source, built.plain_bundle(source, rng_key), tuple(begin))
+    return Yardstick(target, args, kwargs, held_out)
