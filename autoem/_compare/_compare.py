@@ -80,7 +80,7 @@ def compare(
         try:
             resolvable[label] = resolved(label, strategy, base)
         except (ValueError, TypeError) as error:
-            rows.append(failed(Row(label, "EM"), error))
+            rows.append(failed(Row(label, ""), error))
     ems = [s for s in resolvable.values() if isinstance(s, EM)]
     yardstick = find(base, ems, int(starts), rng_key, args, kwargs, split(held_out))
     rows += run_all(resolvable, yardstick, rng_key)
@@ -256,4 +256,4 @@ def agreed(
             "shift": shift(latents, chosen.latents),
         }
         out.append(replaced(row, **figures))
-    return out, chosen.label, tuple(s.latent for s in found)
+    return out, chosen.label, tuple(n for s in found for n in s.latents)

@@ -2,7 +2,9 @@ r"""Label switching: which relabellings of a latent's states leave the model as 
 
 A latent's states may be permuted if some axes of the parameters can be permuted with them and nothing changes. Which
 axes is not guessed but tried: at a point in general position, under two permutations that generate all, the objective
-must stay and the latent's marginals must be permuted. Where no choice of axes passes, labels are left as they stand.
+must stay and the latent's marginals must be permuted. Where no choice of axes passes, the latents that share factors or
+parameters with it are relabelled together (the first state of a chain and the later ones); where that does not pass
+either, labels are left as they stand.
 
 References:
     Stephens 2000, "Dealing with label switching in mixture models".
@@ -21,6 +23,8 @@ from autoem._compare._row import Latents
 from autoem._compare._yardstick import Yardstick
 from autoem._errors import PlanError
 from autoem._init import inside
+from autoem.e_step.tables import Factor
+from autoem.ir import Program
 
 MANY = 128  # choices of axes that are tried for a latent
 ALL_UP_TO = 6  # states up to which every permutation is tried
@@ -30,9 +34,9 @@ Values = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Symmetry:
-    """A latent whose states may be relabelled, and the parameters' axes that go with them."""
+    """Latents whose states may be relabelled together, and the parameters' axes that go with them."""
 
-    latent: str
+    latents: tuple[str, ...]
     states: int
     axes: Mapping[str, Axes]
 
@@ -96,33 +100,52 @@ def symmetries(yardstick: Yardstick, params: Values) -> tuple[Symmetry, ...]:
         point = in_general_position(yardstick, params)
     except PlanError:
         return ()
-    found = [symmetry_of(yardstick, name, point) for name in yardstick.target.built.program.latents]
-    return tuple(s for s in found if s is not None)
-
-
-def in_general_position(yardstick: Yardstick, params: Values) -> dict[str, np.ndarray]:
-    """A point near `params` at which nothing coincides by chance; always the same."""
-    target, draw = yardstick.target, np.random.default_rng(0)
-    free = target.free({n: jnp.asarray(v) for n, v in params.items()})
-    moved = {n: u + 0.1 * draw.normal(size=np.shape(u)) for n, u in free.items()}
-    return {n: np.asarray(v) for n, v in target.params(moved, dict(params)).items()}
-
-
-def symmetry_of(yardstick: Yardstick, name: str, point: Values) -> Symmetry | None:
-    """The axes that go with the states of one latent."""
     program, kernel = yardstick.target.built.program, yardstick.target.built.kernel
-    states = program.latents[name].num_states
+    readers = {n: {f for f in kernel.problem.factors.values() if n in bases(program, f)} for n in program.latents}
+    found: list[Symmetry] = []
+    for together in (False, True):
+        for name in program.latents:
+            if any(name in s.latents for s in found):
+                continue
+            group = linked(yardstick, name, readers) if together else (name,)
+            symmetry = symmetry_of(yardstick, group, {f for n in group for f in readers[n]}, point)
+            found += [symmetry] if symmetry is not None else []
+    return tuple(found)
+
+
+def bases(program: Program, factor: Factor) -> set[str]:
+    """The latents that a factor reads."""
+    return {program.base_of(z.name) for z in factor.latents}
+
+
+def linked(yardstick: Yardstick, name: str, readers: Mapping[str, set[Factor]]) -> tuple[str, ...]:
+    """The latents of as many states that are tied to this one by factors or parameters, itself among them."""
+    latents = yardstick.target.built.program.latents
+    group, open_ends = {name}, [name]
+    while open_ends:
+        mine = readers[open_ends.pop()]
+        params = {p for f in mine for p in f.params}
+        for other, factors in readers.items():
+            alike = other not in group and latents[other].num_states == latents[name].num_states
+            if alike and (factors & mine or params & {p for f in factors for p in f.params}):
+                group.add(other)
+                open_ends.append(other)
+    return tuple(n for n in latents if n in group)
+
+
+def symmetry_of(yardstick: Yardstick, group: tuple[str, ...], readers: set[Factor], point: Values) -> Symmetry | None:
+    """The axes that go with the states of these latents."""
+    target = yardstick.target
+    states = target.built.program.latents[group[0]].num_states
     if states < 2:
         return None
-    readers = [f for f in kernel.problem.factors.values() if name in {program.base_of(z.name) for z in f.latents}]
-    names = [n for n in point if any(n in f.params for f in readers)]
-    choices = {n: choices_of(np.shape(point[n]), states) for n in names}
-    orders = [(*tuple(range(1, states)), 0), (1, 0, *range(2, states))]
+    choices = {n: choices_of(np.shape(v), states) for n, v in point.items() if any(n in f.params for f in readers)}
+    orders = [(*range(1, states), 0), (1, 0, *range(2, states))]
     value = yardstick.measure(point)[1]
     eps = float(jnp.finfo(jnp.result_type(float)).eps)
-    slack = 1e3 * eps * (abs(value) + kernel.num_rows)
+    slack = 1e3 * eps * (abs(value) + target.kernel.num_rows)
     for chosen in itertools.islice(itertools.product(*choices.values()), MANY):
-        symmetry = Symmetry(name, states, {n: a for n, a in zip(choices, chosen, strict=True) if a})
+        symmetry = Symmetry(group, states, {n: a for n, a in zip(choices, chosen, strict=True) if a})
         if symmetry.axes and all(holds(yardstick, symmetry, point, o, value, slack) for o in orders[: states - 1]):
             return symmetry if permutes(yardstick, symmetry, point, orders[0]) else None
     return None
@@ -147,7 +170,7 @@ def holds(yardstick: Yardstick, symmetry: Symmetry, point: Values, order: Sequen
 def permutes(yardstick: Yardstick, symmetry: Symmetry, point: Values, order: Sequence[int]) -> bool:
     """Whether the marginals are relabelled with the parameters, and those of no other latent change."""
     before, after = yardstick.latents(point).marginals, yardstick.latents(symmetry.apply(point, order)).marginals
-    expected = {**before, symmetry.latent: before[symmetry.latent][..., list(order)]}
+    expected = {n: p[..., list(order)] if n in symmetry.latents else p for n, p in before.items()}
     tolerance = float(np.sqrt(jnp.finfo(jnp.result_type(float)).eps))
     return all(np.allclose(after[n], expected[n], atol=tolerance) for n in expected)
 
@@ -160,11 +183,11 @@ def relabelled(
     for symmetry in found:
         order = symmetry.match(out, reference)
         if order != tuple(range(symmetry.states)):
-            orders[symmetry.latent] = order
+            orders |= dict.fromkeys(symmetry.latents, order)
             out = symmetry.apply(out, order)
-            if symmetry.latent in marginals:
-                marginals[symmetry.latent] = marginals[symmetry.latent][..., list(order)]
-    sizes = {s.states for s in found if s.latent in orders}
+            moved = {n: marginals[n][..., list(order)] for n in symmetry.latents if n in marginals}
+            marginals |= moved
+    sizes = {s.states for s in found if orders.keys() & set(s.latents)}
     # a continuous latent with an entry a state would have to be relabelled with it, which is not known
     moments = {n: m for n, m in latents.moments.items() if not sizes & set(np.shape(m[0]))}
     return out, Latents(marginals, moments), orders

@@ -42,7 +42,7 @@ def plot_progress(comparison: Comparison) -> Figure:
     lines = []
     for i, row in enumerate(rows):
         colour, dashes = COLOURS[i % len(COLOURS)], "-" if row.comparable else "--"
-        height = np.where(np.isfinite(row.history), row.history, np.nan) - top
+        height = (row.history if row.comparable else smoothed(row.history)) - top
         share = np.linspace(0, 1, len(height)) if len(height) > 1 else np.ones(1)
         for axes, length in zip(panels, (row.seconds, row.num_steps), strict=True):
             style = {"color": colour, "ls": dashes, "lw": 1.6, "alpha": 0.9}
@@ -55,10 +55,25 @@ def plot_progress(comparison: Comparison) -> Figure:
         axes.set_xlim(left=0)
         axes.set_xlabel(name)
     panels[0].set_yscale("symlog", linthresh=FINE)
-    panels[0].set_ylabel(f"nats from the best end point\n({comparison.measure}; dashed: another objective)")
+    highest = max((float(np.nanmax(line.get_ydata(), initial=-np.inf)) for line in lines), default=0.0)
+    panels[0].set_ylim(top=max(FINE, 3 * highest))
+    panels[0].set_ylabel("nats from the best end point")
+    figure.suptitle(f"{comparison.measure} (dashed: another objective, smoothed)", fontsize=10)
     if rows:
         figure.legend(handles=[x for x in lines if not x.get_label().startswith("_")], loc="outside right center")
     return figure
+
+
+def smoothed(history: np.ndarray) -> np.ndarray:
+    """Means over a fortieth of the run: estimates and draws are noisy."""
+    finite = history[np.isfinite(history)]
+    width = max(1, len(finite) // 40)
+    if width == 1:
+        return finite
+    sums = np.cumsum(np.insert(finite, 0, 0.0))
+    ends = np.arange(1, len(finite) + 1)
+    begins = np.maximum(ends - width, 0)
+    return (sums[ends] - sums[begins]) / (ends - begins)
 
 
 def smallest(rows: Sequence[Row], steps: bool) -> float:
@@ -102,7 +117,7 @@ def shaded(axes: Any, table: np.ndarray, rows: Sequence[str], columns: Sequence[
     shade = np.log10(np.clip(np.nan_to_num(table, nan=1e-6), 1e-6, 1.0))
     axes.imshow(shade, cmap="Blues", vmin=-6, vmax=0.5, aspect="auto")
     for (i, j), value in np.ndenumerate(table):
-        text = "-" if not np.isfinite(value) else "0" if value < 1e-9 else f"{value:.1g}"
+        text = "-" if not np.isfinite(value) else "0" if value < 1e-9 else f"{value:.2g}"
         axes.text(
             j, i, text, ha="center", va="center", fontsize=8.5, color="white" if shade[i, j] > -1.5 else "#22303c"
         )

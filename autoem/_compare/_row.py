@@ -28,7 +28,7 @@ class Row:
 
     Attributes:
         label: the strategy's name in the comparison.
-        kind: "EM" or "baseline".
+        kind: "EM" or "baseline"; empty where it is no strategy at all.
         result: the `EMResult`, or the baseline's `Fit`; None where it failed.
         error: what it failed of; None where it did not.
         params: the parameters at its end, components matched to those of the reference.

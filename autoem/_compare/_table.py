@@ -119,20 +119,25 @@ def html_table(comparison: Comparison) -> str:
     shown, top = columns(comparison), comparison.best
     words = ("kind", "which is")
     measured = comparison.measure + (" + log prior" if comparison.has_priors else "")
-    heads = [("strategy", True), *((c[0], c[0] in words) for c in shown)]
+    heads = [("strategy", "text"), *((c[0], "text" if c[0] in words else "") for c in shown)]
     out = [STYLE, '<div class="autoem-comparison"><table><thead><tr>']
-    out += [f"<th{' class="text"' if text else ''}>{html.escape(name)}</th>" for name, text in heads]
+    out += [tag("th", html.escape(name), kind) for name, kind in heads]
     out += ["</tr></thead><tbody>"]
     for row in comparison.rows:
-        out += [f'<tr{"" if row.ended else ' class="failed"'}><td class="text">{html.escape(row.label)}</td>']
+        cells = [tag("td", html.escape(row.label), "text")]
         for column in shown:
             text = html.escape(cell(column, row))
             if column[0] == "kind":
                 text = f'<span class="how{"" if row.kind == "EM" else " other"}">{text}</span>'
             best = column[0] == measured and row.log_joint >= top - 0.01
             kind = "text" if column[0] in words else "best" if best else ""
-            out += [f'<td class="{kind}">{text}</td>' if kind else f"<td>{text}</td>"]
-        out += ["</tr>"]
+            cells += [tag("td", text, kind)]
+        out += [tag("tr", "".join(cells), "" if row.ended else "failed")]
     out += ["</tbody></table>"]
     out += [f"<p>{html.escape(line.strip())}</p>" for line in (*comparison.remarks(), comparison.verdict())]
     return "".join([*out, "</div>"])
+
+
+def tag(name: str, inside: str, kind: str) -> str:
+    """An element, of a class where there is one."""
+    return f'<{name} class="{kind}">{inside}</{name}>' if kind else f"<{name}>{inside}</{name}>"

@@ -22,19 +22,13 @@ def verdict(comparison: Comparison) -> str:
         return "Verdict: no strategy has an end point that could be measured."
     top = comparison.best
     near = [r for r in rows if r.log_joint >= top - CLOSE]
-    # those within a hair of the top are equals; EM is named first among equals
-    first = max(near, key=lambda r: (r.kind == "EM", r.log_joint))
     what = comparison.measure + (" + log prior" if comparison.has_priors else "")
-    others = [r for r in near if r is not first]
-    lines = [f"Verdict: highest {what}: {quoted([first])} with {first.log_joint:.4f}" + equals(others)]
+    by = f"by {quoted(near)} alone" if len(near) == 1 else f"within {CLOSE} nats by {quoted(near)}"
+    lines = [f"Verdict: the highest {what} is {top:.4f}, reached {by}"]
     lines += speed(near, top - CLOSE)
     lines += [baselines(comparison, near, top)]
     lines += [better_draw(r, top) for r in rows if drawn(r) > top + CLOSE]
     return "\n  ".join(lines)
-
-
-def equals(rows: Sequence[Row]) -> str:
-    return f"; {quoted(rows)} ended within {CLOSE} nats of the top" if rows else ""
 
 
 def fastest(rows: Sequence[Row], level: float, compilation: bool) -> Row | None:
@@ -53,7 +47,9 @@ def speed(near: Sequence[Row], level: float) -> list[str]:
     warm, cold = fastest(near, level, False), fastest(near, level, True)
     if warm is None:
         return []
-    line = f"fastest to within {CLOSE} nats of it: {quoted([warm])} in {warm.seconds_to(level):.3g} s"
+    seconds = warm.seconds_to(level)
+    line = f"fastest to within {CLOSE} nats of it: {quoted([warm])} in {seconds:.3g} s"
+    line += f" (its whole run took {warm.seconds:.3g} s)" if warm.seconds > 2 * seconds else ""
     if cold is None:
         return [line]
     total = cold.seconds_to(level) + cold.compilation

@@ -98,9 +98,8 @@ class GradientAscent(AbstractBaseline):
             best = {n: jnp.where(better, u, state.best[n]) for n, u in state.free.items()}
             top = jnp.where(better, -value, state.top)
             history = state.history.at[state.step].set(-value)
-            moved = {
-                n: jnp.asarray(u, state.free[n].dtype) for n, u in optax.apply_updates(state.free, updates).items()
-            }  # type: ignore[union-attr]
+            moved: Any = optax.apply_updates(state.free, updates)
+            moved = {n: jnp.asarray(moved[n], u.dtype) for n, u in state.free.items()}
             return Climb(state.step + 1, good, moved, inner, best, top, history)
 
         def advance(state: Climb, others, bundle: Bundle, limit) -> Climb:

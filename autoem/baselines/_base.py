@@ -72,7 +72,7 @@ def whole(call: str, option: str, value: Any, least: int) -> None:
     """Refuse what is no whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{call}({option}={value!r}): {option} must be a whole number")
-    require(f"{call}({option}={value})", value >= least, f"{option} must be at least {least}")
+    require(f"{call}({option}={value})", bool(value >= least), f"{option} must be at least {least}")
 
 
 def optimiser(call: str, value: Any) -> None:

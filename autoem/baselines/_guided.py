@@ -18,6 +18,7 @@ from jax import Array
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO, init_to_median, init_to_value
 from numpyro.infer.autoguide import AutoDelta, AutoGuide, AutoGuideList, AutoNormal
+from numpyro.primitives import Messenger
 
 from autoem._em import EM
 from autoem._errors import DataError, ModelError, PlanError
@@ -75,14 +76,18 @@ def with_fixed(target: Target, start: Mapping[str, Array]) -> Callable:
     return Held(target.em.model, fixed) if fixed else target.em.model
 
 
-class Held(handlers.substitute):
+class Held(Messenger):
     """Parameters as constants, and sites as data, so that SVI leaves them alone."""
 
+    def __init__(self, fn: Callable, values: Mapping[str, Array]):
+        self.values = dict(values)
+        super().__init__(fn)
+
     def process_message(self, msg: dict) -> None:
-        if msg["type"] == "param" and msg["name"] in self.data:
-            msg["type"], msg["value"] = "deterministic", self.data[msg["name"]]
-        elif msg["type"] == "sample" and msg["name"] in self.data:
-            msg["value"], msg["is_observed"] = self.data[msg["name"]], True
+        if msg["type"] == "param" and msg["name"] in self.values:
+            msg["type"], msg["value"] = "held", self.values[msg["name"]]
+        elif msg["type"] == "sample" and msg["name"] in self.values:
+            msg["value"], msg["is_observed"] = self.values[msg["name"]], True
 
 
 def on_the_model(
@@ -129,7 +134,7 @@ def summed_by_autoem(target: Target, guide: Any, start: Mapping[str, Array], why
         raise PlanError(name, problem=f"{why}; {whom} autoem does not do it for SVI", mend=mend)
 
     def surrogate(bundle) -> None:
-        params = {n: start[n] for n in program.params}
+        params: dict[str, Any] = {n: start[n] for n in program.params}
         for n in target.names:
             params[n] = numpyro.param(n, start[n], constraint=program.params[n].constraint)
         numpyro.factor("log_density", target.kernel.objective(params, bundle)[0])
@@ -174,7 +179,7 @@ def density_by_numpyro(target: Target, model: Callable, start: Mapping[str, Arra
             drawn = handlers.trace(handlers.seed(target.em.model, rng_seed=0)).get_trace(*args, **kwargs)
         given = {n: drawn[n]["value"] for n in program.continuous}
         model, expected = handlers.condition(model, given), conditioned(target, start, given, args, kwargs)
-    points = {n: start[n] for n in target.with_prior}
+    points: Any = {n: start[n] for n in target.with_prior}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         summed = handlers_for_enumeration(handlers.condition(model, points))
@@ -186,7 +191,7 @@ def density_by_numpyro(target: Target, model: Callable, start: Mapping[str, Arra
 
 def conditioned(target: Target, start: Mapping[str, Array], given: Mapping[str, Array], args, kwargs) -> float:
     """Log density at the start with the continuous latents given, by a derivation of its own."""
-    em = EM(handlers.condition(target.em.model, dict(given)), init="model", progress=False)
+    em = EM(handlers.condition(target.em.model, {**given}), maximize=target.with_prior, init="model", progress=False)
     built, source = em._derive(args, kwargs)
     params = {n: start[n] for n in built.program.params}
     return float(jax.jit(built.kernel.proof.objective)(params, built.plain_bundle(source, jax.random.key(0)))[0])
