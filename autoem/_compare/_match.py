@@ -113,6 +113,15 @@ def symmetries(yardstick: Yardstick, params: Values) -> tuple[Symmetry, ...]:
     return tuple(found)
 
 
+def in_general_position(yardstick: Yardstick, params: Values) -> dict[str, np.ndarray]:
+    """A point near `params` at which nothing coincides by chance; always the same."""
+    target, draw = yardstick.target, np.random.default_rng(0)
+    arrays = {n: jnp.asarray(v) for n, v in params.items()}
+    free = target.free(arrays)
+    moved = {n: u + 0.1 * draw.normal(size=np.shape(u)) for n, u in free.items()}
+    return {n: np.asarray(v) for n, v in target.params(moved, arrays).items()}
+
+
 def bases(program: Program, factor: Factor) -> set[str]:
     """The latents that a factor reads."""
     return {program.base_of(z.name) for z in factor.latents}

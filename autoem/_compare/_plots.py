@@ -48,7 +48,17 @@ def plot_progress(comparison: Comparison) -> Figure:
             style = {"color": colour, "ls": dashes, "lw": 1.6, "alpha": 0.9}
             lines += axes.plot(share * length, height, **style, label=row.label if axes is panels[0] else None)
             if np.isfinite(row.log_joint):
-                axes.plot([length], [row.log_joint - top], "o", color=colour, ms=6, mec="white", mew=0.8, zorder=4)
+                axes.plot(
+                    [length],
+                    [row.log_joint - top],
+                    "o",
+                    color=colour,
+                    ms=6,
+                    mec="white",
+                    mew=0.8,
+                    zorder=4,
+                    clip_on=False,
+                )
     for axes, name in zip(panels, ("seconds, compiled already", "steps"), strict=True):
         axes.axhline(0, color="#8d99a6", lw=0.8, zorder=0)
         axes.set_xscale("symlog", linthresh=smallest(rows, name == "steps"))
@@ -81,7 +91,8 @@ def smallest(rows: Sequence[Row], steps: bool) -> float:
     if steps:
         return 1.0
     lengths = [r.seconds / max(len(r.history) - 1, 1) for r in rows if np.isfinite(r.seconds)]
-    return max(min(lengths, default=1.0), 1e-6)
+    longest = max((r.seconds for r in rows if np.isfinite(r.seconds)), default=1.0)
+    return max(min(lengths, default=1.0), 1e-4 * longest, 1e-6)
 
 
 def plot_agreement(comparison: Comparison) -> Figure:
