@@ -61,6 +61,8 @@ def baselines(comparison: Comparison, near: Sequence[Row], top: float) -> str:
     """Whether a baseline wins, said plainly."""
     if not any(r.kind == "baseline" for r in comparison.rows):
         return "no baseline was run"
+    if not any(r.kind == "EM" and r.ended for r in comparison.rows):
+        return "no EM has an end point for a baseline to be held against"
     wins = []
     if not any(r.kind == "EM" for r in near):
         wins += [f"in {comparison.measure} ({quoted(near)})"]

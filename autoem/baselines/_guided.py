@@ -17,7 +17,7 @@ import numpyro
 from jax import Array
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO, init_to_median, init_to_value
-from numpyro.infer.autoguide import AutoDelta, AutoGuide, AutoGuideList, AutoNormal
+from numpyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuide, AutoGuideList, AutoNormal
 from numpyro.primitives import Messenger
 
 from autoem._em import EM
@@ -97,10 +97,25 @@ def on_the_model(
     program = target.built.program
     priors, continuous = target.with_prior, list(program.continuous)
     if guide is None or (isinstance(guide, type) and issubclass(guide, AutoGuide)):
+        if guide is not None and issubclass(guide, AutoContinuous) and program.latents and continuous:
+            problem = f"{guide.__name__} draws it outside its plates, where NumPyro cannot sum out {[*program.latents]}"
+            raise PlanError(continuous[0], problem=problem, mend="SVI(), with AutoNormal, or a guide of your own")
         guide = points_and(model, guide or AutoNormal, priors, continuous, list(program.latents), start)
+    else:
+        refuse_incomplete(guide, target, [*priors, *continuous])
     own = {n for n in program.params if not program.params[n].prior and n in target.names}
     sampled = (*priors, *continuous)
     return Guided(model, guide, loss, target.call, frozenset(own), sampled, not continuous, notes)
+
+
+def refuse_incomplete(guide: Callable, target: Target, names: list[str]) -> None:
+    """Refuse a guide of the user's that leaves a site out, for which NumPyro would draw from the prior."""
+    args, kwargs = target.call(target.data)
+    found = handlers.trace(handlers.seed(guide, rng_seed=0)).get_trace(*args, **kwargs)
+    for name in names:
+        if name not in found or found[name]["type"] != "sample":
+            mend = f'numpyro.sample("{name}", ...) in the guide, or leave guide= out'
+            raise PlanError(name, problem="the guide does not sample it", mend=mend)
 
 
 def points_and(

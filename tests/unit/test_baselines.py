@@ -1,0 +1,162 @@
+"""Gradient ascent, SVI and NUTS against closed forms, against EM, and against each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.distributions import constraints
+from numpyro.infer.autoguide import AutoMultivariateNormal
+
+import autoem
+from autoem.baselines import NUTS, SVI, GradientAscent
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+GROUP = np.repeat(np.arange(6), 5)
+EFFECT = RNG.normal(0, 2, 6)
+Y = EFFECT[GROUP] + RNG.normal(size=30)
+
+
+def effects(y, group):
+    """Random effects: the posterior of `u` is Gaussian and factorises, so a mean-field guide is exact."""
+    mean, spread = numpyro.param("mean", 0.0), numpyro.param("spread", 1.0, constraint=constraints.positive)
+    with numpyro.plate("groups", 6):
+        u = numpyro.sample("u", dist.Normal(mean, spread))
+    with numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.Normal(u[group], 1.0), obs=y)
+
+
+def effects_likelihood(mean, spread):
+    """By the joint normal density of all data, the effects integrated by hand."""
+    covariance = np.eye(30) + spread**2 * (GROUP[:, None] == GROUP)
+    return float(dist.MultivariateNormal(jnp.full(30, mean), covariance).log_prob(Y))
+
+
+def fitted(baseline, model, *args, **options):
+    """One baseline on one model, by the public door."""
+    row = autoem.compare(autoem.EM(model, **options), {"it": baseline}, KEY, *args)["it"]
+    assert row.error is None, row.error
+    return row
+
+
+@pytest.mark.parametrize("optimizer", [optax.adam(0.05), optax.lbfgs()])
+def test_gradient_ascent_reaches_the_maximum_of_em(optimizer):
+    result = autoem.EM(effects, tol=1e-13, progress=False).run(KEY, Y, GROUP)
+    row = fitted(GradientAscent(optimizer, steps=400), effects, Y, GROUP)
+    np.testing.assert_allclose(row.objective, result.log_likelihood, atol=1e-6)
+    np.testing.assert_allclose(row.params["spread"], result.params["spread"], rtol=1e-3)
+    assert row.history[0] == pytest.approx(effects_likelihood(0.0, 1.0), abs=1e-8)
+    assert len(row.history) == row.num_steps + 1 == 401
+
+
+def test_gradient_ascent_keeps_the_best_point_of_a_run_that_breaks_down():
+    """Steps of a thousand in free coordinates lead to where the density is not finite."""
+    row = fitted(GradientAscent(optax.sgd(1e3), steps=50), effects, Y, GROUP)
+    assert np.isfinite(row.log_joint)
+    assert row.log_joint >= effects_likelihood(0.0, 1.0) - 1e-9
+
+
+def test_the_bound_of_svi_lies_below_the_likelihood_and_nearly_reaches_it():
+    row = fitted(SVI(steps=3000), effects, Y, GROUP)
+    exact = effects_likelihood(float(row.params["mean"]), float(row.params["spread"]))
+    error = row.result.details["standard_error"]
+    assert row.objective_name == "ELBO"
+    assert row.log_likelihood == pytest.approx(exact, abs=1e-8)
+    assert row.objective < exact + 4 * error
+    assert row.gap < 0.3  # the guide's family holds the posterior
+    posterior = autoem.EM(effects, progress=False).run(KEY, Y, GROUP).posterior()
+    np.testing.assert_allclose(row.latents.moments["u"][0], posterior.mean["u"], atol=0.15)
+
+
+def test_a_guide_of_ones_own_that_cannot_hold_the_posterior_leaves_a_gap():
+    """One standard deviation for all effects, held at three times the posterior's: the gap is known."""
+
+    def guide(y, group):
+        loc = numpyro.param("loc", jnp.zeros(6))
+        with numpyro.plate("groups", 6):
+            numpyro.sample("u", dist.Normal(loc, 1.0))
+
+    row = fitted(SVI(guide, steps=3000), effects, Y, GROUP)
+    variance = 1 / (5 + 1 / float(row.params["spread"]) ** 2)
+    divergence = 6 * (0.5 / variance - 0.5 + 0.5 * np.log(variance))
+    assert row.gap == pytest.approx(divergence, abs=0.5)
+
+
+def test_an_automatic_guide_by_its_class():
+    assert fitted(SVI(AutoMultivariateNormal, steps=1500), effects, Y, GROUP).gap < 1.5
+
+
+def test_a_guide_that_leaves_a_latent_out_is_refused_by_its_name():
+    row = autoem.compare(effects, {"it": SVI(lambda y, group: None)}, KEY, Y, GROUP)["it"]
+    assert isinstance(row.error, autoem.PlanError)
+    assert "site 'u': the guide does not sample it" in str(row.error)
+
+
+def conjugate(tosses, colours, counts):
+    """Flat on the unit interval and on the simplex, and a Gamma prior: the posterior is Beta, Dirichlet, Gamma."""
+    p = numpyro.param("p", 0.5, constraint=constraints.unit_interval)
+    w = numpyro.param("w", jnp.ones(3) / 3, constraint=constraints.simplex)
+    rate = numpyro.sample("rate", dist.Gamma(3.0, 2.0))
+    with numpyro.plate("tosses", len(tosses)):
+        numpyro.sample("toss", dist.Bernoulli(p), obs=tosses)
+    with numpyro.plate("colours", len(colours)):
+        numpyro.sample("colour", dist.Categorical(w), obs=colours)
+    with numpyro.plate("counts", len(counts)):
+        numpyro.sample("count", dist.Poisson(rate), obs=counts)
+
+
+def test_nuts_draws_from_conjugate_posteriors():
+    """Means and standard deviations of Beta(1 + 7, 1 + 3), Dirichlet(1 + (5, 2, 1)) and Gamma(3 + 12, 2 + 4)."""
+    data = np.repeat([1, 0], [7, 3]), np.repeat([0, 1, 2], [5, 2, 1]), np.array([2, 4, 1, 5])
+    row = fitted(NUTS(500, 2000, 2), conjugate, *data)
+    beta, weights, gamma = dist.Beta(8.0, 4.0), dist.Dirichlet(jnp.array([6.0, 3.0, 2.0])), dist.Gamma(15.0, 6.0)
+    for name, law in (("p", beta), ("w", weights), ("rate", gamma)):
+        draws = np.asarray(row.result.draws[name]).reshape(4000, -1)
+        sd = np.sqrt(np.asarray(law.variance).ravel())
+        # an effective sample size of 1,500 at least: four standard errors
+        np.testing.assert_allclose(draws.mean(0), np.asarray(law.mean).ravel(), atol=4 * sd.max() / np.sqrt(1500))
+        np.testing.assert_allclose(draws.std(0), sd, rtol=0.1)
+        np.testing.assert_allclose(row.params[name].ravel(), draws.mean(0))
+    assert row.result.details["ess"] > 1500
+    assert "flat prior on the constrained scale of p, w" in " ".join(row.notes)
+
+
+def test_nuts_has_the_volume_of_a_covariance():
+    """Flat on covariances, mean zero: inverse Wishart with n - d - 1 degrees of freedom and mean S / (n - 2 d - 2)."""
+
+    def model(x):
+        cov = numpyro.param("cov", jnp.eye(2), constraint=constraints.positive_definite)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", dist.MultivariateNormal(jnp.zeros(2), cov), obs=x)
+
+    x = np.random.default_rng(1).multivariate_normal([0, 0], [[2, 0.7], [0.7, 1]], 40)
+    row = fitted(NUTS(500, 2000, 1), model, x)
+    np.testing.assert_allclose(row.params["cov"], x.T @ x / (40 - 6), atol=0.08)
+    assert row.result.details["best"] <= autoem.EM(model, progress=False).run(KEY, x).log_likelihood + 1e-9
+
+
+def test_the_mode_of_the_draws_is_the_best_of_them():
+    data = np.repeat([1, 0], [7, 3]), np.repeat([0, 1, 2], [5, 2, 1]), np.array([2, 4, 1, 5])
+    row = fitted(NUTS(100, 100, 1, point="mode"), conjugate, *data)
+    assert row.objective == pytest.approx(row.result.details["best"], abs=1e-9)
+    assert row.objective == pytest.approx(row.log_joint, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: GradientAscent(steps=0), r"GradientAscent\(steps=0\): steps must be at least 1"),
+        (lambda: GradientAscent(optimizer=3), r"GradientAscent\(optimizer=3\): use an optax optimiser"),
+        (lambda: SVI(guide=3), r"SVI\(guide=3\): use a class"),
+        (lambda: SVI(num_particles=1.5), r"SVI\(num_particles=1.5\): num_particles must be a whole number"),
+        (lambda: NUTS(point="median"), r"point must be 'mean' or 'mode'"),
+        (lambda: NUTS(target_accept=1.0), r"target_accept must lie between 0 and 1"),
+        (lambda: NUTS(num_chains=0), r"NUTS\(num_chains=0\): num_chains must be at least 1"),
+    ],
+)
+def test_options_out_of_range_are_refused_as_they_were_typed(make, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        make()
