@@ -35,64 +35,67 @@ def effects_likelihood(mean, spread):
     return float(dist.MultivariateNormal(jnp.full(30, mean), covariance).log_prob(Y))
 
 
-def fitted(baseline, model, *args, **options):
-    """One baseline on one model, by the public door."""
-    row = autoem.compare(autoem.EM(model, **options), {"it": baseline}, KEY, *args)["it"]
-    assert row.error is None, row.error
-    return row
+def too_narrow(y, group):
+    """A guide with a standard deviation of one for all effects, which is more than twice the posterior's."""
+    loc = numpyro.param("loc", jnp.zeros(6))
+    with numpyro.plate("groups", 6):
+        numpyro.sample("u", dist.Normal(loc, 1.0))
 
 
-@pytest.mark.parametrize("optimizer", [optax.adam(0.05), optax.lbfgs()])
-def test_gradient_ascent_reaches_the_maximum_of_em(optimizer):
-    result = autoem.EM(effects, tol=1e-13, progress=False).run(KEY, Y, GROUP)
-    row = fitted(GradientAscent(optimizer, steps=400), effects, Y, GROUP)
-    np.testing.assert_allclose(row.objective, result.log_likelihood, atol=1e-6)
-    np.testing.assert_allclose(row.params["spread"], result.params["spread"], rtol=1e-3)
+@pytest.fixture(scope="module")
+def comparison():
+    strategies = {
+        "em": {"tol": 1e-13},
+        "adam": GradientAscent(steps=400),
+        "lbfgs": GradientAscent(optax.lbfgs(), steps=40),
+        "wild": GradientAscent(optax.sgd(1e3), steps=50),
+        "svi": SVI(steps=2000),
+        "own": SVI(too_narrow, steps=2000),
+        "joint": SVI(AutoMultivariateNormal, steps=1000),
+        "none": SVI(lambda y, group: None),
+    }
+    return autoem.compare(effects, strategies, KEY, Y, GROUP)
+
+
+@pytest.mark.parametrize("label", ["adam", "lbfgs"])
+def test_gradient_ascent_reaches_the_maximum_of_em(comparison, label):
+    row, em = comparison[label], comparison["em"]
+    np.testing.assert_allclose(row.objective, em.result.log_likelihood, atol=1e-6)
+    np.testing.assert_allclose(row.params["spread"], em.params["spread"], rtol=1e-3)
     assert row.history[0] == pytest.approx(effects_likelihood(0.0, 1.0), abs=1e-8)
-    assert len(row.history) == row.num_steps + 1 == 401
+    assert len(row.history) == row.num_steps + 1
 
 
-def test_gradient_ascent_keeps_the_best_point_of_a_run_that_breaks_down():
+def test_gradient_ascent_keeps_the_best_point_of_a_run_that_breaks_down(comparison):
     """Steps of a thousand in free coordinates lead to where the density is not finite."""
-    row = fitted(GradientAscent(optax.sgd(1e3), steps=50), effects, Y, GROUP)
-    assert np.isfinite(row.log_joint)
-    assert row.log_joint >= effects_likelihood(0.0, 1.0) - 1e-9
+    assert comparison["wild"].log_joint >= effects_likelihood(0.0, 1.0) - 1e-9
 
 
-def test_the_bound_of_svi_lies_below_the_likelihood_and_nearly_reaches_it():
-    row = fitted(SVI(steps=3000), effects, Y, GROUP)
+def test_the_bound_of_svi_lies_below_the_likelihood_and_nearly_reaches_it(comparison):
+    row = comparison["svi"]
     exact = effects_likelihood(float(row.params["mean"]), float(row.params["spread"]))
-    error = row.result.details["standard_error"]
     assert row.objective_name == "ELBO"
     assert row.log_likelihood == pytest.approx(exact, abs=1e-8)
-    assert row.objective < exact + 4 * error
+    assert row.objective < exact + 4 * row.result.details["standard_error"]
     assert row.gap < 0.3  # the guide's family holds the posterior
-    posterior = autoem.EM(effects, progress=False).run(KEY, Y, GROUP).posterior()
-    np.testing.assert_allclose(row.latents.moments["u"][0], posterior.mean["u"], atol=0.15)
+    np.testing.assert_allclose(row.latents.moments["u"][0], comparison["em"].latents.moments["u"][0], atol=0.2)
 
 
-def test_a_guide_of_ones_own_that_cannot_hold_the_posterior_leaves_a_gap():
-    """One standard deviation for all effects, held at three times the posterior's: the gap is known."""
-
-    def guide(y, group):
-        loc = numpyro.param("loc", jnp.zeros(6))
-        with numpyro.plate("groups", 6):
-            numpyro.sample("u", dist.Normal(loc, 1.0))
-
-    row = fitted(SVI(guide, steps=3000), effects, Y, GROUP)
+def test_a_guide_that_cannot_hold_the_posterior_leaves_its_divergence_as_the_gap(comparison):
+    row = comparison["own"]
     variance = 1 / (5 + 1 / float(row.params["spread"]) ** 2)
     divergence = 6 * (0.5 / variance - 0.5 + 0.5 * np.log(variance))
-    assert row.gap == pytest.approx(divergence, abs=0.5)
+    assert row.gap == pytest.approx(divergence, abs=0.7)
 
 
-def test_an_automatic_guide_by_its_class():
-    assert fitted(SVI(AutoMultivariateNormal, steps=1500), effects, Y, GROUP).gap < 1.5
+def test_an_automatic_guide_by_its_class(comparison):
+    assert comparison["joint"].error is None
+    assert 0 < comparison["joint"].gap < 2
 
 
-def test_a_guide_that_leaves_a_latent_out_is_refused_by_its_name():
-    row = autoem.compare(effects, {"it": SVI(lambda y, group: None)}, KEY, Y, GROUP)["it"]
-    assert isinstance(row.error, autoem.PlanError)
-    assert "site 'u': the guide does not sample it" in str(row.error)
+def test_a_guide_that_leaves_a_latent_out_is_refused_by_its_name(comparison):
+    assert isinstance(comparison["none"].error, autoem.PlanError)
+    assert "site 'u': the guide does not sample it" in str(comparison["none"].error)
 
 
 def conjugate(tosses, colours, counts):
@@ -111,7 +114,7 @@ def conjugate(tosses, colours, counts):
 def test_nuts_draws_from_conjugate_posteriors():
     """Means and standard deviations of Beta(1 + 7, 1 + 3), Dirichlet(1 + (5, 2, 1)) and Gamma(3 + 12, 2 + 4)."""
     data = np.repeat([1, 0], [7, 3]), np.repeat([0, 1, 2], [5, 2, 1]), np.array([2, 4, 1, 5])
-    row = fitted(NUTS(500, 2000, 2), conjugate, *data)
+    row = autoem.compare(conjugate, {"nuts": NUTS(500, 2000, 2)}, KEY, *data)["nuts"]
     beta, weights, gamma = dist.Beta(8.0, 4.0), dist.Dirichlet(jnp.array([6.0, 3.0, 2.0])), dist.Gamma(15.0, 6.0)
     for name, law in (("p", beta), ("w", weights), ("rate", gamma)):
         draws = np.asarray(row.result.draws[name]).reshape(4000, -1)
@@ -133,16 +136,12 @@ def test_nuts_has_the_volume_of_a_covariance():
             numpyro.sample("x", dist.MultivariateNormal(jnp.zeros(2), cov), obs=x)
 
     x = np.random.default_rng(1).multivariate_normal([0, 0], [[2, 0.7], [0.7, 1]], 40)
-    row = fitted(NUTS(500, 2000, 1), model, x)
-    np.testing.assert_allclose(row.params["cov"], x.T @ x / (40 - 6), atol=0.08)
-    assert row.result.details["best"] <= autoem.EM(model, progress=False).run(KEY, x).log_likelihood + 1e-9
-
-
-def test_the_mode_of_the_draws_is_the_best_of_them():
-    data = np.repeat([1, 0], [7, 3]), np.repeat([0, 1, 2], [5, 2, 1]), np.array([2, 4, 1, 5])
-    row = fitted(NUTS(100, 100, 1, point="mode"), conjugate, *data)
+    found = autoem.compare(model, {"em": None, "nuts": NUTS(500, 2000, 1, point="mode")}, KEY, x)
+    row, em = found["nuts"], found["em"]
+    np.testing.assert_allclose(row.result.draws["cov"].mean((0, 1)), x.T @ x / (40 - 6), atol=0.08)
+    # the mode of the draws is the best of them, below the maximum but near
     assert row.objective == pytest.approx(row.result.details["best"], abs=1e-9)
-    assert row.objective == pytest.approx(row.log_joint, abs=1e-9)
+    assert em.log_joint - 0.1 < row.log_joint <= em.log_joint + 1e-9
 
 
 @pytest.mark.parametrize(
