@@ -130,7 +130,7 @@ def shaded(axes: Any, table: np.ndarray, rows: Sequence[str], columns: Sequence[
     for (i, j), value in np.ndenumerate(table):
         text = "-" if not np.isfinite(value) else "0" if value < 1e-9 else f"{value:.2g}"
         axes.text(
-            j, i, text, ha="center", va="center", fontsize=8.5, color="white" if shade[i, j] > -1.5 else "#22303c"
+            j, i, text, ha="center", va="center", fontsize=8.5, color="white" if shade[i, j] > -2.7 else "#22303c"
         )
     axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=9)
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
