@@ -30,11 +30,13 @@ LAYERS = """
     _chunks _render accelerate
     _plan
     _lower
+    _bundle treatments
     _build
     _moments
     _per_datum
     _stop _progress _validate _paths _impute
     _fit _posterior _stderr _init
+    _oddities _drawn_posterior
     _result _verify
     _replay
     _check
