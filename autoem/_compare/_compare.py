@@ -185,8 +185,9 @@ def ended(row: Row, result: Result) -> Row:
     if isinstance(result, Fit):
         name, notes = result.objective_name, result.notes
     else:
-        name = getattr(result, "objective_name", None) or objective_name(result._context.built)
-        notes = result.warnings
+        name, notes = objective_name(result._context.built), result.warnings
+        if result.standard_error:
+            notes = (*notes, f"the objective is estimated, with a standard error of {result.standard_error:.2g}")
     params = {n: np.asarray(v) for n, v in result.params.items()}
     return replaced(
         row, result=result, params=params, objective=float(result.objective), objective_name=name,
@@ -201,6 +202,10 @@ def measured(row: Row, yardstick: Yardstick) -> Row:
     fits = yardstick.fits(row.params)
     if fits:
         likelihood, joint = yardstick.measure(row.params)
+        if np.isnan(joint):
+            notes.append(
+                "no plan can evaluate the likelihood without random error, so that end points are not measured"
+            )
         try:
             held_out = yardstick.score(row.params)
         except ValueError as error:

@@ -18,11 +18,13 @@ from jax import Array
 from autoem._build import Build
 from autoem._compare._row import Latents
 from autoem._compare._strategies import options_of
+from autoem._drawn_posterior import DrawnPosterior
 from autoem._em import EM
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._init import starts
 from autoem._posterior import Posterior
-from autoem.baselines._target import Target, objective_name
+from autoem.baselines._target import Target, has_priors, objective_name
+from autoem.treatments import AbstractDrawn
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class Yardstick:
 
     @property
     def exact(self) -> bool:
-        return not self.target.kernel.approximate
+        return rank(self.target.built) == EXACT
 
     @property
     def name(self) -> str:
@@ -45,12 +47,20 @@ class Yardstick:
 
     @property
     def has_priors(self) -> bool:
-        return any(p.prior for p in self.target.built.program.params.values())
+        return has_priors(self.target.built)
 
     @functools.cached_property
     def _objective(self):
-        kernel = self.target.kernel
-        return jax.jit(lambda params, bundle: kernel.objective(params, bundle))
+        built, kernel = self.target.built, self.target.kernel
+        if kernel.treatment is None:
+            return jax.jit(lambda params, bundle: kernel.objective(params, bundle))
+        state = built.e_state(dict(self.target.starts[0]), self.target.bundle, jax.random.key(0), 0)
+
+        def at(params, bundle):
+            found = built.kernel.expect(params, bundle, state)
+            return found.likelihood + found.prior, (found.likelihood, found.prior)
+
+        return jax.jit(at)
 
     def fits(self, params: Mapping[str, Any]) -> bool:
         """Whether these are the parameters of this derivation."""
@@ -58,7 +68,9 @@ class Yardstick:
         return own.keys() == params.keys() and all(own[n].shape == np.shape(v) for n, v in params.items())
 
     def measure(self, params: Mapping[str, Any]) -> tuple[float, float]:
-        """Log-likelihood, and log-likelihood plus log prior."""
+        """Log-likelihood, and log-likelihood plus log prior; NaN where no plan has them without random error."""
+        if rank(self.target.built) == NOISY:
+            return float("nan"), float("nan")
         joint, (likelihood, _) = self._objective(dict(params), self.target.bundle)
         return float(likelihood), float(joint)
 
@@ -79,6 +91,8 @@ class Yardstick:
                 "held_out", problem="these data give the parameters other shapes",
                 mend="pass the data with the columns, and the model the options, of the fit", kind="argument",
             )  # fmt: skip
+        if isinstance(built.kernel.treatment, AbstractDrawn):
+            return DrawnPosterior(built, dict(params), built.bundle(source, jax.random.key(0)), source)
         return Posterior(built, dict(params), built.plain_bundle(source, jax.random.key(0)), source)
 
 
@@ -90,32 +104,39 @@ def latents_of(posterior: Posterior, built: Build) -> Latents:
     return Latents(marginals, moments)
 
 
+EXACT, BY_RULE, AT_ONCE, NOISY = range(4)  # how good a measure a derivation is
+
+
+def rank(built: Build) -> int:
+    """How good a measure a derivation is, the best first."""
+    if built.kernel.treatment is not None:
+        return NOISY if built.kernel.noisy else AT_ONCE
+    return BY_RULE if built.kernel.approximate else EXACT
+
+
 def find(base: EM, ems: Sequence[EM], count: int, rng_key: Array, args: tuple, kwargs: dict, held_out) -> Yardstick:
-    """The first exact derivation: the plain one, the base's, then those of the strategies; else the first of any kind.
+    """The first exact derivation: the base's, the plain one, then those of the strategies; else the nearest to one.
 
     Raises:
         ModelError, PlanError, DataError: none of them can be derived; the base's own error.
     """
-    plain = EM(base.model, **{**options_of(base), "e_step": None})
-    candidates = [plain, base] if base.options.e_step is not None else [base]
-    first: tuple[EM, Build] | None = None
+    plain = [EM(base.model, **{**options_of(base), "e_step": None})] if base.options.e_step is not None else []
+    found: list[tuple[EM, Build]] = []
     error: Exception | None = None
-    for em in (*candidates, *ems):
+    for em in (base, *plain, *ems):
         try:
-            built = em._derive(args, kwargs)[0]
+            found.append((em, em._derive(args, kwargs)[0]))
         except (ModelError, PlanError, DataError) as refused:
-            error = refused if em in candidates else error or refused
+            error = error or refused
             continue
-        if not built.kernel.approximate:
-            first = em, built
+        if rank(found[-1][1]) == EXACT:
             break
-        if first is None or em is base:
-            first = em, built
-    if first is None:
+    if not found:
         assert error is not None
         raise error
-    em, built = first
+    em, built = min(found, key=lambda pair: rank(pair[1]))
     source = em._derive(args, kwargs)[1]
-    begin, _ = starts(built, source, built.bundle(source, rng_key), base.init, count, rng_key)
-    target = Target(em, built, source, built.plain_bundle(source, rng_key), tuple(begin))
-    return Yardstick(target, args, kwargs, held_out)
+    bundle = built.bundle(source, rng_key)
+    begin, _ = starts(built, source, bundle, base.init, count, rng_key)
+    bundle = built.plain_bundle(source, rng_key) if built.kernel.treatment is None else bundle
+    return Yardstick(Target(em, built, source, bundle, tuple(begin)), args, kwargs, held_out)

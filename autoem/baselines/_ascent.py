@@ -58,6 +58,7 @@ class GradientAscent(AbstractBaseline):
         whole("GradientAscent", "steps", self.steps, 1)
 
     def prepare(self, target: Target) -> Callable[[Array], Fit]:
+        target.require_objective("GradientAscent")
         advance, method = self._loop(target), self._method()
 
         def climb(start: Mapping[str, Array]) -> tuple[Climb, bool]:

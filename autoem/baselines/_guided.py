@@ -188,12 +188,13 @@ def density_by_numpyro(target: Target, model: Callable, start: Mapping[str, Arra
     from numpyro.infer import SVI, TraceEnum_ELBO
 
     program, (args, kwargs) = target.built.program, target.call(target.data)
-    expected = float(jax.jit(target.kernel.objective)(dict(start), target.bundle)[0])
     if program.continuous:
         with handlers.substitute(data=dict(start)):
             drawn = handlers.trace(handlers.seed(target.em.model, rng_seed=0)).get_trace(*args, **kwargs)
         given = {n: drawn[n]["value"] for n in program.continuous}
         model, expected = handlers.condition(model, given), conditioned(target, start, given, args, kwargs)
+    else:
+        expected = float(jax.jit(target.kernel.objective)(dict(start), target.bundle)[0])
     points: Any = {n: start[n] for n in target.with_prior}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

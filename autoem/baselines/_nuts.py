@@ -61,6 +61,7 @@ class NUTS(AbstractBaseline):
         require(f"NUTS(target_accept={self.target_accept})", inside, "target_accept must lie between 0 and 1")
 
     def prepare(self, target: Target) -> Callable[[Array], Fit]:
+        target.require_objective("NUTS")
         others = dict(target.starts[0])
         sampler = Sampler(
             potential_fn=lambda free: -target.log_density(free, others, target.bundle),

@@ -65,6 +65,18 @@ class Target:
         """What the objective is."""
         return objective_name(self.built)
 
+    def require_objective(self, who: str) -> None:
+        """Refuse to climb what no plan can evaluate as a function of the parameters alone.
+
+        Raises:
+            PlanError: latents are drawn, or approximated all at once.
+        """
+        treatment = self.built.kernel.treatment
+        if treatment is not None:
+            name = next(iter(self.built.program.continuous))
+            problem = f"no plan integrates it so that {who} could climb the likelihood: {treatment.objective_name}"
+            raise PlanError(name, problem=problem, mend="autoem.baselines.SVI(), or EM with a strategy of its own")
+
     def free(self, params: Mapping[str, Array]) -> Free:
         """Free coordinates of a point.
 
@@ -115,7 +127,11 @@ class Target:
 
 def objective_name(built: Build) -> str:
     """What a derivation's objective is, in words."""
-    approximate = [r.strategy for r in built.plan.latents if r.strategy != "exact"]
-    name = "log-likelihood" + (f" by {', '.join(dict.fromkeys(approximate))}" if approximate else "")
-    priors = [n for n, p in built.program.params.items() if p.prior]
-    return name + (" + log prior" if priors else "")
+    rules = [i.block.strategy for i in built.kernel.integrals if i.block.strategy != "exact"]
+    name = built.kernel.objective_name + (f" by {', '.join(dict.fromkeys(rules))}" if rules else "")
+    return name + (" + log prior" if has_priors(built) else "")
+
+
+def has_priors(built: Build) -> bool:
+    """Whether a parameter has a prior."""
+    return any(p.prior for p in built.program.params.values())
