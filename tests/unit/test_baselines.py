@@ -112,7 +112,7 @@ CONJUGATE = np.repeat([1, 0], [7, 3]), np.repeat([0, 1, 2], [5, 2, 1]), np.array
 
 @pytest.fixture(scope="module")
 def drawn():
-    return autoem.compare(conjugate, {"nuts": NUTS(500, 2000, 2), "mode": NUTS(20, 20, 1, "mode")}, KEY, *CONJUGATE)
+    return autoem.compare(conjugate, {"nuts": NUTS(500, 3000, 1, point="mode")}, KEY, *CONJUGATE)["nuts"]
 
 
 @pytest.mark.parametrize(
@@ -124,29 +124,25 @@ def drawn():
     ],
 )
 def test_nuts_draws_from_conjugate_posteriors(drawn, name, law):
-    row = drawn["nuts"]
-    assert row.result.details["ess"] > 1500
-    draws, sd = np.asarray(row.result.draws[name]).reshape(4000, -1), np.sqrt(np.asarray(law.variance).ravel())
-    # an effective sample size of 1,500 at least: four standard errors
-    np.testing.assert_allclose(draws.mean(0), np.asarray(law.mean).ravel(), atol=4 * sd.max() / np.sqrt(1500))
-    np.testing.assert_allclose(draws.std(0), sd, rtol=0.1)
-    np.testing.assert_allclose(row.params[name].ravel(), draws.mean(0))
+    assert drawn.result.details["ess"] > 1000
+    draws, sd = np.asarray(drawn.result.draws[name]).reshape(3000, -1), np.sqrt(np.asarray(law.variance).ravel())
+    # an effective sample size of 1,000 at least: four standard errors
+    np.testing.assert_allclose(draws.mean(0), np.asarray(law.mean).ravel(), atol=4 * sd.max() / np.sqrt(1000))
+    np.testing.assert_allclose(draws.std(0), sd, rtol=0.12)
 
 
 def test_nuts_has_the_volume_of_a_covariance(drawn):
     """Inverse Wishart with n - d - 1 degrees of freedom: its mean is S / (n - 2 d - 2)."""
-    mean = drawn["nuts"].params["cov"]
-    np.testing.assert_allclose(mean, POINTS.T @ POINTS / (40 - 6), atol=0.08)
+    np.testing.assert_allclose(drawn.result.draws["cov"].mean((0, 1)), POINTS.T @ POINTS / (40 - 6), atol=0.08)
 
 
 def test_nuts_says_which_priors_are_flat_and_what_its_best_draw_is(drawn):
-    assert "flat prior on the constrained scale of p, w, cov" in " ".join(sorted(drawn["nuts"].notes))
-    row = drawn["mode"]
-    assert row.objective == pytest.approx(row.result.details["best"], abs=1e-9)
-    assert row.objective == pytest.approx(row.log_joint, abs=1e-9)
+    assert "flat prior on the constrained scale of p, w, cov" in " ".join(drawn.notes)
+    assert drawn.objective == pytest.approx(drawn.result.details["best"], abs=1e-9)
+    assert drawn.objective == pytest.approx(drawn.log_joint, abs=1e-9)
 
 
-def test_what_no_plan_integrates_is_not_climbed_but_svi_may_try():
+def test_what_no_plan_integrates_is_not_climbed():
     """Effects of two crossed factors on counts: their posterior does not fall into cells."""
 
     def crossed(y, a, b):
@@ -159,13 +155,12 @@ def test_what_no_plan_integrates_is_not_climbed_but_svi_may_try():
             numpyro.sample("y", dist.Poisson(jnp.exp(u[a] + v[b])), obs=y)
 
     y = np.array([3, 1, 0, 7, 2, 1, 4, 1, 1, 5, 3, 0])
-    strategies = {"em": {"max_steps": 3}, "ascent": GradientAscent(), "nuts": NUTS(), "svi": SVI(steps=300)}
+    strategies = {"ascent": GradientAscent(), "nuts": NUTS()}
     found = autoem.compare(crossed, strategies, KEY, y, np.arange(12) % 3, np.arange(12) % 2)
     assert not found.exact
     for label in ("ascent", "nuts"):
         assert "could climb the likelihood" in str(found[label].error)
-    assert found["em"].gap == pytest.approx(0, abs=1e-6)
-    assert np.isfinite(found["svi"].log_joint)
+    assert found.verdict() == "Verdict: no strategy has an end point that could be measured."
 
 
 @pytest.mark.parametrize(
