@@ -136,8 +136,8 @@ def completed_factor(
 def drawn_factor(program: Program, site: Site, latents: tuple[Latent, ...], route: Route | None) -> Factor:
     """The factor of a site that reads continuous latents of which all cells are drawn at once."""
     refuse_random_weights(program, site)
-    read = continuous_of(program, site)
-    members = tuple(z for n, z in program.every_continuous.items() if n in read)
+    read = {program.base_of(n) for n in continuous_of(program, site)}  # at full shape the graph reads whole paths
+    members = tuple(z for n, z in program.continuous.items() if n in read)
     return dataclasses.replace(
         build_factor(program, site, latents, route), coefficients=(), graph=program.full, compact=False,
         family=natural_family(program, site, filled=True)[0], completions=Completions(members, affine=False),

@@ -19,11 +19,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from autoem.e_step.completions import simplex
+from autoem.e_step.completions import standard_nodes
 from autoem.e_step.local import CellPosterior, Cells, LocalBlock
-from autoem.e_step.quadrature import Gauss, held
+from autoem.e_step.quadrature import MAX_DIMENSIONS, Gauss, held
+
+PAIRS = 4  # of nodes for each dimension, beyond three
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,11 +45,22 @@ class LaplaceCells(Gauss):
         if (present := cells.present) is not None:
             flat = jnp.squeeze(cells.joint(self.from_free(cells, jnp.expand_dims(mode, at))[0]), at)
             integral = jnp.where(jnp.squeeze(present, at), integral, flat)
-        corners, centre = jnp.asarray(simplex(d), mode.dtype), mode + self.shift(cells, mode, root)
-        x = jnp.stack([centre + root @ z for z in corners], at)
+        standard, share = self.standard(d)
+        centre = mode + self.shift(cells, mode, root)
+        x = jnp.stack([centre + root @ z for z in jnp.asarray(standard, mode.dtype)], at)
         nodes, _ = self.from_free(cells, x)
-        weights = jnp.full((*(1,) * at, d + 1, *(1,) * len(cells.block.shape)), 1 / (d + 1), mode.dtype)
+        weights = jnp.asarray(share, mode.dtype).reshape(*(1,) * at, -1, *(1,) * len(cells.block.shape))
         return CellPosterior(integral, nodes, weights, (mode, root, cells), at)
+
+    def standard(self, d: int) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes `(nodes, d)` of a standard normal law, and their weights."""
+        if d > MAX_DIMENSIONS:
+            nodes = standard_nodes(d, PAIRS * d)
+            return nodes, np.full(len(nodes), 1 / len(nodes))
+        z, w = np.polynomial.hermite_e.hermegauss(5)
+        grid = np.stack(np.meshgrid(*[z] * d, indexing="ij"), -1).reshape(-1, d)
+        share = np.stack(np.meshgrid(*[w / w.sum()] * d, indexing="ij"), -1).reshape(-1, d).prod(-1)
+        return grid, share
 
     def shift(self, cells: Cells, mode: Array, root: Array) -> Array:
         """From every mode to the mean, by the third derivatives there; at most one standard deviation a coordinate."""

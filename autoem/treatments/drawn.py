@@ -106,7 +106,10 @@ class Hidden:
             own = None
             if f.is_hidden and f.family is not None:
                 events = tuple(f"event{i}" for i in range(f.family.event_dim))
-                value = named(chosen[f.name], (*(z.name for z in f.parents), NODES, *f.site.axes, *events))
+                mine = values[f.name]
+                value = named(
+                    mine.reshape(*lead, *mine.shape), (*(z.name for z in f.parents), NODES, *f.site.axes, *events)
+                )
                 order = (*events, *(a for a in value.axes if a not in events))
                 own = Named(value.to(order), order)
             out[f.name] = with_value(f, bundle, chosen, own)

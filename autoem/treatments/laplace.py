@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem.e_step.completions import simplex
+from autoem.e_step.completions import standard_nodes
 from autoem.e_step.quadrature import principal
 from autoem.e_step.treatment import Expectation
 from autoem.treatments.drawn import AbstractDrawn
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from autoem.m_step.problem import Bundle, Params
 
 ROUNDS, CLOSE, HALVINGS = 50, 1e-8, 12
-CORNERS_UP_TO = 48  # coordinates: beyond, standardised draws in pairs stand for the corners of a simplex
-PAIRS = 32
+PAIRS = 64, 512  # of nodes: one for each coordinate, within these limits
 MAX_COORDINATES = 2000
 
 
@@ -63,12 +62,7 @@ class JointLaplace(AbstractDrawn):
     @property
     def spread(self) -> np.ndarray:
         """Points with mean zero and unit variance along every coordinate, `(points, dim)`."""
-        d = self.hidden.dim
-        if d <= CORNERS_UP_TO:
-            return simplex(d)
-        z = np.random.default_rng(50).normal(size=(PAIRS, d))
-        z /= np.sqrt((z**2).mean(0))
-        return np.concatenate([z, -z])
+        return standard_nodes(self.hidden.dim, int(np.clip(self.hidden.dim, *PAIRS)))
 
     def init(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> Any:
         return jnp.zeros(self.hidden.dim)
@@ -90,9 +84,9 @@ class JointLaplace(AbstractDrawn):
 
         def step(s: Climb) -> Climb:
             slope = jax.grad(density)(s.at)
-            length, axes = principal(-jax.hessian(density)(s.at))
-            along = (axes.T @ slope) / length
-            jump = axes @ along
+            root, _ = inverse_root(-jax.hessian(density)(s.at))
+            along = root.T @ slope  # in standard deviations of the Gaussian there
+            jump = root @ along
 
             def shorter(carry):
                 share, _, tries = carry
@@ -105,13 +99,12 @@ class JointLaplace(AbstractDrawn):
             )
             better = value >= s.value - 1e-12 * (1 + jnp.abs(s.value))
             at = jnp.where(better, s.at + share * jump, s.at)
-            far = jnp.where(better, share * jnp.sqrt((along**2 * length).sum()), 0.0)
+            far = jnp.where(better, share * jnp.sqrt((along**2).sum()), 0.0)
             return Climb(at, jnp.where(better, value, s.value), far, s.step + 1)
 
         begin = Climb(start, density(start), jnp.asarray(jnp.inf), jnp.zeros((), int))
         end = jax.lax.while_loop(lambda s: (s.far > CLOSE) & (s.step < ROUNDS), step, begin)
-        length, axes = principal(-jax.hessian(density)(end.at))
-        return end.at, end.value, axes / jnp.sqrt(length), -0.5 * jnp.log(length).sum()
+        return end.at, end.value, *inverse_root(-jax.hessian(density)(end.at))
 
     def shift(self, kernel: Kernel, params: Params, bundle: Bundle, mode: Array, root: Array) -> Array:
         """From the mode to the mean, by the third derivatives there."""
@@ -142,3 +135,20 @@ class JointLaplace(AbstractDrawn):
             f"approximate: Laplace's approximation over all {self.hidden.dim:,} coordinates at once, since "
             f"{self.hidden.why}; the objective is that of the log-likelihood"
         )
+
+
+def inverse_root(curvature: Array) -> tuple[Array, Array]:
+    """A root `R` of the inverse, `R R' = H^{-1}`, and its log determinant; `H` is made positive where it is not."""
+    curvature = 0.5 * (curvature + curvature.T)
+    lower = jnp.linalg.cholesky(curvature)
+
+    def plain() -> tuple[Array, Array]:
+        eye = jnp.eye(len(lower), dtype=lower.dtype)
+        root = jax.scipy.linalg.solve_triangular(lower, eye, lower=True).T
+        return root, -jnp.log(jnp.diagonal(lower)).sum()
+
+    def mended() -> tuple[Array, Array]:
+        length, axes = principal(curvature)
+        return axes / jnp.sqrt(length), -0.5 * jnp.log(length).sum()
+
+    return jax.lax.cond(jnp.isfinite(lower).all(), plain, mended)
