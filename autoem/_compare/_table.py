@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autoem._compare._row import Row
+from autoem._compare._verdict import closeness
 
 if TYPE_CHECKING:
     from autoem._compare._comparison import Comparison
@@ -129,7 +130,7 @@ def html_table(comparison: Comparison) -> str:
             text = html.escape(cell(column, row))
             if column[0] == "kind":
                 text = f'<span class="how{"" if row.kind == "EM" else " other"}">{text}</span>'
-            best = column[0] == measured and row.log_joint >= top - 0.01
+            best = column[0] == measured and row.log_joint >= top - closeness(top)
             kind = "text" if column[0] in words else "best" if best else ""
             cells += [tag("td", text, kind)]
         out += [tag("tr", "".join(cells), "" if row.ended else "failed")]

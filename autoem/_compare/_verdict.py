@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import jax.numpy as jnp
 import numpy as np
 
 from autoem._compare._row import Row
@@ -21,14 +22,20 @@ def verdict(comparison: Comparison) -> str:
     if not rows:
         return "Verdict: no strategy has an end point that could be measured."
     top = comparison.best
-    near = [r for r in rows if r.log_joint >= top - CLOSE]
+    close = closeness(top)
+    near = [r for r in rows if r.log_joint >= top - close]
     what = comparison.measure + (" + log prior" if comparison.has_priors else "")
-    by = f"by {quoted(near)} alone" if len(near) == 1 else f"within {CLOSE} nats by {quoted(near)}"
+    by = f"by {quoted(near)} alone" if len(near) == 1 else f"within {close:.2g} nats by {quoted(near)}"
     lines = [f"Verdict: the highest {what} is {top:.4f}, reached {by}"]
-    lines += speed(near, top - CLOSE)
+    lines += speed(near, top, close)
     lines += [baselines(comparison, near, top)]
-    lines += [better_draw(r, top) for r in rows if drawn(r) > top + CLOSE]
+    lines += [better_draw(r, top) for r in rows if drawn(r) > top + close]
     return "\n  ".join(lines)
+
+
+def closeness(top: float) -> float:
+    """Nats that do not matter: a hundredth, or what the precision cannot tell."""
+    return max(CLOSE, 4 * float(jnp.finfo(jnp.result_type(float)).eps) * abs(top))
 
 
 def fastest(rows: Sequence[Row], level: float, compilation: bool) -> Row | None:
@@ -42,13 +49,14 @@ def fastest(rows: Sequence[Row], level: float, compilation: bool) -> Row | None:
     return found if found is not None and np.isfinite(seconds(found)) else None
 
 
-def speed(near: Sequence[Row], level: float) -> list[str]:
+def speed(near: Sequence[Row], top: float, close: float) -> list[str]:
     """Who was first, compiled already and not."""
+    level = top - close
     warm, cold = fastest(near, level, False), fastest(near, level, True)
     if warm is None:
         return []
     seconds = warm.seconds_to(level)
-    line = f"fastest to within {CLOSE} nats of it: {quoted([warm])} in {seconds:.3g} s"
+    line = f"fastest to within {close:.2g} nats of it: {quoted([warm])} in {seconds:.3g} s"
     line += f" (its whole run took {warm.seconds:.3g} s)" if warm.seconds > 2 * seconds else ""
     if cold is None:
         return [line]
@@ -66,7 +74,8 @@ def baselines(comparison: Comparison, near: Sequence[Row], top: float) -> str:
     wins = []
     if not any(r.kind == "EM" for r in near):
         wins += [f"in {comparison.measure} ({quoted(near)})"]
-    warm, cold = fastest(near, top - CLOSE, False), fastest(near, top - CLOSE, True)
+    level = top - closeness(top)
+    warm, cold = fastest(near, level, False), fastest(near, level, True)
     if warm is not None and warm.kind == "baseline":
         wins += [f"in time ({quoted([warm])})"]
     elif cold is not None and cold.kind == "baseline":

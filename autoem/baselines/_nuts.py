@@ -32,8 +32,8 @@ class NUTS(AbstractBaseline):
     r"""Draw parameters from :math:`p(\theta \mid x) \propto p(x \mid \theta)\, p(\theta)`, the latents summed out.
 
     A parameter without a prior (`numpyro.param`) has a flat one on its constrained scale, which need not be proper;
-    the fit says which. `Fit.details` holds the largest split R-hat, the smallest effective sample size, the divergences
-    and the best log density of all draws.
+    the fit says which. `Fit.details` holds the largest split R-hat and the smallest effective sample size of all free
+    coordinates, the divergences, and the best log density of all draws.
 
     Args:
         num_warmup: adaptation draws of each chain, at least 1.
@@ -103,7 +103,7 @@ class NUTS(AbstractBaseline):
         else:
             point = {n: mean_of(program.params[n], v, kept[n]) for n, v in constrained.items()}
         params: dict[str, Any] = {**others, **point}
-        mixing = diagnostics(constrained)
+        mixing = diagnostics(kept)
         details = {**mixing, "divergences": float(diverging), "best": float(merit[best])}
         status = (
             f"{self.num_chains} chain{'s' * (self.num_chains > 1)} of {self.num_samples:,} draws: split R-hat up to "
@@ -128,12 +128,16 @@ def mean_of(param: Param, values: Array, free: Array) -> Array:
 
 
 def diagnostics(draws: Mapping[str, Array]) -> dict[str, float]:
-    """The largest split R-hat and the smallest effective sample size of all entries that vary."""
+    """The largest split R-hat and the smallest effective sample size of all free coordinates.
+
+    One that never moved has no effective sample, and its R-hat is infinite.
+    """
     r_hat, ess = [1.0], [np.inf]
     for value in draws.values():
         flat = np.asarray(value).reshape(*value.shape[:2], -1)
-        flat = flat[..., np.ptp(flat, axis=(0, 1)) > 0]
-        if flat.size:
-            r_hat += [float(np.max(split_gelman_rubin(flat)))]
-            ess += [float(np.min(effective_sample_size(flat)))]
+        moves = np.ptp(flat, axis=(0, 1)) > 0
+        if not moves.all():
+            return {"r_hat": np.inf, "ess": 0.0}
+        r_hat += [float(np.max(split_gelman_rubin(flat)))]
+        ess += [float(np.min(effective_sample_size(flat)))]
     return {"r_hat": max(r_hat), "ess": min(ess)}

@@ -69,9 +69,12 @@ class Target:
         """Refuse to climb what no plan can evaluate as a function of the parameters alone.
 
         Raises:
-            PlanError: latents are drawn, or approximated all at once.
+            PlanError: latents are drawn, or approximated all at once; or there is nothing to climb with.
         """
         treatment = self.built.kernel.treatment
+        if not self.names:
+            mend = "EM(model), which is nothing but its E-step here"
+            raise PlanError(who, problem="no parameter of the model moves", mend=mend, kind="strategy")
         if treatment is not None:
             name = next(iter(self.built.program.continuous))
             problem = f"no plan integrates it so that {who} could climb the likelihood: {treatment.objective_name}"
