@@ -1,5 +1,6 @@
 """One model under several strategies: the table against its parts run by hand, and what becomes of what fails."""
 
+import inspect
 import re
 import sys
 
@@ -12,7 +13,8 @@ import pytest
 from numpyro.distributions import constraints
 
 import autoem
-from autoem.baselines import SVI, AbstractBaseline, GradientAscent
+from autoem._compare._strategies import options_of
+from autoem.baselines import SVI, AbstractBaseline, Fit, GradientAscent
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -44,6 +46,21 @@ class Refuses(AbstractBaseline):
 class Interrupted(AbstractBaseline):
     def prepare(self, target):
         raise KeyboardInterrupt
+
+
+class InterruptedLater(AbstractBaseline):
+    """Broken off in its second run, which only takes the time."""
+
+    def prepare(self, target):
+        runs = []
+
+        def run(key):
+            runs.append(key)
+            if len(runs) > 1:
+                raise KeyboardInterrupt
+            return Fit(target.starts[0], -1.0, "nothing", np.array([-1.0]), 1, "ran")
+
+        return run
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +193,19 @@ def test_an_interrupt_keeps_what_is_done():
     assert found["done"].ended and found["done"].seconds > 0
     assert found["broken off"].status == "interrupted before it had an end point"
     assert found["never"].status == "not run: interrupted before"
+
+
+def test_an_interrupt_of_the_second_run_keeps_the_end_point_of_the_first():
+    strategies = {"twice": InterruptedLater(), "never": None}
+    found = autoem.compare(linear, strategies, KEY, np.arange(5.0), np.arange(5.0) + RNG.normal(size=5))
+    assert found["twice"].ended and np.isfinite(found["twice"].log_likelihood)
+    assert found["twice"].status == "interrupted as its time was taken again; ran"
+    assert found["never"].status == "not run: interrupted before"
+
+
+def test_every_option_of_em_is_carried_over():
+    options = set(inspect.signature(autoem.EM).parameters) - {"model"}
+    assert set(options_of(autoem.EM(linear))) == options
 
 
 def test_a_baseline_that_wins_is_said_to():
