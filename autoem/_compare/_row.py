@@ -37,7 +37,7 @@ class Row:
         log_joint: the same with the log density of the parameters' priors.
         gap: `log_joint` minus `objective`: how far a bound lies below, or a rule is off.
         held_out: log density of the held-out data, in nats.
-        seconds: of a second, identical run, for which everything was compiled.
+        seconds: of a second, identical run, for which everything was compiled; the best of three short ones.
         compilation: seconds that the first run took more.
         num_steps: EM maps, gradient steps or draws.
         history: objective along the run, and `comparable` whether it is the yardstick's.

@@ -111,7 +111,12 @@ def rank(built: Build) -> int:
     """How good a measure a derivation is, the best first."""
     if built.kernel.treatment is not None:
         return NOISY if built.kernel.noisy else AT_ONCE
-    return BY_RULE if built.kernel.approximate else EXACT
+    return BY_RULE if built.kernel.approximate or built.source.truncated else EXACT
+
+
+def alike(em: EM, base: EM) -> bool:
+    """Whether an EM takes the same sites for parameters, and the same data for missing, as the base."""
+    return all(getattr(em.options, n) == getattr(base.options, n) for n in ("latent", "maximize", "missing"))
 
 
 def find(base: EM, ems: Sequence[EM], count: int, rng_key: Array, args: tuple, kwargs: dict, held_out) -> Yardstick:
@@ -124,6 +129,8 @@ def find(base: EM, ems: Sequence[EM], count: int, rng_key: Array, args: tuple, k
     found: list[tuple[EM, Build]] = []
     error: Exception | None = None
     for em in (base, *plain, *ems):
+        if found and not alike(em, base):
+            continue  # it may be exact, of other parameters
         try:
             found.append((em, em._derive(args, kwargs)[0]))
         except (ModelError, PlanError, DataError) as refused:
