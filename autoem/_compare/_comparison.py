@@ -93,7 +93,7 @@ class Comparison:
         for row in self.rows:
             lines += [f"{row.label}: {row.status}", *(f"  note: {n}" for n in row.notes if n not in row.status)]
         if not self.exact:
-            lines += [f"no plan is exact: end points are measured by the {self.measure}"]
+            lines += [f"no plan of these parameters is exact: end points are measured by the {self.measure}"]
         return lines
 
     def plot(self) -> Figure:
