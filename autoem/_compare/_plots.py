@@ -92,7 +92,8 @@ def smallest(rows: Sequence[Row], steps: bool) -> float:
         return 1.0
     lengths = [r.seconds / max(len(r.history) - 1, 1) for r in rows if np.isfinite(r.seconds)]
     longest = max((r.seconds for r in rows if np.isfinite(r.seconds)), default=1.0)
-    return max(min(lengths, default=1.0), 1e-4 * longest, 1e-6)
+    shortest = max(min(lengths, default=1.0), 1e-4 * longest, 1e-6)
+    return 10.0 ** np.ceil(np.log10(shortest))  # a tick of its own, clear of that of zero
 
 
 def plot_agreement(comparison: Comparison) -> Figure:
