@@ -1,6 +1,7 @@
 """autoem: expectation maximisation, derived automatically from ordinary NumPyro models."""
 
-from autoem import accelerate, e_step, m_step
+from autoem import accelerate, baselines, e_step, m_step
+from autoem._compare import Comparison, compare
 from autoem._em import EM
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._plan import Plan
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EM",
     "BootstrapTest",
+    "Comparison",
     "DataError",
     "EMResult",
     "Family",
@@ -24,7 +26,9 @@ __all__ = [
     "Posterior",
     "Selection",
     "accelerate",
+    "baselines",
     "bootstrap_test",
+    "compare",
     "e_step",
     "m_step",
     "padded",

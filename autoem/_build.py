@@ -87,6 +87,7 @@ class Build:
     mixed: frozenset[str] = frozenset()
     accelerator: Accelerator | None = None
     prepared: bool = False
+    observed: Callable | None = None
 
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE

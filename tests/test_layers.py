@@ -44,6 +44,8 @@ LAYERS = """
     _check
     _em
     selection
+    baselines
+    _compare
     __init__
 """
 LAYER_OF = {unit: depth for depth, line in enumerate(LAYERS.split("\n")) for unit in line.split()}
