@@ -57,10 +57,12 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
         built, why = build(model, args, kwargs, options, key), ""
     except (ModelError, PlanError) as refusal:
         built, why = refusal, refusal.problem
-    if isinstance(built, Build) and (built.kernel.treatment is None or options.e_step is not None):
-        return built
+    if isinstance(built, Build):
+        if built.kernel.treatment is None or options.e_step is not None:
+            return built
+        why = next((r.reason for r in built.plan.latents if r.strategy != "exact"), "")
     for apart in ((), None) if options.e_step is None else ():
-        reason = f"chosen since no exact E-step is known: {why}" if why else "chosen since no exact E-step is known"
+        reason = "chosen since no exact E-step is known" + (f": {why}" if why else "")
         try:
             return build_field(model, args, kwargs, options, key, FieldWish(MeanField(), apart, reason))
         except (ModelError, PlanError):

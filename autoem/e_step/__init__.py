@@ -3,15 +3,29 @@
 from autoem.e_step.strategies import (
     SAEM,
     AbstractEStep,
+    Annealed,
     Exact,
+    Hard,
     Laplace,
     MeanField,
     MonteCarlo,
     Quadrature,
+    Stochastic,
     Truncated,
     Variational,
 )
 
 __all__ = [
-    "SAEM", "AbstractEStep", "Exact", "Laplace", "MeanField", "MonteCarlo", "Quadrature", "Truncated", "Variational",
-]  # fmt: skip
+    "SAEM",
+    "AbstractEStep",
+    "Annealed",
+    "Exact",
+    "Hard",
+    "Laplace",
+    "MeanField",
+    "MonteCarlo",
+    "Quadrature",
+    "Stochastic",
+    "Truncated",
+    "Variational",
+]
