@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._bundle import make_bundle, route_cells, with_passed_on
+from autoem._bundle import make_bundle, with_passed_on
 from autoem._chunks import plan_chunks, spread_rows
 from autoem._errors import Intractable, PlanError
-from autoem._field import Field
-from autoem._field_build import field_cells
+from autoem._field_build import cells_by
 from autoem._integrals import Integral
 from autoem._jaxpr import jit_once
 from autoem._local import settled
@@ -108,10 +107,7 @@ class Build:
     def plain_bundle(self, source: Source, key: Array) -> Bundle:
         """The data of a call, prepared, in one piece."""
         data = self.data(source)
-        field = isinstance(self.kernel.treatment, Field)
-        cells = (
-            (field_cells if field else route_cells)(self.program, self.factors, data, key) if self.has_routes else {}
-        )
+        cells = cells_by(self.kernel.treatment)(self.program, self.factors, data, key) if self.has_routes else {}
         return with_passed_on(self.program, self.factors, self._prepare(data, key, cells), data)
 
     def whole_bundle(self, source: Source, key: Array) -> Bundle:

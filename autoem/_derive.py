@@ -60,7 +60,8 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
     if isinstance(built, Build):
         if built.kernel.treatment is None or options.e_step is not None:
             return built
-        why = next((r.reason for r in built.plan.latents if r.strategy != "exact"), "")
+        said = next((r.reason for r in built.plan.latents if r.strategy != "exact"), "")
+        why = (said.partition(", since ")[2] or said).partition("; the objective")[0]
     for apart in ((), None) if options.e_step is None else ():
         reason = "chosen since no exact E-step is known" + (f": {why}" if why else "")
         try:

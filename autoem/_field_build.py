@@ -7,7 +7,7 @@ by name where a conditional is in no table.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from autoem._bundle import route_cells
 from autoem._errors import ModelError, PlanError
 from autoem._field import Field
 from autoem._jaxpr import jit_once
@@ -28,6 +29,7 @@ from autoem.e_step.layout import Route
 from autoem.e_step.places import plates_of
 from autoem.e_step.strategies import MeanField
 from autoem.e_step.tables import Factor
+from autoem.e_step.treatment import AbstractTreatment
 from autoem.ir import Continuous, Latent, Program, Site
 from autoem.m_step.choose import kind_of
 from autoem.m_step.problem import Bundle, Params, make_layout
@@ -58,6 +60,11 @@ def field_factors(program: Program, values: Mapping[Any, Any]) -> tuple[tuple[Fa
         factors.append(factor)
         cells.update(found)
     return tuple(factors), cells
+
+
+def cells_by(treatment: AbstractTreatment | None) -> Callable[..., dict[str, Array]]:
+    """What finds the cells of rows in new data: for every read under a mean field, for every route otherwise."""
+    return field_cells if isinstance(treatment, Field) else route_cells
 
 
 def field_cells(program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array) -> dict[str, Array]:
@@ -245,20 +252,20 @@ def refuse_two_ways(group: Group, factors: Mapping[str, Factor], cells: Mapping[
     Raises:
         PlanError: a factor reads two latents of the group so; or two factors do, beside latents of the same rows.
     """
-    found: dict[tuple[str, ...], tuple[str, np.ndarray]] = {}
+    found: dict[tuple[str, ...], np.ndarray] = {}
     for p in group.pieces:
         routes = [r for n in p.latents if (r := factors[p.factor].route_to(n)) is not None]
+        if not routes:
+            continue
         ways = [np.asarray(cells[r.site]) for r in routes]
         alone = len(routes) == len(p.latents)
-        first = found.get(p.axes, (p.factor, ways[0])) if ways and not alone else (p.factor, ways[0] if ways else None)
-        if any(not np.array_equal(w, first[1]) for w in ways):
+        first = ways[0] if alone else found.setdefault(p.axes, ways[0])
+        if any(not np.array_equal(w, first) for w in ways):
             raise PlanError(
                 p.factor,
                 problem=f"its rows find cells of '{group.name}' and of what is with it by different indices",
                 mend="e_step=autoem.e_step.MeanField(), which keeps each latent apart",
             )
-        if ways and not alone:
-            found[p.axes] = (p.factor, ways[0])
 
 
 def group_of(
