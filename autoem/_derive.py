@@ -178,6 +178,7 @@ def field_plan(kernel: Kernel, field: Field, notes: tuple[str, ...], cost: Cost)
     return Plan(
         program, problem, kernel.layout, kernel.blocks, None, rows,
         tuple(parameter_rows(program, problem, kernel.blocks)), cost, (*program.notes, *said, *notes, *idle),
+        treatment=field,
     )  # fmt: skip
 
 

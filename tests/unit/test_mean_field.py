@@ -225,6 +225,8 @@ def test_block_model_bounds_the_sum_over_all_labels():
         total += np.prod(np.array([0.6, 0.4])[z]) * np.prod(np.where(y > 0, rate, 1 - rate))
     assert rises(result)
     assert np.log(total) - 3 < result.log_likelihood <= np.log(total)
+    report = autoem.EM(model, progress=False).check(KEY, y)  # chosen by itself, and held against enumeration
+    assert report.ok and "the ELBO is below the sum over all completions" in str(report)
 
 
 def effects(x, group):
