@@ -281,10 +281,11 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
     solved = {n: f for i in integrals for n, f in i.as_solved().items()}
     problem = dataclasses.replace(problem, factors={**problem.factors, **solved})
     layout = build_layout(program, values, cells)
-    layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={})
     treatment = drawn_treatment(program, factors, lambda d: call_of(source, d), list(drawn.values()))
     drawing = treatment is not None
     treatment = treatment_of(program, options.e_step, options.accelerate, treatment)
+    # whatever a treatment makes of the tables, logarithms lose nothing
+    layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={}, logs=treatment is not None)
     kernel = Kernel(program, problem, layout, (), None, integrals, treatment)
     if integrals or drawing:  # what the M-step sees of the data has nodes in it
         shapes = jax.eval_shape(kernel.completed, params, shapes)

@@ -226,8 +226,7 @@ def underflowed(built: Build, begin: Mapping[str, Array], state: State, bundle: 
     Asked where the fit began and where it ended: messages in logarithms give another likelihood there. Where the
     transitions alone tell that nothing was lost, no likelihood is computed.
     """
-    treatment = built.kernel.treatment  # those with exact sums have all messages in logarithms
-    if treatment is not None and treatment.sums_exactly:
+    if built.kernel.treatment is not None:  # its messages are logarithms throughout
         return False
     if built.kernel.layout.logs or not any(c.lag for c in built.kernel.layout.chains):
         return False
