@@ -9,11 +9,13 @@ from autoem._posterior import Posterior
 from autoem._ragged import padded
 from autoem._result import EMResult
 from autoem.families import Family, register_family
+from autoem.selection import BootstrapTest, Selection, bootstrap_test, select, split_merge
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EM",
+    "BootstrapTest",
     "Comparison",
     "DataError",
     "EMResult",
@@ -22,11 +24,15 @@ __all__ = [
     "Plan",
     "PlanError",
     "Posterior",
+    "Selection",
     "accelerate",
     "baselines",
+    "bootstrap_test",
     "compare",
     "e_step",
     "m_step",
     "padded",
     "register_family",
+    "select",
+    "split_merge",
 ]

@@ -32,6 +32,8 @@ from autoem.ir import Program
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.problem import Bundle, Params, Problem, make_layout
 
+LAPLACE = "Laplace approximation of the log-likelihood"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kernel:
@@ -72,7 +74,12 @@ class Kernel:
     @property
     def objective_name(self) -> str:
         """What is maximised, but for the parameters' priors."""
-        return "log-likelihood" if self.treatment is None else self.treatment.objective_name
+        if self.treatment is not None:
+            return self.treatment.objective_name
+        rules = {i.block.strategy for i in self.integrals} - {"exact"}
+        if not rules:
+            return "log-likelihood"
+        return "log-likelihood by quadrature" if rules == {"quadrature"} else LAPLACE
 
     @property
     def in_logs(self) -> Kernel:

@@ -199,15 +199,16 @@ class EMResult:
 
     @property
     def num_data(self) -> int:
-        """Rows of the data's plate: the number of independent data."""
-        built = self._context.built
+        """Rows of the data's plate: the number of independent data; of one series, its steps."""
+        program = self._context.built.program
         plate = self.posterior().datum_plate
         if plate is not None:
-            return built.program.plates[plate].size
-        sizes = [
-            int(np.prod(s.shape, dtype=int)) for s in built.program.sites.values() if s.role in ("observed", "factor")
-        ]
-        return max(sizes, default=1)
+            return program.plates[plate].size
+        sites = [s for s in program.sites.values() if s.role in ("observed", "factor")]
+        rows = max((int(np.prod(s.shape, dtype=int)) for s in sites), default=1)
+        # first steps that the model states outside its scan, and those of it that look further back than the series
+        alone = sum(s.shape == () for s in sites) if program.chains else 0
+        return rows + -(-alone // max(1, len(sites) - alone))
 
     @property
     def aic(self) -> float:

@@ -43,6 +43,7 @@ LAYERS = """
     _em
     baselines
     _compare
+    selection
     __init__
 """
 LAYER_OF = {unit: depth for depth, line in enumerate(LAYERS.split("\n")) for unit in line.split()}
