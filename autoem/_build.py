@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,7 @@ class Build:
     limits: dict[str, np.ndarray]
     model_start: Callable[[dict, Array], dict[str, Array]]
     seeding: dict[bool, Callable] = dataclasses.field(default_factory=dict)
+    reading: dict[Any, Any] = dataclasses.field(default_factory=dict)
     alike: tuple[str, ...] = ()
     robust: Callable | None = None
     proof: Callable | None = None

@@ -32,7 +32,7 @@ LAYERS = """
     _lower
     _build
     _moments
-    _per_datum
+    _per_datum _lookups
     _stop _progress _validate _paths _impute
     _fit _posterior _stderr _init
     _result _verify

@@ -12,7 +12,7 @@ import autoem
 
 GROUP = np.array([0, 1, 2, 3, 0, 1, 2, 3, 3, 0])
 Y = np.array([0.1, -0.4, 1.2, 4.0, 5.5, 3.9, 0.3, 4.4, -1.0, 2.0])
-MEANS = np.array([Y[GROUP == j].mean() for j in range(4)])
+MEANS = np.array([Y[j == GROUP].mean() for j in range(4)])
 KEY = jax.random.key(0)
 
 
@@ -64,5 +64,5 @@ def test_levels_by_class_and_group():
     """With classes all but known: the first five rows are of class 0, the others of class 1."""
     result = autoem.EM(beside_a_class, init="model", progress=False).run(KEY, Y, GROUP)
     first = np.arange(len(Y)) < 5
-    expected = [[Y[rows & (GROUP == j)].mean() for j in range(4)] for rows in (first, ~first)]
+    expected = [[Y[rows & (j == GROUP)].mean() for j in range(4)] for rows in (first, ~first)]
     np.testing.assert_allclose(result.params["level"], expected, atol=1e-8)
