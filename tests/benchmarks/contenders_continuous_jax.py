@@ -145,15 +145,15 @@ def _read(p, x):
     """What observations tell of the state: `C' R^-1 C`, and `C' R^-1 x` of all steps at once."""
     import jax.numpy as jnp
 
-    weighed = jnp.linalg.solve(p["noise"], p["read"])
+    weighed = jnp.linalg.inv(p["noise"]) @ p["read"]
     return weighed.T @ p["read"], x @ weighed
 
 
-def _value(p, x, means, told, log_det, removed):
+def _value(p, x, means, log_det, removed):
     import jax.numpy as jnp
 
     off = x - means @ p["read"].T
-    squares = (off * jnp.linalg.solve(p["noise"], off.T).T).sum() - removed
+    squares = (off @ jnp.linalg.inv(p["noise"]) * off).sum() - removed
     return -0.5 * (squares + log_det + len(x) * (jnp.linalg.slogdet(p["noise"])[1] + x.shape[1] * _LOG_2PI))
 
 
@@ -208,7 +208,7 @@ def states_in_turn(w: Workload, inverse: Callable) -> Callable[[], Outcome]:
         smooth = jnp.concatenate([smooth, mean[-1:]])
         off = told - ahead @ known
         removed = jnp.einsum("ti,tij,tj->", off, cov, off)
-        value = _value(p, x, ahead, told, jnp.log(det).sum(), removed)
+        value = _value(p, x, ahead, jnp.log(det).sum(), removed)
         new = _state_updates(p, x, smooth, covs[0], cov[-1], covs.sum(0) + cov[-1], across.sum(0))
         return {**new, "value": value}
 
@@ -268,7 +268,7 @@ def states_settled(w: Workload) -> Callable[[], Outcome]:
         off = told - predicted @ known
         removed = jnp.einsum("ti,tij,tj->", off[:head], cov, off[:head]) + ((off[head:] @ own) * off[head:]).sum()
         log_det = jnp.log(det).sum() + (len(x) - head) * jnp.log(det[-1])
-        value = _value(p, x, predicted, told, log_det, removed)
+        value = _value(p, x, predicted, log_det, removed)
         return {**_state_updates(p, x, smooth, first, own, total, across), "value": value}
 
     return _looped(w, step, jnp.asarray(w.data["x"]))
