@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from autoem._chunks import plan_chunks, spread_rows
+from autoem._condense import plate_of_moments
 from autoem._errors import PlanError
 from autoem._integrals import Integral
 from autoem._jaxpr import Variable, jit_once
@@ -298,7 +299,9 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
     plan = make_plan(program, problem, layout, blocks, chunks, params, shapes, notes, integrals)
     kernel = Kernel(program, problem, layout, blocks, chunks, integrals)
     accelerator = accelerated(options.accelerate, program, blocks)
-    plan = dataclasses.replace(plan, accelerate=accelerator and accelerator.method)
+    few = plate_of_moments(kernel)
+    more = (f"'{few}': the fit sees its rows through their mean and covariance alone, taken once",) if few else ()
+    plan = dataclasses.replace(plan, accelerate=accelerator and accelerator.method, notes=(*plan.notes, *more))
     return Build(
         plan, kernel, found, source, factors, support_limits(found, source), model_start, sums=sums,
         mixed=frozenset(mixed), accelerator=accelerator,

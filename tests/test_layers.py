@@ -30,6 +30,7 @@ LAYERS = """
     _chunks _render accelerate
     _plan
     _lower
+    _condense
     _build
     _moments
     _per_datum _lookups
