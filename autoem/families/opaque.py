@@ -134,5 +134,8 @@ _ENTRIES: tuple[tuple[type, str, str], ...] = (
     ),
 )
 
+_AUGMENTED = {dist.StudentT: ("df", "loc", "scale"), dist.Cauchy: ("loc", "scale")}
+
 for _cls, _reason, _nearest in _ENTRIES:
-    register_family(_cls, Opaque(_cls.__name__, _reason, _nearest, bounded=_reason == _SUPPORT))
+    _args = _AUGMENTED.get(_cls, ())
+    register_family(_cls, Opaque(_cls.__name__, _reason, _nearest, bounded=_reason == _SUPPORT, args=_args))
