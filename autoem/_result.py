@@ -191,10 +191,14 @@ class EMResult:
         plate = self.posterior().datum_plate
         if plate is not None:
             return built.program.plates[plate].size
-        sizes = [
-            int(np.prod(s.shape, dtype=int)) for s in built.program.sites.values() if s.role in ("observed", "factor")
-        ]
-        return max(sizes, default=1)
+        terms = (s for s in built.program.sites.values() if s.role in ("observed", "factor"))
+        return max((int(np.prod(s.shape, dtype=int)) for s in terms), default=1)
+
+    @property
+    def num_values(self) -> int:
+        """Rows of the largest observed site, independent or not; those that a mask takes out are counted."""
+        observed = (s for s in self._context.built.program.sites.values() if s.role == "observed")
+        return max((int(np.prod(s.shape, dtype=int)) for s in observed), default=1)
 
     @property
     def aic(self) -> float:
@@ -203,7 +207,10 @@ class EMResult:
 
     @property
     def bic(self) -> float:
-        """Schwarz's criterion, `p log n - 2 log L`; smaller is better (Schwarz 1978)."""
+        """Schwarz's criterion, `p log n - 2 log L`; smaller is better (Schwarz 1978).
+
+        `n` is `num_data`: with random effects the groups. lme4 and statsmodels count rows: take `num_values` for theirs.
+        """
         return self.num_params * float(np.log(self.num_data)) - 2 * self.log_likelihood
 
     @property
