@@ -379,7 +379,10 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
 
 
 def notes_of(program: Program, options: Options) -> tuple[str, ...]:
-    notes = [f"'{p.name}' is {p.reason}" for p in program.params.values() if p.prior and "maximize=" not in p.reason]
+    judged = [p for p in program.params.values() if p.prior and "maximize=" not in p.reason]
+    read = {n for s in program.sites.values() if s.role == "continuous" for n in s.parents}
+    turn = {p.name: f'; a latent is drawn from it: latent=["{p.name}"] would integrate it' for p in judged}
+    notes = [f"'{p.name}' is {p.reason}{turn[p.name] if p.name in read else ''}" for p in judged]
     for name, (low, high) in options.truncated().items():
         notes.append(f"'{name}' is summed over {low} ... {high} only; mass outside is left out of the likelihood")
     return tuple(notes)

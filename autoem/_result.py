@@ -209,7 +209,7 @@ class EMResult:
     def bic(self) -> float:
         """Schwarz's criterion, `p log n - 2 log L`; smaller is better (Schwarz 1978).
 
-        `n` is `num_data`: with random effects the groups. lme4 and statsmodels count rows: take `num_values` for theirs.
+        `n` is `num_data`: with random effects the groups. lme4 and statsmodels count rows: theirs has `num_values`.
         """
         return self.num_params * float(np.log(self.num_data)) - 2 * self.log_likelihood
 
