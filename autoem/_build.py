@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,31 +16,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from autoem._bundle import make_bundle, route_cells, with_passed_on
 from autoem._chunks import plan_chunks, spread_rows
 from autoem._condense import plate_of_moments
-from autoem._errors import PlanError
+from autoem._errors import Intractable, PlanError
 from autoem._integrals import Integral
-from autoem._jaxpr import Variable, jit_once
+from autoem._jaxpr import jit_once
 from autoem._local import settled
 from autoem._lower import Kernel
-from autoem._named import Named
 from autoem._plan import Plan, make_plan
 from autoem._trace import Discovery, Source, trace
 from autoem.accelerate import AbstractAcceleration, Accelerator
-from autoem.e_step.factors import TURN_UP_TO, build_factors, prepare
+from autoem.e_step.factors import build_factors
 from autoem.e_step.groups import Block, Joined, build_blocks, partly_seen, with_gaps
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.places import build_layout
-from autoem.e_step.strategies import AbstractEStep, Exact, Quadrature, Truncated
-from autoem.e_step.tables import Factor, log_density_constant
+from autoem.e_step.strategies import AbstractEStep, Laplace, Truncated
+from autoem.e_step.tables import Factor
+from autoem.e_step.treatment import AbstractTreatment
 from autoem.ir import Program
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.choose import choose
 from autoem.m_step.mixed_signs import mixed_signs
-from autoem.m_step.problem import Bundle, Problem
+from autoem.m_step.problem import Bundle, Params, Problem
 from autoem.m_step.strategies import AbstractMStep
 from autoem.m_step.superposition import Superposition
 from autoem.passes.classify import classify, continuous_latents, nearest
+from autoem.treatments import drawn_treatment
 
 LARGE = 1_000_000  # entries of the data from which their preparation is compiled well rather than fast
 
@@ -80,6 +82,7 @@ class Build:
     sums: tuple[Superposition, ...] = ()
     mixed: frozenset[str] = frozenset()
     accelerator: Accelerator | None = None
+    prepared: bool = False
 
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
@@ -107,6 +110,8 @@ class Build:
 
     def bundle(self, source: Source, key: Array) -> Bundle:
         """The data of a call, prepared and placed on the devices."""
+        if self.kernel.treatment is not None and self.kernel.treatment.needs_data:
+            return self.whole_bundle(source, key)
         return spread_rows(self.plain_bundle(source, key), self.plan.chunks)
 
     @property
@@ -116,6 +121,23 @@ class Build:
     def start(self, source: Source, key: Array) -> dict[str, Array]:
         """The model's own start values."""
         return self.model_start(start_data(self.found, source), key)
+
+    def e_state(self, params: Params, bundle: Bundle, key: Array, number: int) -> Any:
+        """What the E-step of a start, by its number, remembers before its first step."""
+        treatment = self.kernel.treatment
+        if treatment is None:
+            return None
+        if not self.prepared:
+            treatment.prepare(self.kernel, params, bundle, key)
+            self.prepared = True
+        return jit_once(self.kernel.init_e_step)(params, bundle, jax.random.fold_in(key, number))
+
+    def final(self, params: Params, bundle: Bundle, state: Any) -> tuple[float, float]:
+        """The objective of a noisy fit at its end, from draws of its own, and its standard error."""
+        treatment = self.kernel.treatment
+        assert treatment is not None
+        found = jit_once(lambda *a: treatment.final(self.kernel, *a))(params, bundle, state, jax.random.key(60))
+        return float(found[0]), float(found[1])
 
     def fits(self, source: Source) -> bool:
         """Whether the supports, and the signs of sums, computed from this data are those that the plan was made for."""
@@ -141,6 +163,11 @@ class Build:
         key = jax.random.key(0)
         values = {**{("data", i): x for i, x in self.data(source).items()}, ("key", 0): key}
         return mixed_signs(self.sums, self.program.params, self.start(source, key), values)
+
+
+def call_of(source: Source, data: Mapping[int, Array]) -> tuple[tuple, dict]:
+    """The model's own arguments, the data among them taken from `data` where those are given."""
+    return source.call([data.get(i, x) for i, x in enumerate(source.data)])
 
 
 def support_limits(found: Discovery, source: Source) -> dict[str, np.ndarray]:
@@ -170,81 +197,25 @@ def start_values(found: Discovery, data: Mapping[int, Array], key: Array) -> dic
     return {n: jnp.asarray(v, float) for n, v in start.items()}
 
 
-def route_cells(program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array) -> dict[str, Array]:
-    values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
-    known, cells = build_factors(program, values)
-    cells.update(build_blocks(program, known, values)[1])
-    cells.update(with_gaps(program, known, values)[2])
-    return {n: jnp.asarray(c) for n, c in cells.items()}
-
-
-def make_bundle(program: Program, factors: tuple[Factor, ...], data: Mapping[int, Array], key: Array, cells) -> Bundle:
-    """Everything that the kernel takes besides parameters."""
-    values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
-    rows = {f.name: prepare(f, program, values, cells) for f in factors}
-    layout = build_layout(program, values, cells)
-    constant = jnp.zeros(())
-    for f in factors:
-        part = log_density_constant(f, rows[f.name])
-        constant = constant if part is None else constant + part.array.sum()
-    passed = passed_on(program, factors)
-    rows = {n: dataclasses.replace(r, value=None) if n in passed else r for n, r in rows.items()}
-    kept = {i: data[i] for i in data_of_cells(program, factors)} if data else {}
-    return Bundle(kept, key, rows, layout.scales, dict(cells), constant)
-
-
-def passed_on(program: Program, factors: tuple[Factor, ...]) -> dict[str, int]:
-    """Sites whose rows are an argument of the call as it stands: site name -> number of the data."""
-    by_variable = {v: k[1] for k, v in program.full.inputs.items() if k[0] == "data"}
-    out = {}
-    for f in factors:
-        atom = program.full.outputs.get((f.name, "value"))
-        plain = f.family is not None and f.site.role == "observed" and not f.site.masked and not f.coefficients
-        if plain and isinstance(atom, Variable) and atom in by_variable and all(s > 1 for s in f.site.shape):
-            events = len(atom.shape) - f.family.event_dim  # type: ignore[union-attr]
-            large = atom.aval.size * atom.aval.dtype.itemsize > TURN_UP_TO  # smaller data are turned, which copies them
-            if large and atom.shape[:events] == f.site.shape:
-                out[f.name] = by_variable[atom]
-    return out
-
-
-def with_passed_on(program: Program, factors: tuple[Factor, ...], bundle: Bundle, data: Mapping[int, Array]) -> Bundle:
-    """Put the call's own arrays where rows are no more than them, so that no copy is made."""
-    rows = dict(bundle.rows)
-    for name, i in passed_on(program, factors).items():
-        site = program.sites[name]
-        events = tuple(f"event{j}" for j in range(data[i].ndim - len(site.shape)))
-        rows[name] = dataclasses.replace(rows[name], value=Named(data[i], (*site.axes, *events)))
-    return dataclasses.replace(bundle, rows=rows)
-
-
-def data_of_cells(program: Program, factors: tuple[Factor, ...]) -> list[int]:
-    """Numbers of the data that the cells themselves are computed from; the other data live on in the rows alone."""
-    keys = set()
-    for f in factors:
-        fields = [f"arg:{a}" for a in f.family.args] if f.family else ["elem"]
-        fields += ["value"] if f.value_hidden else []
-        atoms = [f.graph.outputs[f.name, a] for a in fields if not (f.coefficients and a == "arg:loc")]
-        keys |= f.graph.needs_of([*atoms, *f.coefficients])
-    for name in program.latents:
-        if masks := program.outputs_along(name, "mask"):
-            seen = name.removesuffix("_unobserved") + "_observed"
-            parts = [k for field in ("value", "mask") for k in program.outputs_along(seen, field)]
-            keys |= program.full.needs(*masks, *parts)
-    return sorted(k[1] for k in keys if k[0] == "data")
-
-
 def read(
-    model: Callable, args: tuple, kwargs: dict, options: Options, joined: tuple[str, ...] = ()
+    model: Callable,
+    args: tuple,
+    kwargs: dict,
+    options: Options,
+    joined: tuple[str, ...] = (),
+    drawn: Collection[str] = (),
 ) -> tuple[Program, Discovery, Source]:
-    """The model as a classified program; `joined` are continuous latents whose cells are one vector."""
+    """The model as a classified program.
+
+    Of its continuous latents, those `joined` have all their cells in one vector, and those `drawn` no formula.
+    """
     truncated, drop_nan = options.truncated(), options.missing == "marginalize"
     program, found, source = trace(model, args, kwargs, truncated=truncated, drop_nan=drop_nan)
     if hidden := continuous_latents(program, options.latent, options.maximize):
         program, found, source = trace(
             model, args, kwargs, truncated=truncated, drop_nan=drop_nan, continuous=hidden, joined=joined
         )
-    program = with_wishes(program, options)
+    program = with_wishes(program, options, drawn)
     supports = {n: r.fn.support for n, r in found.records.items() if not r.observed}
     program = classify(program, supports, options.latent, options.maximize)
     refuse_unknown_sites(program, options)
@@ -254,10 +225,30 @@ def read(
 def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array) -> Build:
     """Derive EM for `model` called with `args` and `kwargs`.
 
+    Continuous latents that turn out to have no exact posterior are drawn, unless something else was asked for.
+
     Raises:
         ModelError, PlanError, DataError: see each stage.
     """
-    program, found, source = read(model, args, kwargs, options)
+    drawn: dict[str, str] = {}
+    while True:
+        try:
+            return derive(model, args, kwargs, options, key, drawn)
+        except Intractable as refusal:
+            if not all(n not in drawn and open_to_draws(n, options) for n in refusal.latents):
+                raise
+            drawn.update(dict.fromkeys(refusal.latents, refusal.problem))
+
+
+def open_to_draws(name: str, options: Options) -> bool:
+    """Whether a latent without an exact posterior may be drawn, for all that was asked."""
+    wish = options.e_step.get(name) if isinstance(options.e_step, Mapping) else options.e_step
+    return wish is None or isinstance(wish, Laplace)
+
+
+def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array, drawn: Mapping[str, str]) -> Build:
+    """The same, where it is known which latents have to be `drawn`, and why."""
+    program, found, source = read(model, args, kwargs, options, drawn=drawn)
     data = {} if source.concrete else {i: jnp.asarray(x) for i, x in enumerate(source.data)}
     values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
     joined: tuple[str, ...] = ()
@@ -268,7 +259,7 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
             break
         except Joined as latent:
             joined = (*joined, latent.name)
-            program, found, source = read(model, args, kwargs, options, joined)
+            program, found, source = read(model, args, kwargs, options, joined, drawn)
     factors, gaps, patterns = with_gaps(program, factors, values)
     groups = (*groups, *gaps)
     cells = {n: jnp.asarray(c) for n, c in {**cells, **found_cells, **patterns}.items()}
@@ -286,19 +277,20 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
     problem = dataclasses.replace(problem, factors={**problem.factors, **solved})
     layout = build_layout(program, values, cells)
     layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={})
-    if integrals:  # what the M-step sees of the data has nodes in it
-        draft = Kernel(program, problem, layout, (), None, integrals)
-        shapes = jax.eval_shape(draft.completed, params, shapes)
+    treatment = drawn_treatment(program, factors, lambda d: call_of(source, d), list(drawn.values()))
+    kernel = Kernel(program, problem, layout, (), None, integrals, treatment)
+    if integrals or treatment:  # what the M-step sees of the data has nodes in it
+        shapes = jax.eval_shape(kernel.completed, params, shapes)
     wishes = asked(program, options)
     blocks = choose(problem, params, shapes, wishes)
     sums = tuple(b for b in blocks if isinstance(b, Superposition))
     if mixed := mixed_signs(sums, program.params, params, values):
         blocks = choose(problem, params, shapes, wishes, mixed)
-    chunks = None if integrals else plan_chunks(program, problem, layout, params, shapes)
+    chunks = None if integrals or treatment else plan_chunks(program, problem, layout, params, shapes)
     notes = notes_of(program, options)
-    plan = make_plan(program, problem, layout, blocks, chunks, params, shapes, notes, integrals)
-    kernel = Kernel(program, problem, layout, blocks, chunks, integrals)
-    accelerator = accelerated(options.accelerate, program, blocks)
+    kernel = dataclasses.replace(kernel, blocks=blocks, chunks=chunks)
+    plan = make_plan(program, problem, layout, blocks, chunks, params, shapes, notes, integrals, treatment)
+    accelerator = accelerated(options.accelerate, program, blocks, treatment)
     few = plate_of_moments(kernel)
     more = (f"'{few}': the fit sees its rows through their mean and covariance alone, taken once",) if few else ()
     plan = dataclasses.replace(plan, accelerate=accelerator and accelerator.method, notes=(*plan.notes, *more))
@@ -309,13 +301,19 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
 
 
 def accelerated(
-    method: AbstractAcceleration | None, program: Program, blocks: tuple[AbstractBlock, ...]
+    method: AbstractAcceleration | None,
+    program: Program,
+    blocks: tuple[AbstractBlock, ...],
+    treatment: AbstractTreatment | None,
 ) -> Accelerator | None:
     """The acceleration of the EM map that the blocks make.
 
     Raises:
-        PlanError: that is no map, since an optimiser remembers where it was.
+        PlanError: that is no map, since an optimiser remembers where it was, or the E-step draws at random.
     """
+    if method and treatment is not None and treatment.noisy:
+        problem = "accelerate= extrapolates a map, and an E-step that draws at random is none"
+        raise PlanError("accelerate", problem=problem, mend="leave accelerate out", kind="option")
     for block in blocks if method else ():
         if block.remembers:
             problem = "its optimiser's state makes every EM step another map, which accelerate= cannot extrapolate"
@@ -333,11 +331,14 @@ def integrals_of(
     return tuple(Integral(settled(g, program, params, known()) if isinstance(g, LocalBlock) else g) for g in groups)
 
 
-def with_wishes(program: Program, options: Options) -> Program:
-    """The program, each of its continuous latents with the strategy that was asked for it."""
+def with_wishes(program: Program, options: Options, drawn: Collection[str] = ()) -> Program:
+    """The program, each of its continuous latents with the strategy that was asked for it, and whether that draws."""
     wish = options.e_step
     wishes = {n: wish.get(n) if isinstance(wish, Mapping) else wish for n in program.continuous}
-    latents = {n: dataclasses.replace(z, wish=wishes[n]) for n, z in program.continuous.items()}
+    latents = {
+        n: dataclasses.replace(z, wish=wishes[n], drawn=n in drawn or getattr(wishes[n], "drawn", False))
+        for n, z in program.continuous.items()
+    }
     return dataclasses.replace(program, continuous=latents)
 
 
@@ -359,8 +360,8 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
                 raise PlanError(name, problem=problem, mend=nearest(name, names))
     steps = options.e_step.values() if isinstance(options.e_step, Mapping) else [options.e_step]
     for step in steps:
-        if step is not None and not isinstance(step, Exact | Truncated | Quadrature):
-            mend = "use autoem.e_step.Exact(), Truncated(...) or Quadrature(...)"
+        if step is not None and not isinstance(step, AbstractEStep):
+            mend = "use autoem.e_step.Exact(), Quadrature(...), Laplace() or another of that module"
             raise PlanError("e_step", problem=f"{step!r} is no E-step strategy", mend=mend)
     for name, step in options.e_step.items() if isinstance(options.e_step, Mapping) else ():
         if isinstance(step, Truncated) and name in program.continuous:
@@ -368,9 +369,10 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
             raise PlanError(
                 name, problem="a range of whole numbers is for discrete latents; this one is not", mend=mend
             )
-        if isinstance(step, Quadrature) and name not in program.continuous:
+        if getattr(step, "approximate", False) and name not in program.continuous:
             mend = f'EM(model, e_step={{"{name}": autoem.e_step.Exact()}})'
-            raise PlanError(name, problem="quadrature is for continuous latents; this one is summed", mend=mend)
+            what = type(step).__name__
+            raise PlanError(name, problem=f"{what} is for continuous latents; this one is summed", mend=mend)
     steps = options.m_step.values() if isinstance(options.m_step, Mapping) else [options.m_step]
     for step in steps:
         if step is not None and not isinstance(step, AbstractMStep):

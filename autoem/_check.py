@@ -189,6 +189,8 @@ def check_brute_force(em: EM, call: Call, key: Array) -> Check:
 def check_integral(em: EM, call: Call, key: Array) -> Check:
     """Integrate the model's own log density as one Gaussian over all cells of all continuous latents."""
     name = "likelihood equals the integral over all latents at once"
+    if call.built.kernel.treatment is not None:
+        return not_tried(name, f"the objective is the {call.built.kernel.objective_name}")
     if call.built.program.latents:
         return not_tried(name, "discrete latents are beside the continuous ones")
     if any(isinstance(i.block, LocalBlock) for i in call.built.kernel.integrals):
@@ -250,11 +252,8 @@ def site_density(built: Build, factor, values) -> Array:
 def check_m_step(built: Build, params, bundle: Bundle) -> list[Check]:
     """After a block's closed form the gradient of `Q` in the block's free coordinates is zero."""
     kernel = built.kernel
-    _, _, statistics = (
-        jax.jit(kernel.expect)(params, dataclasses.replace(bundle))
-        if not kernel.chunks
-        else jax.jit(dataclasses.replace(kernel, chunks=None).expect)(params, bundle)
-    )
+    state = built.e_state(params, bundle, jax.random.key(0), 0)
+    statistics = jax.jit(dataclasses.replace(kernel, chunks=None).expect)(params, bundle, state).statistics
     checks, current = [], dict(params)
     bundle = with_nodes(bundle, statistics.get(NODES, {}))
     for block in kernel.blocks:
@@ -287,6 +286,8 @@ def check_m_step(built: Build, params, bundle: Bundle) -> list[Check]:
 def check_stationary(built: Build, result: EMResult, key: Array) -> Check:
     """At a converged fit the gradient of the objective vanishes, in the interior."""
     name = "gradient of the log-likelihood is zero at convergence"
+    if built.kernel.treatment is not None:
+        return not_tried(name, f"the objective is the {built.kernel.objective_name}")
     if not result.converged:
         return not_tried(name, f"the fit did not converge ({result.status.partition(':')[0]})")
     bundle = built.plain_bundle(result._context.source, key)
@@ -342,6 +343,8 @@ def check_refit(em: EM, call: Call, result: EMResult, key: Array) -> Check:
 def no_simulation(built: Build, result: EMResult) -> str:
     """Why the fitted model cannot be simulated, or what would come of it not be judged; empty where it can."""
     sites = built.program.sites.values()
+    if built.kernel.treatment is not None:
+        return f"the objective is the {built.kernel.objective_name}"
     if any(s.role == "factor" for s in sites):
         return "a numpyro.factor has no distribution to draw from"
     if any(s.scaled for s in sites):

@@ -55,7 +55,9 @@ class Repeated(Integral):
 
 def plate_of_moments(kernel: Kernel) -> str | None:
     """The plate whose rows enter through their moments alone; None where there is none."""
-    if kernel.chunks or len(kernel.integrals) != 1 or kernel.program.latents or kernel.program.chains:
+    if kernel.treatment is not None or kernel.chunks or len(kernel.integrals) != 1:
+        return None
+    if kernel.program.latents or kernel.program.chains:
         return None
     integral = kernel.integrals[0]
     block = integral.block

@@ -138,7 +138,7 @@ class EM:
         built, source = self._derive(args, kwargs)
         bundle = built.bundle(source, rng_key)
         begin, notes = starts(built, source, bundle, self.init, self.restarts, rng_key)
-        state = self._fit(built, bundle, begin)
+        state = self._fit(built, bundle, begin, rng_key)
         return make_result(self, built, source, bundle, state, notes, args, kwargs)
 
     def check(self, rng_key: Array, *args, **kwargs) -> Report:
@@ -184,7 +184,7 @@ class EM:
             return None
         return small if set(small.program.sites) == set(built.program.sites) else None
 
-    def _fit(self, built: Build, bundle: Bundle, begin: list[dict[str, Array]]) -> tuple[State, Restarts]:
+    def _fit(self, built: Build, bundle: Bundle, begin: list[dict[str, Array]], key: Array) -> tuple[State, Restarts]:
         """Run every start to its end; the best state, and all end points."""
         kernel, bundle = condensed(built.kernel, bundle)
         entries = sum(x.size for x in jax.tree.leaves(bundle.rows))
@@ -196,7 +196,10 @@ class EM:
             self._loops[loop] = compile_loop(kernel, self.stop, together, small, built.accelerator)
         advance = self._loops[loop]
         first = int(np.clip(2e7 / max(entries, 1), 1, 200))
-        states = [initial_state(kernel, p, self.stop, built.accelerator) for p in begin]
+        states = [
+            initial_state(kernel, p, self.stop, built.e_state(p, bundle, key, i), built.accelerator)
+            for i, p in enumerate(begin)
+        ]
         with Progress(self.progress, self.stop.max_steps, len(begin)) as bar:
             if together:
                 stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
@@ -208,7 +211,7 @@ class EM:
         if underflowed(built, begin[best], states[best], bundle):
             built.kernel = built.kernel.in_logs
             self._loops.pop(loop)
-            return self._fit(built, bundle, begin)
+            return self._fit(built, bundle, begin, key)
         return states[best], Restarts.of(states, best)
 
 

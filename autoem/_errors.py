@@ -20,6 +20,14 @@ class PlanError(_Located):
     """The model is understood, but what was asked of it cannot be carried out exactly or within memory."""
 
 
+class Intractable(PlanError):
+    """Latents have no exact posterior of a known form; an approximate E-step may still take them."""
+
+    def __init__(self, where: str, *, problem: str, mend: str, latents: tuple[str, ...]):
+        super().__init__(where, problem=problem, mend=mend)
+        self.latents = latents
+
+
 class DataError(_Located):
     """The numbers given cannot be fitted: NaN, infinite, outside the support, of the wrong shape or dtype."""
 

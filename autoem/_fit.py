@@ -18,13 +18,14 @@ from jax import Array
 
 from autoem._jaxpr import jit_small
 from autoem._lower import Kernel
-from autoem._stop import CONVERGED, DIVERGED, FELL, INTERRUPTED, LIMIT, ROUNDED, RUNNING, Stop
+from autoem._stop import CONVERGED, DIVERGED, FELL, INTERRUPTED, LIMIT, ROUNDED, RUNNING, SETTLED, Stop
 from autoem.accelerate import Accelerator
 from autoem.m_step.problem import Bundle, Params
 
 SECONDS_BETWEEN_LOOKS = 0.25
+WINDOW = 20  # steps whose mean is compared with that of as many before, where the objective is noisy
 RULE = 1e-5  # a fall, relative to the objective, that the error of an approximate E-step may cause
-SETTLED = 1e-4  # relative gain of a map (or one nat) from which on extrapolating is unlikely to land on another hill
+SMALL_GAIN = 1e-4  # relative gain of a map (or one nat) from which on extrapolating is unlikely to land on another hill
 
 
 class State(NamedTuple):
@@ -42,6 +43,7 @@ class State(NamedTuple):
     flat: Array
     status: Array
     optimizer: Any
+    e_step: Any = None
     ahead: Any = None
 
 
@@ -53,8 +55,10 @@ class Ahead(NamedTuple):
     method: Any
 
 
-def initial_state(kernel: Kernel, params: Params, stop: Stop, accelerator: Accelerator | None = None) -> State:
-    """The state before the first E-step."""
+def initial_state(
+    kernel: Kernel, params: Params, stop: Stop, e_step: Any = None, accelerator: Accelerator | None = None
+) -> State:
+    """The state before the first E-step; `e_step` is what that remembers, see `Kernel.init_e_step`."""
     real, whole = jnp.result_type(float), jnp.result_type(int)
     # in NumPy, which compiles and dispatches nothing
     history: Any = np.full(stop.max_steps + 1, np.nan, real)
@@ -62,7 +66,7 @@ def initial_state(kernel: Kernel, params: Params, stop: Stop, accelerator: Accel
     zero: Any = np.zeros((), whole)
     params = dict(params)
     ahead = accelerator and Ahead(jnp.zeros((), bool), params, accelerator.init(params))
-    return State(params, params, nothing, nothing, history, zero, zero, zero, kernel.init_states(params), ahead)
+    return State(params, params, nothing, nothing, history, zero, zero, zero, kernel.init_states(params), e_step, ahead)
 
 
 def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle, accelerator: Accelerator | None = None) -> State:
@@ -72,7 +76,7 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle, accelerato
     was spent on it tells nothing of convergence. Nor does a small gain by an extrapolation, which may have gone too
     far: a plain step follows it, and tells.
     """
-    likelihood, prior, statistics = kernel.expect(state.params, bundle)
+    likelihood, prior, statistics, e_step = kernel.expect(state.params, bundle, state.e_step)
     value = likelihood + prior
     eps = jnp.finfo(value.dtype).eps
     size = jnp.maximum(jnp.abs(value), 1.0)
@@ -83,15 +87,21 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle, accelerato
     refused = trial & (bad | (value < state.objective))
     bad = bad & ~refused
     slack = jnp.maximum(stop.fall * eps, RULE) if kernel.approximate else stop.fall * eps
-    fell = ~first & ~refused & (value < state.objective - slack * size)
+    fell = ~first & ~refused & (value < state.objective - slack * size) & (not kernel.may_fall)
     # against the best value so far: at the limit of single precision the objective wavers without rising
     change = value - jnp.max(jnp.where(jnp.isnan(state.history), -jnp.inf, state.history))
+    if kernel.may_fall:  # then a step down is a step, not rest
+        change = jnp.abs(value - state.objective)
     # terms of either sign may cancel in the objective, but not in its rounding error
     rounding = 4 * eps * (size + kernel.num_rows)
-    still = ~first & (change <= jnp.maximum(stop.tol * size, rounding)) & (stop.tol > 0)
+    if kernel.noisy:
+        still = settled(state.history.at[state.step].set(value), state.step, stop.tol * size) & (stop.tol > 0)
+    else:
+        still = ~first & (change <= jnp.maximum(stop.tol * size, rounding)) & (stop.tol > 0)
     flat = jnp.where(still, state.flat + ~trial, jnp.where(refused, state.flat, 0))
     status = jnp.where(state.step >= stop.max_steps, LIMIT, RUNNING)
-    status = jnp.where(flat >= stop.patience, jnp.where(rounding > stop.tol * size, ROUNDED, CONVERGED), status)
+    end = SETTLED if kernel.noisy else jnp.where(rounding > stop.tol * size, ROUNDED, CONVERGED)
+    status = jnp.where(flat >= stop.patience, end, status)
     status = jnp.where(fell, FELL, status)
     status = jnp.where(bad, DIVERGED, status)
     back = (fell | bad) & ~first
@@ -106,7 +116,7 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle, accelerato
         moved, optimizer = state.params, state.optimizer
     ahead = state.ahead
     if accelerator:
-        unsettled = first | (change > jnp.maximum(1, SETTLED * size))
+        unsettled = first | (change > jnp.maximum(1, SMALL_GAIN * size))
         moved, ahead = onwards(accelerator, state, moved, refused, still | unsettled)
     going = status == RUNNING
     here = {n: jnp.where(back | refused, state.previous[n], v) for n, v in state.params.items()}
@@ -120,8 +130,19 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle, accelerato
         flat=flat,
         status=status.astype(state.status.dtype),
         optimizer=optimizer,
+        e_step=e_step,
         ahead=ahead,
     )
+
+
+def settled(history: Array, step: Array, tolerance: Array) -> Array:
+    """Whether the mean of the last steps is no better than that of as many before, up to twice its random error."""
+    before, recent = (
+        jax.lax.dynamic_slice(history, (jnp.maximum(step + 1 - i * WINDOW, 0),), (min(WINDOW, history.size),))
+        for i in (2, 1)
+    )
+    error = jnp.sqrt((jnp.var(before) + jnp.var(recent)) / WINDOW)
+    return (step >= 2 * WINDOW) & (recent.mean() - before.mean() <= jnp.maximum(tolerance, 2 * error))
 
 
 def onwards(accelerator: Accelerator, state: State, image: Params, refused: Array, wait: Array) -> tuple[dict, Ahead]:

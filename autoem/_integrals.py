@@ -24,18 +24,8 @@ from autoem.e_step.missing import MissingEntries
 from autoem.e_step.pooled import is_pooled
 from autoem.e_step.regression import REGRESSION, on_vectors
 from autoem.e_step.tables import Factor
+from autoem.e_step.treatment import TreatedRow
 from autoem.m_step.problem import Bundle, Params, graph_values
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What the plan says of one latent."""
-
-    name: str
-    cells: int
-    reason: str
-    strategy: str
-    plates: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,11 +38,11 @@ class Integral:
     def factors(self) -> tuple[Factor, ...]:
         return self.block.factors
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TreatedRow]:
         """How each latent is treated, in words."""
         strategy = self.block.strategy
         return [
-            Row(m.name, int(np.prod(m.shape, dtype=int)), self.block.reason(m), strategy, m.plates)
+            TreatedRow(m.name, int(np.prod(m.shape, dtype=int)), self.block.reason(m), strategy, m.plates)
             for m in self.block.members
         ]
 

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._errors import PlanError
+from autoem._errors import Intractable
 from autoem._jaxpr import jit_once
 from autoem.e_step.conjugate import FORMS, AbstractForm, Conjugate, anchor_of
+from autoem.e_step.laplace import LaplaceCells
 from autoem.e_step.local import Cells, LocalBlock, Points
 from autoem.e_step.pieces import Pieces, anchors
 from autoem.e_step.quadrature import DEFAULT, MAX_DIMENSIONS, Gauss, dimensions
-from autoem.e_step.strategies import Exact, Quadrature
+from autoem.e_step.strategies import Exact, Laplace, Quadrature
 from autoem.ir import Continuous, Program
 from autoem.m_step.choose import kind_of
 from autoem.m_step.problem import Bundle, Params, graph_values
@@ -31,20 +32,20 @@ def settled(block: LocalBlock, program: Program, params: Params, bundle: Bundle)
     """The block with a method.
 
     Raises:
-        PlanError: none applies.
+        Intractable: none applies.
     """
     (member, *others) = block.members
     moved = moved_start(program, params)
     if isinstance(block.method, Pieces):
         if isinstance(member.wish, Quadrature):
-            raise refused(member.name, "its density has steps, which quadrature does not see: leave the choice open")
+            raise refused(block, "its density has steps, which quadrature does not see: leave the choice open")
         if fits(block, lambda c: {member.name: cut_points(c, member)}, moved, bundle):
             return block
         why = f"between the thresholds of {', '.join(sorted(block.method.stepped))} its log joint is not that of "
-        raise refused(member.name, f"{why}{block.method.base.name}")
+        raise refused(block, f"{why}{block.method.base.name}")
     kind = kind_of(member.support)
     tried = [f for f in FORMS if f.support == kind and not others and len(member.event) == (kind == "simplex")]
-    for form in tried if not isinstance(member.wish, Quadrature) else ():
+    for form in tried if not getattr(member.wish, "approximate", False) else ():
         known = dataclasses.replace(block, method=Conjugate(form))
         if fits(known, lambda c, form=form: {member.name: others_than(form, c, member)}, moved, bundle):
             return known
@@ -54,31 +55,37 @@ def settled(block: LocalBlock, program: Program, params: Params, bundle: Bundle)
     rule = quadrature(block, why)
     known = dataclasses.replace(block, method=rule)
     if not fits(known, rule.scattered, moved, bundle):
-        raise refused(member.name, "a mask takes out cells of it that other sites read")
+        raise refused(block, "a mask takes out cells of it that other sites read")
     return known
 
 
 def quadrature(block: LocalBlock, why: str) -> Gauss:
-    """The rule for a block whose integral has no formula, which is `why`.
+    """The rule for a block whose integral has no formula, which is `why`; Laplace's in more dimensions than three.
 
     Raises:
-        PlanError: it has too many dimensions, or an exact E-step was asked for.
+        Intractable: it has too many dimensions, or an exact E-step was asked for, or cells are no intervals.
     """
     member, size = block.members[0], dimensions(block.members)
     kinds = tuple(kind_of(m.support) for m in block.members)
     if any(isinstance(m.wish, Exact) for m in block.members):
-        raise refused(member.name, f"{block.refusal}; {why}")
-    if size > MAX_DIMENSIONS:
-        raise refused(member.name, f"{block.refusal}; {why}; quadrature is for {MAX_DIMENSIONS} dimensions, not {size}")
+        raise refused(block, f"{block.refusal}; {why}")
+    wishes = [m.wish for m in block.members]
+    if size > MAX_DIMENSIONS and any(isinstance(w, Quadrature) for w in wishes):
+        raise refused(block, f"{block.refusal}; {why}; quadrature is for {MAX_DIMENSIONS} dimensions, not {size}")
     if not set(kinds) <= {"real", "positive", "unit"}:
-        raise refused(member.name, f"{block.refusal}; {why}; quadrature is for intervals, not {member.support}")
+        raise refused(block, f"{block.refusal}; {why}; quadrature is for intervals, not {member.support}")
+    if any(isinstance(w, Laplace) for w in wishes):
+        return LaplaceCells(1, kinds, "it was asked for")
+    if size > MAX_DIMENSIONS:
+        return LaplaceCells(1, kinds, f"{why}; quadrature is for {MAX_DIMENSIONS} dimensions at most")
     wish = next((m.wish for m in block.members if isinstance(m.wish, Quadrature)), Quadrature())
     return Gauss(wish.points or DEFAULT[size], kinds, why)
 
 
-def refused(name: str, why: str) -> PlanError:
+def refused(block: LocalBlock, why: str) -> Intractable:
+    name = block.names[0]
     mend = f'EM(model, maximize=["{name}"]) to maximise over it, or integrate it out by hand'
-    return PlanError(name, problem=f"its posterior is not Gaussian, and {why}", mend=mend)
+    return Intractable(name, problem=f"its posterior is not Gaussian, and {why}", mend=mend, latents=block.names)
 
 
 def moved_start(program: Program, params: Params) -> dict[str, Array]:

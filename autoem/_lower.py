@@ -27,6 +27,7 @@ from autoem.e_step.chains import robust
 from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import Layout, Table, eliminate
 from autoem.e_step.tables import Factor, Rows
+from autoem.e_step.treatment import AbstractTreatment, Expectation
 from autoem.ir import Program
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.problem import Bundle, Params, Problem, make_layout
@@ -42,6 +43,7 @@ class Kernel:
     blocks: tuple[AbstractBlock, ...]
     chunks: Chunks | None
     integrals: tuple[Integral, ...] = ()
+    treatment: AbstractTreatment | None = None
 
     @property
     def num_rows(self) -> int:
@@ -56,6 +58,21 @@ class Kernel:
     def approximate(self) -> bool:
         """Whether an integral is done by a rule, whose error moves with the parameters."""
         return any(i.block.strategy != "exact" for i in self.integrals)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the objective is known up to a random error only."""
+        return self.treatment is not None and self.treatment.noisy
+
+    @property
+    def may_fall(self) -> bool:
+        """Whether the objective may fall without anything being wrong."""
+        return self.treatment is not None and (self.treatment.noisy or self.treatment.falls)
+
+    @property
+    def objective_name(self) -> str:
+        """What is maximised, but for the parameters' priors."""
+        return "log-likelihood" if self.treatment is None else self.treatment.objective_name
 
     @property
     def in_logs(self) -> Kernel:
@@ -106,8 +123,18 @@ class Kernel:
         tables = [s.tables for s in steps if isinstance(s, ChainStep)]
         return jnp.all(jnp.stack([robust(t) for t in tables])) if tables else jnp.asarray(True)
 
-    def expect(self, params: Params, bundle: Bundle) -> tuple[Array, Array, dict[str, Any]]:
-        """The E-step: log-likelihood, log prior, and expected statistics as the gradient with respect to the cells."""
+    def expect(self, params: Params, bundle: Bundle, state: Any = None) -> Expectation:
+        """The E-step; `state` is what an approximate one remembers."""
+        if self.treatment is not None:
+            return self.treatment.expect(self, params, bundle, state)
+        return self.exactly(params, bundle)
+
+    def init_e_step(self, params: Params, bundle: Bundle, key: Array) -> Any:
+        """What the E-step remembers before its first step."""
+        return None if self.treatment is None else self.treatment.init(self, params, bundle, key)
+
+    def exactly(self, params: Params, bundle: Bundle) -> Expectation:
+        """The exact E-step: expected statistics are the gradient of the log-likelihood with respect to the cells."""
         cells = self.problem.cells(params, bundle)
         prior, from_prior = jax.value_and_grad(self.log_prior)(cells, bundle)
         integrals, completed = [], {}
@@ -122,18 +149,19 @@ class Kernel:
                 return self._whole(cells, known, bundle)
 
             likelihood, (statistics, slopes) = jax.value_and_grad(whole, (0, 1))(cells, [t.value for t in tables])
-            completed = self._completed(params, [m for _, m in integrals], slopes, bundle)
+            completed = self.completed_by(params, [m for _, m in integrals], slopes, bundle)
         statistics = {n: from_prior[n] if self.problem.factors[n].is_prior else statistics[n] for n in cells}
-        return likelihood + bundle.constant, prior, {**statistics, **completed}
+        return Expectation(likelihood + bundle.constant, prior, {**statistics, **completed})
 
     def completed(self, params: Params, bundle: Bundle) -> Bundle:
         """The data with continuous latents at the nodes of their posterior."""
         nodes = {}
         for block in self.integrals:
             nodes.update(block.nodes_of_factors(block.integrate(params, bundle)[1], bundle))
-        return with_nodes(bundle, nodes)
+        bundle = with_nodes(bundle, nodes)
+        return bundle if self.treatment is None else self.treatment.completed(bundle)
 
-    def _completed(self, params: Params, moments: Sequence[Any], slopes: Sequence[Named], bundle: Bundle) -> dict:
+    def completed_by(self, params: Params, moments: Sequence[Any], slopes: Sequence[Named], bundle: Bundle) -> dict:
         """Nodes for every factor that reads continuous latents, and its expected statistics under their weights."""
         nodes: dict[str, Any] = {}
         for block, moment in zip(self.integrals, moments, strict=True):
@@ -227,7 +255,7 @@ def with_nodes(bundle: Bundle, nodes: Mapping[str, Any]) -> Bundle:
         return bundle
     rows = {n: dataclasses.replace(bundle.rows[n], value=v, ready=True) for n, (_, v) in nodes.items() if v is not None}
     return dataclasses.replace(
-        bundle, nodes={n: points for n, (points, _) in nodes.items()}, rows={**bundle.rows, **rows}
+        bundle, nodes={**bundle.nodes, **{n: points for n, (points, _) in nodes.items()}}, rows={**bundle.rows, **rows}
     )
 
 

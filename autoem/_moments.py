@@ -15,6 +15,7 @@ from autoem._lower import Kernel
 from autoem._named import Named, add
 from autoem.e_step.elimination import Table
 from autoem.e_step.tables import log_density_constant
+from autoem.ir import Chain
 from autoem.m_step.problem import Bundle, Params
 
 
@@ -53,9 +54,13 @@ def completed(
 
 
 def in_order(kernel: Kernel, name: str, path: Array) -> Array:
+    """What a kernel knows of a latent, in the order of the data."""
+    return flipped(path, kernel.program.chain_of(name))
+
+
+def flipped(array: Array, chain: Chain | None) -> Array:
     """A path in the order of the data, where its scan runs in reverse."""
-    chain = kernel.program.chain_of(name)
-    return path[::-1] if chain is not None and chain.reverse else path
+    return array[::-1] if chain is not None and chain.reverse else array
 
 
 def with_constants(block: Integral, table: Table, bundle: Bundle) -> Table:

@@ -18,6 +18,7 @@ from autoem._integrals import Integral
 from autoem._render import citations_of, plan_html, plan_latex, plan_text
 from autoem.accelerate import AbstractAcceleration
 from autoem.e_step.elimination import ChainStep, Layout, Step, eliminate
+from autoem.e_step.treatment import AbstractTreatment
 from autoem.ir import Program
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.problem import Bundle, Params, Problem, make_layout, uses_of
@@ -88,6 +89,7 @@ class Plan:
     notes: tuple[str, ...]
     integrals: tuple[Integral, ...] = ()
     accelerate: AbstractAcceleration | None = None
+    treatment: AbstractTreatment | None = None
 
     def __str__(self) -> str:
         return plan_text(self)
@@ -139,6 +141,7 @@ def make_plan(
     bundle: Bundle,
     notes: tuple[str, ...] = (),
     integrals: tuple[Integral, ...] = (),
+    treatment: AbstractTreatment | None = None,
 ) -> Plan:
     """Write the plan down.
 
@@ -158,8 +161,9 @@ def make_plan(
     )
     return Plan(
         program, problem, layout, blocks, chunks,
-        (*latent_rows(program, problem, layout), *continuous_rows(integrals)),
+        (*latent_rows(program, problem, layout), *continuous_rows(integrals, treatment)),
         tuple(parameter_rows(program, problem, blocks)), cost, (*program.notes, *notes, *idle), integrals,
+        treatment=treatment,
     )  # fmt: skip
 
 
@@ -211,9 +215,9 @@ def latent_rows(program: Program, problem: Problem, layout: Layout):
         yield LatentRow(name, "exact", latent.num_states, plates, cells, reason)
 
 
-def continuous_rows(integrals: Sequence[Integral]):
-    for integral in integrals:
-        for row in integral.rows():
+def continuous_rows(integrals: Sequence[Integral], treatment: AbstractTreatment | None):
+    for part in (*integrals, *([treatment] if treatment else [])):
+        for row in part.rows():
             yield LatentRow(row.name, row.strategy, 0, row.plates, row.cells, row.reason)
 
 

@@ -19,7 +19,7 @@ from autoem._errors import PlanError
 from autoem._impute import impute
 from autoem._jaxpr import Key, jit_once
 from autoem._lower import Kernel, disagree
-from autoem._moments import completed, mixed_moments
+from autoem._moments import completed, flipped, mixed_moments
 from autoem._named import Named, named, pick
 from autoem._paths import filtered, neighbours
 from autoem._per_datum import datum_plate, per_datum
@@ -80,8 +80,8 @@ class Posterior:
     @functools.cached_property
     def sd(self) -> Marginals:
         """By continuous latent, its posterior standard deviation, `(*plates, *event)`."""
-        members = [m for block in self._built.kernel.integrals for m in block.block.members]
-        shapes = {m.name: m.shape + m.event for m in members}
+        members = self._built.program.continuous
+        shapes = {n: m.shape + m.event for n, m in members.items()}
         variances = {n: jnp.diagonal(c, axis1=-2, axis2=-1) for n, c in self.covariance.items()}
         return Marginals({n: jnp.sqrt(jnp.maximum(v, 0)).reshape(shapes[n]) for n, v in variances.items()})
 
@@ -104,6 +104,11 @@ class Posterior:
 
     @functools.cached_property
     def _moments(self) -> dict[str, tuple[Array, Array]]:
+        return self._exact_moments()
+
+    def _exact_moments(self) -> dict[str, tuple[Array, Array]]:
+        """Mean and covariance of the continuous latents that are integrated by a formula."""
+
         def run(params, bundle):
             tables, layout = self._plain_tables(params, bundle), self._layout(bundle)
             return mixed_moments(self._built.kernel, params, bundle, lambda t: eliminate([*tables, *t], layout))
@@ -112,15 +117,19 @@ class Posterior:
 
     @functools.cached_property
     def marginals(self) -> Marginals:
-        latents = list(self._built.program.latents)
-        if not latents:
+        if not self._built.program.latents:
             return Marginals()
-        unary = {z: zeros(self._built, (z,)) for z in latents}
-        slopes = jit_once(lambda u, p, b: jax.grad(lambda v: self._log_z(v, p, b))(u))(
-            unary, self._params, self._bundle
-        )
-        out = {z: self._shaped(slopes[z], self._built.program.latents[z]) for z in latents}
-        return Marginals({**out, **self._merged(out)})
+        return Marginals(self._finished(jit_once(self._slopes)(self._params, self._bundle)))
+
+    def _slopes(self, params, bundle: Bundle) -> dict[str, Array]:
+        """Probabilities of every discrete latent, as derivatives of `log Z` by its own table."""
+        latents = self._built.program.latents
+        slopes = jax.grad(lambda v: self._log_z(v, params, bundle))({z: zeros(self._built, (z,)) for z in latents})
+        return {z: self._shaped(slopes[z], latents[z]) for z in latents}
+
+    def _finished(self, marginals: dict[str, Array]) -> dict[str, Array]:
+        """The same with sites that `obs_mask` split under their own names."""
+        return {**marginals, **self._merged(marginals)}
 
     def joint(self, *names: str) -> Array:
         """Posterior probability of every combination of several latents.
@@ -245,9 +254,8 @@ class Posterior:
     def _chain(self, name: str) -> Chain:
         """The chain that carries a latent."""
         chains = self._built.program.chains
-        for chain in chains:
-            if name in chain.variables:
-                return chain
+        if chain := next((c for c in chains if name in c.variables), None):
+            return chain
         names = [n for c in chains for n in c.variables]
         raise PlanError(name, problem="is no latent that a scan carries on", mend=f"choose among {names}")
 
@@ -287,8 +295,7 @@ class Posterior:
         return dataclasses.replace(self._built.kernel, chunks=None)
 
     def _log_z(self, extra: Mapping[str, Named], params, bundle: Bundle) -> Array:
-        tables = self._tables(params, bundle)
-        plates_of = self._built.kernel.layout.plates_of
+        tables, plates_of = self._tables(params, bundle), self._built.kernel.layout.plates_of
         for value in extra.values():
             latents = frozenset(a for a in value.axes if a in plates_of)
             table = Table(value, latents, frozenset().union(*(plates_of[z] for z in latents)))
@@ -383,11 +390,6 @@ class Posterior:
 
     def _per_datum(self, params, bundle: Bundle) -> Array:
         return per_datum(self._built.kernel, self._logs, params, bundle, self.datum_plate)
-
-
-def flipped(array: Array, chain: Chain | None) -> Array:
-    """A path in the order of the data, where its scan runs in reverse."""
-    return array[::-1] if chain is not None and chain.reverse else array
 
 
 def zeros(built: Build, names: tuple[str, ...]) -> Named:

@@ -5,27 +5,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpyro.infer import Predictive
 
 from autoem._build import Build
+from autoem._drawn_posterior import DrawnPosterior
 from autoem._errors import DataError
 from autoem._fit import State
+from autoem._oddities import boundaries, cause, impossible, oddities
 from autoem._plan import Plan
 from autoem._posterior import Posterior
-from autoem._stderr import StandardErrors, on_boundary, standard_errors
-from autoem._stop import CONVERGED, DIVERGED, FELL, ROUNDED, SENTENCES
+from autoem._stderr import StandardErrors, standard_errors
+from autoem._stop import CONVERGED, DIVERGED, FELL, ROUNDED, SENTENCES, SETTLED
 from autoem._trace import Source
-from autoem.e_step.tables import Rows
 from autoem.m_step.choose import kind_of
-from autoem.m_step.power import Scale
 from autoem.m_step.problem import Bundle
+from autoem.treatments import AbstractDrawn
 
 if TYPE_CHECKING:
     from autoem._em import EM
@@ -82,7 +82,7 @@ class Restarts:
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=[
     "log_likelihood", "objective", "history", "num_steps", "converged", "status", "restarts", "warnings", "plan",
-    "_context",
+    "standard_error", "_context",
 ])  # fmt: skip
 @dataclasses.dataclass(frozen=True, eq=False)
 class EMResult:
@@ -92,6 +92,7 @@ class EMResult:
         params: value of every parameter, by site name, on its constrained scale; maximised sample sites included.
         log_likelihood: log density of the observed data at `params`, latents summed out, in nats.
         objective: `log_likelihood` plus the log density of the parameters' priors; what EM maximised.
+        standard_error: of `log_likelihood`, where it is estimated from random draws; otherwise zero.
         history: objective at the start and after every step, `(num_steps + 1,)`.
         num_steps: M-steps that led to `params`.
         converged: whether the objective stopped moving; hitting `max_steps` is not converging.
@@ -111,11 +112,13 @@ class EMResult:
     restarts: Restarts
     warnings: tuple[str, ...]
     plan: Plan
+    standard_error: float
     _context: Context
 
     def __str__(self) -> str:
         steps = f"{self.num_steps} step" + ("" if self.num_steps == 1 else "s")
-        lines = [f"EM: {self.status}", f"log-likelihood {self.log_likelihood:.6f} after {steps}"]
+        error = f" (standard error {self.standard_error:.2g})" if self.standard_error else ""
+        lines = [f"EM: {self.status}", f"{self.objective_name} {self.log_likelihood:.6f}{error} after {steps}"]
         with np.printoptions(precision=5, suppress=True, threshold=24):
             entries = []
             for name, value in self.params.items():
@@ -142,7 +145,7 @@ class EMResult:
             ModelError, PlanError, DataError: as `EM.plan`.
         """
         context = self._context
-        if not args and not kwargs:
+        if same := not args and not kwargs:
             args, kwargs = context.args, context.kwargs
         built, source = context.em._derive(args, kwargs)
         for name, param in built.program.params.items():
@@ -152,6 +155,11 @@ class EMResult:
                     problem=f"these data give it shape {param.shape}, the fit had {np.shape(self.params[name])}",
                     mend="pass data with the columns, and the model the options, of the fit",
                 )
+        if isinstance(built.kernel.treatment, AbstractDrawn):
+            # of a guide of the user's the parameters hold for any data
+            state = context.e_step if same or built.kernel.treatment.needs_data else None
+            bundle = built.bundle(source, jax.random.key(0))
+            return DrawnPosterior(built, self.params, bundle, source, state)
         return Posterior(built, self.params, built.plain_bundle(source, jax.random.key(0)), source)
 
     def score(self, *args, **kwargs) -> Array:
@@ -178,6 +186,11 @@ class EMResult:
             )
             warnings.warn(message, stacklevel=2)
         return errors
+
+    @property
+    def objective_name(self) -> str:
+        """What `log_likelihood` is: the log-likelihood itself, or what an approximate E-step has in its place."""
+        return self._context.built.kernel.objective_name
 
     @property
     def num_params(self) -> int:
@@ -237,6 +250,7 @@ class Context:
     source: Source
     args: tuple
     kwargs: dict[str, Any]
+    e_step: Any = None
 
 
 def one_device(chunks):
@@ -271,128 +285,22 @@ def make_result(
     if likelihood < -1e15:  # the finite stand-in for log 0
         likelihood, sentence = float("-inf"), impossible(built, source, state.params)
     status = "; ".join([sentence, *odd])
-    history = np.asarray(state.history)[: int(state.step) + 1]
+    history, error = np.asarray(state.history)[: int(state.step) + 1], 0.0
+    objective = float(state.objective) if np.isfinite(likelihood) else likelihood
+    if built.kernel.noisy and np.isfinite(likelihood):
+        better, error = built.final(state.params, bundle, state.e_step)
+        objective, likelihood = objective - likelihood + better, better
     return EMResult(
         {n: v for n, v in state.params.items()},
         likelihood,
-        float(state.objective) if np.isfinite(likelihood) else likelihood,
+        objective,
         history,
         int(state.step),
-        int(state.status) in (CONVERGED, ROUNDED),
+        int(state.status) in (CONVERGED, ROUNDED, SETTLED),
         status,
         restarts,
         (*notes, *odd, *boundaries(built, state.params, odd)),
         built.plan,
-        Context(em, built, source, args, kwargs),
+        error,
+        Context(em, built, source, args, kwargs, state.e_step),
     )
-
-
-def impossible(built: Build, source: Source, params: dict[str, Array]) -> str:
-    """The status of a fit whose start gives the data no probability."""
-    rows = np.atleast_1d(
-        np.asarray(Posterior(built, params, built.plain_bundle(source, jax.random.key(0))).log_likelihood)
-    )
-    where = f" (row {int(np.argmin(rows))})" if rows.size > 1 else ""
-    return f"stopped at the start: the data have probability zero there{where}; correct them or start elsewhere"
-
-
-PRIOR = "give it a prior (a sample site in place of numpyro.param)"
-
-
-def oddities(built: Build, params: Mapping[str, Array], bundle: Bundle, bounded: bool = True) -> tuple[str, ...]:
-    """Collapsed scales and empty components, by site and component; of an unfinished step, what has no bound too."""
-    out = []
-    mend = f"{PRIOR}, use fewer components, or other starts (restarts=)" if built.program.latents else PRIOR
-    for name, value in params.items():
-        param, v = built.program.params[name], np.asarray(value)
-        kind, tiny = kind_of(param.constraint), np.finfo(v.dtype).eps
-        collapsed: Any = np.zeros(v.shape, bool)
-        lost: Any = ~np.isfinite(v) | ((np.abs(v) > 1e12) & (not bounded))
-        if kind == "matrix" and np.isfinite(v).all():
-            symmetric = np.allclose(v, np.swapaxes(v, -1, -2), atol=0)
-            spread = np.linalg.eigvalsh(v) if symmetric else np.linalg.svd(v, compute_uv=False)[..., ::-1]
-            # a step that broke the fit may leave rounding errors of the other components where a matrix was
-            largest = spread[..., -1] if bounded else np.sqrt(tiny) / (50 * tiny) * spread.max()
-            collapsed = np.asarray(spread[..., 0] <= 50 * tiny * np.maximum(largest, np.finfo(v.dtype).tiny))
-        elif (block := scale_block(built, name)) is not None:
-            collapsed = sunk(block, v, bundle) | (not bounded and kind == "positive" and v < np.sqrt(tiny) * v.max())
-        if kind == "matrix" and not bounded and lost.any():
-            collapsed = lost.any((-2, -1))
-        if collapsed.any():
-            what = "collapsed to a singular matrix" if kind == "matrix" else "collapsed to zero"
-            out.append(f"'{name}' {what}{component(built, name, collapsed)}, onto too few distinct data: {mend}")
-        elif lost.any():
-            out.append(f"'{name}' has no finite value{component(built, name, lost)}: {mend}")
-        if kind == "simplex" and name in mixing_weights(built) and v.ndim == 1 and (v < 1e-10).any():
-            out.append(
-                f"component {where(np.asarray(v < 1e-10))} of '{name}' is empty: use fewer states or other starts"
-            )
-    return tuple(out)
-
-
-def boundaries(built: Build, params: Mapping[str, Array], odd: Sequence[str]) -> tuple[str, ...]:
-    """Parameters with entries on the boundary of their domain, often rightly; those that are odd already excepted."""
-    out = []
-    for name in (n for b in built.kernel.blocks for n in b.names):
-        v = np.asarray(params[name])
-        edge = np.asarray(on_boundary(built.program.params[name], v))
-        if edge.any() and not any(f"'{name}'" in w for w in odd):
-            at = component(built, name, edge)
-            out.append(f"'{name}' is on its boundary{at}: no standard errors there; a prior would keep it off")
-    return tuple(out)
-
-
-def cause(built: Build, state: State, bundle: Bundle) -> tuple[str, ...]:
-    """What the step that ended the fit, made once more, did to the parameters or to the data's density."""
-    try:
-        statistics = jax.jit(built.kernel.expect)(state.params, bundle)[2]
-        moved = jax.jit(built.kernel.maximise)(state.params, statistics, bundle, state.optimizer)[0]
-    except (FloatingPointError, jax.errors.JaxRuntimeError):
-        return ()
-    return oddities(built, moved, bundle, bounded=False)
-
-
-def component(built: Build, name: str, mask: np.ndarray) -> str:
-    """Where a parameter is odd: the states of the latent that chooses among its entries, or the entries."""
-    if mask.ndim == 0:
-        return ""
-    readers = [f for f in built.kernel.likelihood_factors if name in f.params]
-    if mask.shape[0] not in {z.num_states for f in readers for z in f.latents}:
-        return f" in entry {where(mask)}"
-    states = np.asarray(mask.any(tuple(range(1, mask.ndim))))
-    return f" in component {where(states)}" + (f" (entry {where(mask)})" if mask.ndim > 1 else "")
-
-
-def where(mask: np.ndarray) -> str:
-    """Indices of what is true, the first few."""
-    found = np.argwhere(mask)
-    more = ", ..." if len(found) > 5 else ""
-    return ", ".join(str([int(j) for j in i]) if mask.ndim > 1 else str(int(i[0])) for i in found[:5]) + more
-
-
-def scale_block(built: Build, name: str) -> Scale | None:
-    """The block of a parameter that is a spread, or the logarithm of one."""
-    block = next((b for b in built.kernel.blocks if name in b.names), None)
-    return block if isinstance(block, Scale) and block.degree < 0 else None
-
-
-def sunk(block: Scale, v: np.ndarray, bundle: Bundle) -> np.ndarray:
-    """Which spreads are no larger than what rounding leaves of squared deviations of the data."""
-    spread = np.exp(v * block.degree / -2) if block.real else np.maximum(v, 0) ** (block.degree / -2)
-    if not v.size or spread.min() > 1e-3 * spread.max() > 0 < v.ndim:
-        return np.zeros(v.shape, bool)
-    largest = max((magnitude(bundle.rows[u.factor.name]) for u in block.uses), default=0.0)
-    return np.asarray(spread < max(1e-12, 3 * np.sqrt(np.finfo(v.dtype).eps) * largest))
-
-
-def magnitude(rows: Rows) -> float:
-    """The largest deviation of a site's values from their centre; zero where its family does not standardise them."""
-    if rows.value is None or not rows.value.array.size or not rows.ready or rows.spread is None:
-        return 0.0
-    return float(jnp.abs(rows.value.array).max()) * float(jnp.max(rows.spread))
-
-
-def mixing_weights(built: Build) -> set[str]:
-    """Parameters that are the prior of a latent without parents."""
-    factors = built.kernel.likelihood_factors
-    return {f.params[0] for f in factors if f.own and len(f.params) == 1 and len(f.latents) == 1}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-RUNNING, CONVERGED, LIMIT, FELL, DIVERGED, INTERRUPTED, ROUNDED = range(7)
+RUNNING, CONVERGED, LIMIT, FELL, DIVERGED, INTERRUPTED, ROUNDED, SETTLED = range(8)
 
 SENTENCES = {
     RUNNING: "still running",
     CONVERGED: "converged: the objective moved by less than the tolerance",
     ROUNDED: "converged as far as the precision can tell: the objective moved by less than its rounding error "
     "(jax.config.update('jax_enable_x64', True) tells more)",
+    SETTLED: "settled: over the last steps the objective moved by no more than its random error",
     LIMIT: "stopped at max_steps before converging",
     FELL: "stopped because the objective fell; the parameters before the fall are kept",
     DIVERGED: "stopped because the objective was no longer finite; the parameters before that are kept",

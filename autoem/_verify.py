@@ -30,6 +30,7 @@ from autoem.ir import Program, at_lag, at_step
 from autoem.m_step.choose import kind_of
 from autoem.m_step.problem import Bundle, graph_values
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
+from autoem.treatments import AbstractDrawn
 
 
 def verify(built: Build) -> tuple[str, ...]:
@@ -157,11 +158,13 @@ def densities(
     chosen = {**chosen, **pieces_of_paths(program, chosen)}
     drawn = random_values(program)
     values.update({("latent", n): v for n, v in drawn.items()})
-    nodes = {k: v for block in built.kernel.integrals for k, v in block.nodes_at(drawn, bundle).items()}
+    treatment = built.kernel.treatment
+    drawers: list[Any] = [*built.kernel.integrals, *([treatment] if isinstance(treatment, AbstractDrawn) else [])]
+    nodes = {k: v for block in drawers for k, v in block.nodes_at(drawn, bundle).items()}
     bundle = with_nodes(bundle, nodes)
     ours, theirs, size = {}, {}, {}
     fields, given = model_fields(built, values), graph_values(bundle, params)
-    hidden = {f.name: f for block in built.kernel.integrals for f in block.factors if f.completions}
+    hidden = {f.name: f for block in drawers for f in block.factors if f.completions}
     at = {n: f.table(f.cells(given, bundle.rows[n]), bundle.rows[n]).value for n, f in hidden.items()}
     tables = {**tables, **at}
     for name, factor in built.kernel.problem.factors.items():

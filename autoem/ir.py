@@ -95,7 +95,8 @@ class Latent:
 class Continuous:
     """A continuous latent: `axes` are its batch axes, outermost first, of sizes `shape`; one cell holds an `event`.
 
-    `support` is NumPyro's constraint, `wish` the strategy that the user asked for, or None.
+    `support` is NumPyro's constraint, `wish` the strategy that the user asked for, or None; `drawn` tells that it is
+    treated by draws of all its cells at once.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Continuous:
     reason: str = ""
     support: Any = None
     wish: Any = None
+    drawn: bool = False
 
     @property
     def dim(self) -> int:

@@ -31,11 +31,13 @@ LAYERS = """
     _plan
     _lower
     _condense
+    _bundle treatments
     _build
     _moments
     _per_datum _lookups
     _stop _progress _validate _paths _impute
     _fit _posterior _stderr _init
+    _oddities _drawn_posterior
     _result _verify
     _replay
     _check

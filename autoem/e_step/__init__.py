@@ -1,5 +1,14 @@
 """E-steps: how latents are treated. Public: the strategy objects."""
 
-from autoem.e_step.strategies import AbstractEStep, Exact, Quadrature, Truncated
+from autoem.e_step.strategies import (
+    SAEM,
+    AbstractEStep,
+    Exact,
+    Laplace,
+    MonteCarlo,
+    Quadrature,
+    Truncated,
+    Variational,
+)
 
-__all__ = ["AbstractEStep", "Exact", "Quadrature", "Truncated"]
+__all__ = ["SAEM", "AbstractEStep", "Exact", "Laplace", "MonteCarlo", "Quadrature", "Truncated", "Variational"]

@@ -112,6 +112,21 @@ def simplex(dim: int) -> np.ndarray:
     return corners
 
 
+def standard_nodes(dim: int, pairs: int) -> np.ndarray:
+    """Points `(2 pairs, dim)` that stand for a standard normal law: symmetric, with the identity as covariance.
+
+    Normal draws, always the same, with their mirror images: their marginal laws come out about right, unlike those of a
+    simplex in many dimensions, whose corners are far out. Up to `pairs` dimensions the covariance is exact, beyond that
+    the variances are.
+    """
+    z = np.random.default_rng(50).normal(size=(pairs, dim))
+    if dim <= pairs:
+        z = z @ np.linalg.inv(np.linalg.cholesky(z.T @ z / pairs)).T
+    else:
+        z /= np.sqrt((z**2).mean(0))
+    return np.concatenate([z, -z])
+
+
 def root(covariance: Array) -> Array:
     """A Cholesky factor; of a matrix with zero or rounded-off variances as well."""
     deviation = jnp.sqrt(jnp.maximum(jnp.diagonal(covariance, axis1=-2, axis2=-1), 0))

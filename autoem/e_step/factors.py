@@ -45,8 +45,11 @@ def build_factors(program: Program, values: Mapping[Any, Any]) -> tuple[tuple[Fa
         group = next((g for g in groups if site.name in g.sites), None)
         routed = [z for z in latents if not plates_of(z) <= set(site.plates)]
         route = None
-        if routed and (group is None or group.refusal):
+        if routed and (group is None or group.refusal or group.drawn):
             route, cells[site.name] = find_route(program, site, routed, values)
+        if group is not None and group.drawn:
+            factors.append(drawn_factor(program, site, latents, route))
+            continue
         if group is not None:
             every = {z.name: z for s in group.sites for z in read_latents(program, program.sites[s])}
             factors.append(completed_factor(program, site, tuple(every.values()), group, route))
@@ -127,6 +130,17 @@ def completed_factor(
         factor, own=False, kept=tuple(a for a in site.axes if a in plates), plates=plates, coefficients=(),
         family=family, graph=program.graph if usable else program.full, compact=usable,
         completions=Completions(members, affine),
+    )  # fmt: skip
+
+
+def drawn_factor(program: Program, site: Site, latents: tuple[Latent, ...], route: Route | None) -> Factor:
+    """The factor of a site that reads continuous latents of which all cells are drawn at once."""
+    refuse_random_weights(program, site)
+    read = {program.base_of(n) for n in continuous_of(program, site)}  # at full shape the graph reads whole paths
+    members = tuple(z for n, z in program.continuous.items() if n in read)
+    return dataclasses.replace(
+        build_factor(program, site, latents, route), coefficients=(), graph=program.full, compact=False,
+        family=natural_family(program, site, filled=True)[0], completions=Completions(members, affine=False),
     )  # fmt: skip
 
 

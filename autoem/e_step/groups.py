@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from autoem._errors import ModelError, PlanError
+from autoem._errors import Intractable, ModelError, PlanError
 from autoem.e_step.censoring import find_pieces
 from autoem.e_step.factors import refuse_random_weights, row_cells
 from autoem.e_step.gaussian import GaussianBlock, index_name
@@ -46,6 +46,8 @@ def build_blocks(
     """
     blocks, cells = [], {}
     for group in latent_groups(program):
+        if group.drawn:
+            continue
         derive = local_block if group.refusal else gaussian_block
         block, found = derive(program, group, {f.name: f for f in factors}, values)
         blocks.append(block)
@@ -70,26 +72,29 @@ def gaussian_block(
     carried = next((program.base_of(m.name) for m in members if program.chain_of(m.name)), None)
     if carried and discrete:
         switch = discrete[0].name.partition("[")[0].partition("@")[0]
-        raise PlanError(
+        raise Intractable(
             carried,
+            latents=group.members,
             problem=f"it is carried from step to step and its sites read the discrete latent '{switch}': "
             "its posterior has a Gaussian for each combination of all steps",
             mend=f"observe '{switch}' or leave it out, or give '{carried}' a grid of values (Categorical)",
         )
     if not same and (size > MAX_DENSE or discrete):
         why = f"one vector of {size:,} coordinates" if not discrete else f"a mixture over {discrete[0].name}"
-        raise PlanError(
+        raise Intractable(
             group.members[0],
+            latents=group.members,
             problem=f"{', '.join(group.members)} are read by different indices, so all their cells are tied: {why}",
             mend="nest the groups, or read them by one index",
         )
     plates = tuple(a for a in members[0].axes if not a.startswith("#")) if same else ()
-    refuse_mixtures(members[0], plates, discrete)
+    refuse_mixtures(members, plates, discrete)
     shape = tuple(s for a, s in zip(members[0].axes, members[0].shape, strict=True) if not a.startswith("#"))
     sizes = {p.name: p.size for p in program.plates.values()}
     if same and not discrete and sum(m.dim for m in members) > MAX_DENSE:
-        raise PlanError(
+        raise Intractable(
             group.members[0],
+            latents=group.members,
             problem=f"a row reads all its cells at once, so they are one vector of {sum(m.dim for m in members):,}",
             mend=f"at most {MAX_DENSE:,}: give it fewer cells, or let a row read its own cell alone",
         )
@@ -102,12 +107,14 @@ def gaussian_block(
     return block, kept
 
 
-def refuse_mixtures(member: Continuous, plates: tuple[str, ...], discrete: Sequence[Latent]) -> None:
+def refuse_mixtures(members: Sequence[Continuous], plates: tuple[str, ...], discrete: Sequence[Latent]) -> None:
     """Raise where rows of one cell each have a discrete latent of their own."""
+    member = members[0]
     for z in discrete:
         if not plates_of(z) <= set(plates):
-            raise PlanError(
+            raise Intractable(
                 member.name,
+                latents=tuple(m.name for m in members),
                 problem=f"rows that share one of its cells each have a '{z.name}' of their own: its posterior has a "
                 "Gaussian for every combination of them",
                 mend=f"give each row its own '{member.name}', maximise over it (maximize=[\"{member.name}\"]), or put "
@@ -243,12 +250,12 @@ def local_block(
     index = {(f.name, m.name): cells_of_rows(program, f, m, values) for f in parts for m in read_by(f)}
     plates = members[0].plates
 
-    def refuse(why: str) -> PlanError:
+    def refuse(why: str) -> Intractable:
         problem = (
             f"the posterior of {', '.join(group.members)} is not Gaussian ({group.refusal} at '{group.at}'), {why}"
         )
         mend = f'EM(model, maximize=["{group.members[0]}"]) to maximise over it, or integrate it out by hand'
-        return PlanError(group.at, problem=problem, mend=mend)
+        return Intractable(group.at, problem=problem, mend=mend, latents=group.members)
 
     if any(program.chain_of(n) for n in group.members):
         raise refuse("and a scan carries it from step to step")

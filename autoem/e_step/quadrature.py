@@ -91,7 +91,7 @@ class Gauss(AbstractMethod):
                 if loc is None
                 else jnp.broadcast_to(loc, (*loc.shape[: cells.count + 1], *size[cells.count + 1 :]))
             )
-            parts.append(jnp.broadcast_to(loc[..., None], (*loc.shape, m.dim)))
+            parts.append(jnp.broadcast_to(loc[..., None].astype(float), (*loc.shape, m.dim)))
         lead = jnp.broadcast_shapes(*(p.shape[:-1] for p in parts))
         x = jnp.concatenate([jnp.broadcast_to(p, (*lead, p.shape[-1])) for p in parts], -1)
         states = self.joint(cells, x).shape[: cells.count]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 
 class AbstractEStep:
     """Asks for one way of treating a latent: `EM(model, e_step=...)` or `e_step={"site": ...}`."""
 
     approximate = False  # whether it is asked for where an exact one may exist
+    drawn = False  # whether it ends in draws of all cells at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +63,125 @@ class Quadrature(AbstractEStep):
     def __post_init__(self):
         if self.points is not None and not 1 <= self.points <= 200:
             raise ValueError(f"Quadrature(points={self.points}): points must lie between 1 and 200")
+
+
+@dataclasses.dataclass(frozen=True)
+class Laplace(AbstractEStep):
+    r"""Integrate continuous latents by Laplace's approximation: a Gaussian about the mode of their joint density.
+
+    With `J` the log joint density in unconstrained coordinates, mode :math:`\hat u` and curvature :math:`H`,
+
+    .. math:: \log \int e^{J(u)} du \approx J(\hat u) + \tfrac d2 \log 2\pi - \tfrac12 \log \det H.
+
+    Cell by cell where the cells stand apart, of any dimension; otherwise over all coordinates at once.
+
+    References:
+        Tierney and Kadane 1986, "Accurate approximations for posterior moments and marginal densities"; Breslow and
+        Clayton 1993 (generalised linear mixed models).
+    """
+
+    approximate = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Variational(AbstractEStep):
+    r"""Approximate the posterior of continuous latents by a NumPyro guide `q`, and maximise the evidence lower bound.
+
+    .. math:: \mathrm{ELBO} = E_q[\log p(x, u \mid \theta) - \log q(u)] \le \log p(x \mid \theta)
+
+    Discrete latents beside are summed out exactly at each draw of `q`. The M-step sees draws of `q`, so that what is in
+    closed form stays so. What is reported is the bound, up to its Monte Carlo error.
+
+    Args:
+        guide: None (`AutoNormal`), an AutoGuide class of `numpyro.infer.autoguide`, or a guide of your own: a function
+            of the model's arguments with a sample site for each continuous latent; its parameters may be those of a
+            neural network (amortised).
+        num_draws: draws of `q` in the M-step and in the reported bound, at least 1.
+        steps: optimiser steps on the bound in every E-step, at least 1.
+        optimizer: an optax optimiser of the guide's parameters; None for Adam at a rate of 0.02.
+        num_particles: draws of `q` in one optimiser step, at least 1.
+
+    References:
+        Neal and Hinton 1998; Kingma and Welling 2014, "Auto-encoding variational Bayes"; Kucukelbir et al. 2017.
+    """
+
+    guide: Callable | None = None
+    num_draws: int = 32
+    steps: int = 20
+    optimizer: Any = None
+    num_particles: int = 4
+
+    approximate = True
+    drawn = True
+
+    def __post_init__(self):
+        for name in ("num_draws", "steps", "num_particles"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Variational({name}={getattr(self, name)}): {name} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MonteCarlo(AbstractEStep):
+    """Draw continuous latents from their posterior by Hamiltonian Monte Carlo (Monte Carlo EM).
+
+    The chains go on from step to step, with a step size adapted while they warm up. What is reported is an estimate of
+    the log-likelihood, by importance sampling at the start and the draws' likelihood ratios from step to step.
+
+    Args:
+        num_draws: draws of each chain in every E-step, at least 1.
+        num_chains: chains side by side, at least 1.
+        kernel: "NUTS" or "HMC", NumPyro's.
+        warmup: transitions before the first E-step, which adapt the step size.
+
+    References:
+        Wei and Tanner 1990, "A Monte Carlo implementation of the EM algorithm"; Hoffman and Gelman 2014.
+    """
+
+    num_draws: int = 8
+    num_chains: int = 4
+    kernel: str = "NUTS"
+    warmup: int = 200
+
+    approximate = True
+    drawn = True
+
+    def __post_init__(self):
+        for name, least in (("num_draws", 1), ("num_chains", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{type(self).__name__}({name}={getattr(self, name)}): {name} must be at least {least}"
+                )
+        if self.kernel not in ("NUTS", "HMC"):
+            raise ValueError(f"{type(self).__name__}(kernel={self.kernel!r}): kernel must be 'NUTS' or 'HMC'")
+
+
+@dataclasses.dataclass(frozen=True)
+class SAEM(MonteCarlo):
+    r"""Stochastic approximation EM: few draws a step, and expected statistics averaged over the steps.
+
+    Draw `i` counts with weight :math:`\gamma_i \prod_{j > i} (1 - \gamma_j)`, where :math:`\gamma_t = 1` for the
+    first `burn_in` steps and :math:`(t - \text{burn in})^{-\text{decay}}` after them. The last `memory` steps are held.
+
+    Args:
+        num_draws, num_chains, kernel, warmup: as those of `MonteCarlo`.
+        burn_in: steps without averaging.
+        decay: how fast the weight of a new draw falls, above 0.5 and at most 1.
+        memory: steps whose draws are held, at least 2.
+
+    References:
+        Delyon, Lavielle and Moulines 1999, "Convergence of a stochastic approximation version of the EM algorithm";
+        Kuhn and Lavielle 2004 (with Markov chains).
+    """
+
+    num_draws: int = 2
+    num_chains: int = 1
+    burn_in: int = 20
+    decay: float = 0.8
+    memory: int = 50
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0.5 < self.decay <= 1:
+            raise ValueError(f"SAEM(decay={self.decay}): decay must lie above 0.5 and not above 1")
+        if self.burn_in < 0 or self.memory < 2:
+            raise ValueError(f"SAEM(burn_in={self.burn_in}, memory={self.memory}): at least 0 and 2")

@@ -23,12 +23,16 @@ FAMILIES = ("Normal", "LogNormal", "MultivariateNormal")
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Continuous latents that some site joins, in the model's order; `refusal` says why they are not Gaussian."""
+    """Continuous latents that some site joins, in the model's order; `refusal` says why they are not Gaussian.
+
+    `drawn` groups are integrated by no formula, but treated by draws of all their cells at once.
+    """
 
     members: tuple[str, ...]
     sites: tuple[str, ...]
     refusal: str = ""
     at: str = ""
+    drawn: bool = False
 
 
 def latent_groups(program: Program) -> tuple[Group, ...]:
@@ -49,7 +53,8 @@ def latent_groups(program: Program) -> tuple[Group, ...]:
         at, refusal = next(((s, why) for s in named if (why := why_not(program, program.sites[s]))), ("", ""))
         if wish := next((w for n in ordered if getattr(w := program.continuous[n].wish, "approximate", False)), None):
             at, refusal = ordered[0], f"{type(wish).__name__} was asked for"
-        groups.append(Group(ordered, named, refusal, at))
+        drawn = any(program.continuous[n].drawn for n in ordered)
+        groups.append(Group(ordered, named, refusal, at, drawn))
     return tuple(groups)
 
 

@@ -35,7 +35,7 @@ def test_integrals_moments_and_slopes(pair, grouped):
     @jit_once
     def everything(params, bundle):
         likelihood, slope = jax.value_and_grad(kernel.log_likelihood)(params, bundle)
-        _, _, statistics = kernel.expect(params, bundle)
+        statistics = kernel.expect(params, bundle).statistics
         filled = kernel.completed(params, bundle)
         of_q = jax.grad(lambda p: kernel.problem.q(p, statistics, filled, names))(params)
         found = block.integrate(params, bundle)[1]

@@ -1,0 +1,83 @@
+"""What an E-step yields to the loop, and what an approximate one must be able to do.
+
+In: a kernel, parameters, data and what the E-step remembers. Out: `Expectation`: the objective, expected statistics for
+the M-step, and what it will remember.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jax import Array
+
+if TYPE_CHECKING:
+    from autoem._lower import Kernel
+    from autoem.m_step.problem import Bundle, Params
+
+
+class Expectation(NamedTuple):
+    """The end of an E-step.
+
+    Attributes:
+        likelihood: log-likelihood of the observed data, or what stands for it, in nats.
+        prior: log density of the parameters' priors.
+        statistics: expected statistics by factor, and nodes of continuous latents, as `Kernel.maximise` takes them.
+        state: what the E-step remembers for the next.
+    """
+
+    likelihood: Array
+    prior: Array
+    statistics: dict[str, Any]
+    state: Any = None
+
+
+class TreatedRow(NamedTuple):
+    """What the plan says of one latent."""
+
+    name: str
+    cells: int
+    reason: str
+    strategy: str
+    plates: tuple[str, ...]
+
+
+class AbstractTreatment(abc.ABC):
+    """An E-step other than the exact one, over all latents of a kernel that it names.
+
+    Attributes:
+        objective_name: what it maximises in place of the log-likelihood, as a user should read it.
+        noisy: whether the objective is known up to a random error only, which no step is to be stopped for.
+        falls: whether the objective may fall from one step to the next without anything being wrong.
+        needs_data: whether it calls a function of the model's own arguments, so that the bundle has to hold them all.
+        source: where the method is derived.
+    """
+
+    objective_name = "log-likelihood"
+    noisy = False
+    falls = False
+    needs_data = False
+    source = ""
+
+    def prepare(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> None:  # noqa: B027
+        """Do what can be done once only, and in no traced function."""
+
+    def rows(self) -> list[TreatedRow]:
+        """How each of its latents is treated, in words."""
+        return []
+
+    def completed(self, bundle: Bundle) -> Bundle:
+        """The data as the M-step sees them."""
+        return bundle
+
+    def final(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, key: Array) -> tuple[Array, Array]:
+        """Of a noisy objective, a better estimate at the end, and its standard error."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def init(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> Any:
+        """What it remembers before its first step."""
+
+    @abc.abstractmethod
+    def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any) -> Expectation:
+        """One E-step."""

@@ -1,0 +1,72 @@
+"""Approximate E-steps: how the loop treats latents that no exact sum or integral removes.
+
+In: a classified program, its factors and what the user asked for. Out: the one treatment that the kernel takes, or
+None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from autoem._errors import PlanError
+from autoem.e_step.strategies import SAEM, AbstractEStep, Laplace, MonteCarlo, Variational
+from autoem.e_step.tables import Factor
+from autoem.e_step.treatment import AbstractTreatment
+from autoem.ir import Program
+from autoem.passes.gaussian import latent_groups
+from autoem.treatments.drawn import AbstractDrawn, Hidden
+from autoem.treatments.laplace import MAX_COORDINATES, JointLaplace
+from autoem.treatments.sampling import Averaged, Sampled
+from autoem.treatments.variational import Guide
+
+__all__ = ["AbstractDrawn", "drawn_treatment"]
+
+DENSE = 400  # coordinates up to which Laplace's approximation is the default
+
+
+def drawn_treatment(
+    program: Program, factors: Sequence[Factor], call: Callable[[Any], tuple[tuple, dict]], reasons: Sequence[str]
+) -> AbstractTreatment | None:
+    """The treatment of the latents that are drawn; None where there are none.
+
+    Raises:
+        PlanError: two strategies are asked for at once.
+    """
+    groups = [g for g in latent_groups(program) if g.drawn]
+    if not groups:
+        return None
+    names, sites = {n for g in groups for n in g.members}, {s for g in groups for s in g.sites}
+    members = tuple(z for n, z in program.continuous.items() if n in names)
+    wishes = list(dict.fromkeys(z.wish for z in members if isinstance(z.wish, AbstractEStep)))
+    if len(wishes) > 1:
+        raise PlanError(
+            members[0].name,
+            problem=f"{', '.join(sorted(names))} are to be drawn by {' and '.join(map(repr, wishes))}",
+            mend="give all of them one strategy",
+        )
+    why = "; ".join(dict.fromkeys([*reasons, *(g.refusal for g in groups if g.refusal and not reasons)]))
+    hidden = Hidden(program, members, tuple(f for f in factors if f.name in sites), why or "it was asked for")
+    return make(hidden, wishes[0] if wishes else None, call)
+
+
+def make(hidden: Hidden, wish: AbstractEStep | None, call: Callable) -> AbstractDrawn:
+    """The treatment for a wish, or the default: Laplace's up to so many coordinates, a guide beyond."""
+    if isinstance(wish, SAEM):
+        return Averaged(hidden, wish)
+    if isinstance(wish, MonteCarlo):
+        return Sampled(hidden, wish)
+    if isinstance(wish, Variational):
+        return Guide(hidden, wish, call)
+    if hidden.dim > MAX_COORDINATES and isinstance(wish, Laplace):
+        raise PlanError(
+            hidden.names[0],
+            problem=f"Laplace's approximation over {hidden.dim:,} coordinates at once needs their dense curvature",
+            mend=f'EM(model, e_step={{"{hidden.names[0]}": autoem.e_step.Variational()}})',
+        )
+    return (
+        JointLaplace(hidden) if hidden.dim <= DENSE or isinstance(wish, Laplace) else Guide(hidden, Variational(), call)
+    )
+
+
+DENSE = 400  # coordinates up to which Laplace's approximation is the default

@@ -1,0 +1,196 @@
+r"""Continuous latents drawn from their posterior by Hamiltonian Monte Carlo, beside discrete ones summed exactly.
+
+In: the latents and the factors that read them. Out: draws of chains that go on from step to step, for the M-step; with
+stochastic approximation the draws of earlier steps too, with falling weights. The log-likelihood is followed from step
+to step: where the draws are from the posterior at the new parameters,
+
+.. math:: \log \frac{p(x \mid \theta)}{p(x \mid \theta')} = \log E_{u \sim \theta'}[e^{J_\theta(u) - J_{\theta'}(u)}],
+
+from where it was at the start, by importance sampling about the mode.
+
+References:
+    Wei and Tanner 1990; Thompson and Guo 1991, "Evaluation of likelihood ratios for complex genetic models".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.scipy.special import gammaln
+from numpyro.infer.hmc import hmc
+
+from autoem.e_step.treatment import Expectation
+from autoem.treatments.drawn import AbstractDrawn
+from autoem.treatments.laplace import MAX_COORDINATES, JointLaplace
+
+if TYPE_CHECKING:
+    from autoem._lower import Kernel
+    from autoem.e_step.strategies import SAEM, MonteCarlo
+    from autoem.m_step.problem import Bundle, Params
+
+MAX_TREE_DEPTH = 7
+PROPOSALS, BATCHES, FREEDOM = 4096, 16, 6.0
+
+
+class Chains(NamedTuple):
+    """The chains' state, draws held and their weights, steps done, the log-likelihood, and the parameters before."""
+
+    hmc: Any
+    held: Array
+    weights: Array
+    step: Array
+    total: Array
+    before: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampled(AbstractDrawn):
+    """Chains of NumPyro's kernels over the free coordinates."""
+
+    wish: MonteCarlo
+
+    strategy = "Monte Carlo"
+    objective_name = "Monte Carlo estimate of the log-likelihood"
+    noisy = True
+    source = "Wei and Tanner 1990 (Monte Carlo EM); Hoffman and Gelman 2014"
+
+    @property
+    def per_step(self) -> int:
+        return self.wish.num_draws * self.wish.num_chains
+
+    @property
+    def num_draws(self) -> int:
+        return self.per_step
+
+    @functools.cached_property
+    def sampler(self) -> tuple:
+        """NumPyro's pair of functions: to begin a chain, and to take one transition."""
+
+        def potential_of(kernel, params, bundle):
+            return lambda x: -self.log_density(kernel, params, bundle, x[None])[0]
+
+        return hmc(potential_fn_gen=potential_of, algo=self.wish.kernel)
+
+    def init(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> Chains:
+        begin, move = self.sampler
+        given = (kernel, params, bundle)
+
+        def chain(key: Array):
+            spread, own = jax.random.split(key)
+            x = 0.1 * jax.random.normal(spread, (self.hidden.dim,))
+            state = begin(
+                x, self.wish.warmup, model_args=given, rng_key=own, max_tree_depth=MAX_TREE_DEPTH,
+                trajectory_length=None if self.wish.kernel == "NUTS" else 1.5,
+            )  # fmt: skip
+            return jax.lax.fori_loop(0, self.wish.warmup, lambda _, s: move(s, model_args=given), state)
+
+        states = jax.vmap(chain)(jax.random.split(key, self.wish.num_chains))
+        held = jnp.zeros((self.num_draws, self.hidden.dim))
+        start = self.estimate(kernel, params, bundle, key)[0]
+        return Chains(states, held, jnp.zeros(self.num_draws), jnp.zeros((), int), start, dict(params))
+
+    def estimate(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> tuple[Array, Array]:
+        """The log-likelihood by importance sampling about the mode, and its standard error."""
+        return importance(JointLaplace(self.hidden), kernel, params, bundle, key)
+
+    def final(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, key: Array) -> tuple[Array, Array]:
+        return self.estimate(kernel, params, bundle, key)
+
+    def go_on(self, kernel: Kernel, params: Params, bundle: Bundle, states: Any, num: int) -> tuple[Any, Array]:
+        """The chains after `num` transitions each at these parameters, and their draws `(num * chains, dim)`."""
+        _, move = self.sampler
+        given = (kernel, params, bundle)
+
+        def chain(state):
+            energy, slope = jax.value_and_grad(lambda x: -self.log_density(kernel, params, bundle, x[None])[0])(state.z)
+            state = state._replace(potential_energy=energy, z_grad=slope)  # the parameters have moved
+
+            def transition(s, _):
+                s = move(s, model_args=given)
+                return s, s.z
+
+            return jax.lax.scan(transition, state, length=num)
+
+        states, draws = jax.vmap(chain)(states)
+        return states, draws.reshape(-1, self.hidden.dim)
+
+    def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Chains) -> Expectation:
+        states, x = self.go_on(kernel, params, bundle, state.hmc, self.wish.num_draws)
+        held, weights = self.weighted(state, x)
+        each, found = self.hidden.expectation(kernel, params, bundle, self.hidden.constrain(held)[0], weights)
+        back = self.hidden.log_joint(kernel, state.before, bundle, self.hidden.constrain(x)[0])
+        total = state.total - jax.nn.logsumexp(back - each[-self.per_step :]) + math.log(self.per_step)
+        after = Chains(states, held, weights, state.step + 1, total, dict(params))
+        return found._replace(likelihood=total, state=after)
+
+    def weighted(self, state: Chains, x: Array) -> tuple[Array, Array]:
+        """The draws that the M-step sees, the newest last, and their weights."""
+        return x, jnp.full(len(x), 1 / len(x))
+
+    def posterior_draws(self, kernel: Kernel, params: Params, bundle: Bundle, state: Chains, key: Array, num: int):
+        count = -(-num // self.wish.num_chains)
+        fresh = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.wish.num_chains))
+        _, x = self.go_on(kernel, params, bundle, state.hmc._replace(rng_key=fresh), count)
+        return self.hidden.constrain(x[:num])[0]
+
+    def reason(self) -> str:
+        chains = f"{self.wish.num_chains} chain" + "s" * (self.wish.num_chains > 1)
+        return (
+            f"approximate: drawn from the posterior by {self.wish.kernel}, {self.wish.num_draws} draws a step from "
+            f"{chains}, since {self.hidden.why}; the objective is the {self.objective_name}"
+        )
+
+
+def importance(method: JointLaplace, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> tuple[Array, Array]:
+    """The log-likelihood by weighted draws of a t law about the mode, and its standard error by the delta method.
+
+    Zero, of infinite error, where there are too many coordinates for a curvature.
+
+    References:
+        Geweke 1989, "Bayesian inference in econometric models using Monte Carlo integration".
+    """
+    dim = method.hidden.dim
+    if dim > MAX_COORDINATES:
+        return jnp.zeros(()), jnp.asarray(jnp.inf)
+    mode, _, root, log_det = method.place(kernel, params, bundle, jnp.zeros(dim))
+    normal, wide = jax.random.split(jax.random.fold_in(key, 1))
+    z = jax.random.normal(normal, (PROPOSALS, dim))
+    z = z * jnp.sqrt(FREEDOM / (2 * jax.random.gamma(wide, 0.5 * FREEDOM, (PROPOSALS, 1))))
+    half = 0.5 * (FREEDOM + dim)
+    proposal = -half * jnp.log1p((z**2).sum(1) / FREEDOM) + gammaln(half) - gammaln(0.5 * FREEDOM)
+    proposal = proposal - 0.5 * dim * math.log(FREEDOM * math.pi)
+    one = jax.vmap(lambda x: method.log_density(kernel, params, bundle, x[None])[0])
+    log_weights = jax.lax.map(one, (mode + z @ root.T).reshape(BATCHES, -1, dim)).ravel() - proposal
+    share = jax.nn.softmax(log_weights) * PROPOSALS
+    error = jnp.sqrt(jnp.var(share) / PROPOSALS)
+    return jax.nn.logsumexp(log_weights) - math.log(PROPOSALS) + log_det, error
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Averaged(Sampled):
+    """The same with the draws of earlier steps, whose weights fall: stochastic approximation."""
+
+    wish: SAEM
+    strategy = "SAEM"
+    source = "Delyon, Lavielle and Moulines 1999; Kuhn and Lavielle 2004 (SAEM)"
+
+    @property
+    def num_draws(self) -> int:
+        return self.per_step * self.wish.memory
+
+    def weighted(self, state: Chains, x: Array) -> tuple[Array, Array]:
+        late = jnp.maximum(state.step - self.wish.burn_in, 0) + 1
+        gain = jnp.where(state.step <= self.wish.burn_in, 1.0, late.astype(x.dtype) ** -self.wish.decay)
+        held = jnp.concatenate([state.held[self.per_step :], x])
+        old = state.weights[self.per_step :] * (1 - gain)
+        weights = jnp.concatenate([old, jnp.full(self.per_step, gain / self.per_step)])
+        return held, weights / weights.sum()
+
+    def reason(self) -> str:
+        return super().reason() + f"; expected statistics are averaged over the steps from step {self.wish.burn_in} on"
