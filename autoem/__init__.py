@@ -1,6 +1,7 @@
 """autoem: expectation maximisation, derived automatically from ordinary NumPyro models."""
 
 from autoem import accelerate, e_step, m_step
+from autoem._components import Components
 from autoem._em import EM
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._plan import Plan
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EM",
+    "Components",
     "DataError",
     "EMResult",
     "Family",

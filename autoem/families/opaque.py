@@ -120,7 +120,8 @@ _ENTRIES: tuple[tuple[type, str, str], ...] = (
     (
         dist.MixtureSameFamily,
         _HIDDEN,
-        "write the component: z ~ Categorical(probs), then x from the distribution with arguments indexed by z",
+        "write the component: z ~ Categorical(probs), then x from the distribution with arguments indexed by z; "
+        "or have it written: handlers.reparam(model, config={site: autoem.Components()})",
     ),
     (
         dist.MixtureGeneral,
