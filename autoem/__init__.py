@@ -1,6 +1,7 @@
 """autoem: expectation maximisation, derived automatically from ordinary NumPyro models."""
 
-from autoem import accelerate, e_step, m_step
+from autoem import accelerate, baselines, e_step, m_step
+from autoem._compare import Comparison, compare
 from autoem._components import Components
 from autoem._em import EM
 from autoem._errors import DataError, ModelError, PlanError
@@ -9,11 +10,14 @@ from autoem._posterior import Posterior
 from autoem._ragged import padded
 from autoem._result import EMResult
 from autoem.families import Family, register_family
+from autoem.selection import BootstrapTest, Selection, bootstrap_test, select, split_merge
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EM",
+    "BootstrapTest",
+    "Comparison",
     "Components",
     "DataError",
     "EMResult",
@@ -22,9 +26,15 @@ __all__ = [
     "Plan",
     "PlanError",
     "Posterior",
+    "Selection",
     "accelerate",
+    "baselines",
+    "bootstrap_test",
+    "compare",
     "e_step",
     "m_step",
     "padded",
     "register_family",
+    "select",
+    "split_merge",
 ]

@@ -18,13 +18,13 @@ from jax import Array
 
 from autoem._bundle import make_bundle, route_cells, with_passed_on
 from autoem._chunks import plan_chunks, spread_rows
-from autoem._condense import plate_of_moments
+from autoem._condense import note_of
 from autoem._errors import Intractable, PlanError
 from autoem._integrals import Integral
 from autoem._jaxpr import jit_once
 from autoem._local import settled
 from autoem._lower import Kernel
-from autoem._plan import Plan, make_plan
+from autoem._plan import Plan, make_plan, notes_of
 from autoem._trace import Discovery, Source, trace
 from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.factors import build_factors
@@ -42,7 +42,8 @@ from autoem.m_step.problem import Bundle, Params, Problem
 from autoem.m_step.strategies import AbstractMStep
 from autoem.m_step.superposition import Superposition
 from autoem.passes.classify import classify, continuous_latents, nearest
-from autoem.treatments import drawn_treatment
+from autoem.treatments import drawn_treatment, treatment_of, try_out
+from autoem.treatments.discrete import STRATEGIES as DISCRETE
 
 LARGE = 1_000_000  # entries of the data from which their preparation is compiled well rather than fast
 
@@ -57,6 +58,11 @@ class Options:
     maximize: tuple[str, ...] = ()
     missing: str = "error"
     accelerate: AbstractAcceleration | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return {n: v for n, v in vars(self).items() if v != defaults[n]}
 
     def truncated(self) -> dict[str, tuple[int, int]]:
         asked = self.e_step.items() if isinstance(self.e_step, Mapping) else ()
@@ -83,6 +89,7 @@ class Build:
     mixed: frozenset[str] = frozenset()
     accelerator: Accelerator | None = None
     prepared: bool = False
+    observed: Callable | None = None
 
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
@@ -243,7 +250,7 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
 def open_to_draws(name: str, options: Options) -> bool:
     """Whether a latent without an exact posterior may be drawn, for all that was asked."""
     wish = options.e_step.get(name) if isinstance(options.e_step, Mapping) else options.e_step
-    return wish is None or isinstance(wish, Laplace)
+    return wish is None or isinstance(wish, (Laplace, *DISCRETE))
 
 
 def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array, drawn: Mapping[str, str]) -> Build:
@@ -278,26 +285,36 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
     layout = build_layout(program, values, cells)
     layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={})
     treatment = drawn_treatment(program, factors, lambda d: call_of(source, d), list(drawn.values()))
+    drawing = treatment is not None
+    treatment = treatment_of(program, options.e_step, options.accelerate, treatment)
     kernel = Kernel(program, problem, layout, (), None, integrals, treatment)
-    if integrals or treatment:  # what the M-step sees of the data has nodes in it
+    if integrals or drawing:  # what the M-step sees of the data has nodes in it
         shapes = jax.eval_shape(kernel.completed, params, shapes)
     wishes = asked(program, options)
     blocks = choose(problem, params, shapes, wishes)
     sums = tuple(b for b in blocks if isinstance(b, Superposition))
     if mixed := mixed_signs(sums, program.params, params, values):
         blocks = choose(problem, params, shapes, wishes, mixed)
-    chunks = None if integrals or treatment else plan_chunks(program, problem, layout, params, shapes)
-    notes = notes_of(program, options)
+    chunks = None if integrals or drawing else plan_chunks(program, problem, layout, params, shapes)
+    notes = notes_of(program, options.truncated())
     kernel = dataclasses.replace(kernel, blocks=blocks, chunks=chunks)
     plan = make_plan(program, problem, layout, blocks, chunks, params, shapes, notes, integrals, treatment)
+    if treatment is not None and not drawing:
+        try_out(kernel, params, shapes)
     accelerator = accelerated(options.accelerate, program, blocks, treatment)
-    few = plate_of_moments(kernel)
-    more = (f"'{few}': the fit sees its rows through their mean and covariance alone, taken once",) if few else ()
-    plan = dataclasses.replace(plan, accelerate=accelerator and accelerator.method, notes=(*plan.notes, *more))
+    again = functools.partial(rederived, model, args, kwargs, options)
+    plan = dataclasses.replace(
+        plan, accelerate=accelerator and accelerator.method, notes=(*plan.notes, *note_of(kernel)), asked=options.given,
+        derive=again,
+    )  # fmt: skip
     return Build(
         plan, kernel, found, source, factors, support_limits(found, source), model_start, sums=sums,
         mixed=frozenset(mixed), accelerator=accelerator,
     )  # fmt: skip
+
+
+def rederived(model: Callable, args: tuple, kwargs: dict, options: Options, **changes: Any) -> Plan:
+    return build(model, args, kwargs, dataclasses.replace(options, **changes), jax.random.key(0)).plan
 
 
 def accelerated(
@@ -334,7 +351,8 @@ def integrals_of(
 def with_wishes(program: Program, options: Options, drawn: Collection[str] = ()) -> Program:
     """The program, each of its continuous latents with the strategy that was asked for it, and whether that draws."""
     wish = options.e_step
-    wishes = {n: wish.get(n) if isinstance(wish, Mapping) else wish for n in program.continuous}
+    whole = None if isinstance(wish, DISCRETE) else wish
+    wishes = {n: wish.get(n) if isinstance(wish, Mapping) else whole for n in program.continuous}
     latents = {
         n: dataclasses.replace(z, wish=wishes[n], drawn=n in drawn or getattr(wishes[n], "drawn", False))
         for n, z in program.continuous.items()
@@ -364,11 +382,10 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
             mend = "use autoem.e_step.Exact(), Quadrature(...), Laplace() or another of that module"
             raise PlanError("e_step", problem=f"{step!r} is no E-step strategy", mend=mend)
     for name, step in options.e_step.items() if isinstance(options.e_step, Mapping) else ():
-        if isinstance(step, Truncated) and name in program.continuous:
+        if isinstance(step, (Truncated, *DISCRETE)) and name in program.continuous:
             mend = f'EM(model, e_step={{"{name}": autoem.e_step.Quadrature()}}), or leave e_step out'
-            raise PlanError(
-                name, problem="a range of whole numbers is for discrete latents; this one is not", mend=mend
-            )
+            what = "a range of whole numbers" if isinstance(step, Truncated) else str(step)
+            raise PlanError(name, problem=f"{what} is for discrete latents; this one is not", mend=mend)
         if getattr(step, "approximate", False) and name not in program.continuous:
             mend = f'EM(model, e_step={{"{name}": autoem.e_step.Exact()}})'
             what = type(step).__name__
@@ -378,13 +395,3 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
         if step is not None and not isinstance(step, AbstractMStep):
             mend = "use autoem.m_step.ClosedForm(), Augmented(), Newton(), Gradient(...) or Fixed()"
             raise PlanError("m_step", problem=f"{step!r} is no M-step strategy", mend=mend)
-
-
-def notes_of(program: Program, options: Options) -> tuple[str, ...]:
-    judged = [p for p in program.params.values() if p.prior and "maximize=" not in p.reason]
-    read = {n for s in program.sites.values() if s.role == "continuous" for n in s.parents}
-    turn = {p.name: f'; a latent is drawn from it: latent=["{p.name}"] would integrate it' for p in judged}
-    notes = [f"'{p.name}' is {p.reason}{turn[p.name] if p.name in read else ''}" for p in judged]
-    for name, (low, high) in options.truncated().items():
-        notes.append(f"'{name}' is summed over {low} ... {high} only; mass outside is left out of the likelihood")
-    return tuple(notes)

@@ -286,8 +286,8 @@ def check_m_step(built: Build, params, bundle: Bundle) -> list[Check]:
 def check_stationary(built: Build, result: EMResult, key: Array) -> Check:
     """At a converged fit the gradient of the objective vanishes, in the interior."""
     name = "gradient of the log-likelihood is zero at convergence"
-    if built.kernel.treatment is not None:
-        return not_tried(name, f"the objective is the {built.kernel.objective_name}")
+    if (treatment := built.kernel.treatment) is not None and not treatment.is_likelihood:
+        return not_tried(name, f"the fit is one of the {built.kernel.objective_name}, to no maximum of the likelihood")
     if not result.converged:
         return not_tried(name, f"the fit did not converge ({result.status.partition(':')[0]})")
     bundle = built.plain_bundle(result._context.source, key)
@@ -343,8 +343,8 @@ def check_refit(em: EM, call: Call, result: EMResult, key: Array) -> Check:
 def no_simulation(built: Build, result: EMResult) -> str:
     """Why the fitted model cannot be simulated, or what would come of it not be judged; empty where it can."""
     sites = built.program.sites.values()
-    if built.kernel.treatment is not None:
-        return f"the objective is the {built.kernel.objective_name}"
+    if (treatment := built.kernel.treatment) is not None and not treatment.is_likelihood:
+        return f"the fit is one of the {built.kernel.objective_name}, to no maximum of the likelihood"
     if any(s.role == "factor" for s in sites):
         return "a numpyro.factor has no distribution to draw from"
     if any(s.scaled for s in sites):

@@ -73,6 +73,12 @@ def plate_of_moments(kernel: Kernel) -> str | None:
     return plate if observed and alike and width < MAX_WIDTH and rows >= FEWER * (width + 1) else None
 
 
+def note_of(kernel: Kernel) -> tuple[str, ...]:
+    """What the plan says of it."""
+    plate = plate_of_moments(kernel)
+    return (f"'{plate}': the fit sees its rows through their mean and covariance alone, taken once",) if plate else ()
+
+
 def same_law(f: Factor, plate: str) -> bool:
     """Whether a site says the same of every row of a plate, whose rows it stands in once."""
     if f.site.axes.count(plate) != 1 or f.site.masked or f.site.scaled or f.value_hidden or f.family is None:
@@ -169,4 +175,4 @@ def shrunk(kernel: Kernel, plate: str, count: int, times: float) -> Kernel:
     )
 
 
-__all__ = ["condensed", "plate_of_moments"]
+__all__ = ["condensed", "note_of", "plate_of_moments"]

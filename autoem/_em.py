@@ -14,7 +14,7 @@ from autoem._build import Build, Options, build
 from autoem._check import Report, run_checks
 from autoem._condense import condensed
 from autoem._errors import DataError, ModelError, PlanError
-from autoem._fit import State, compile_loop, initial_state, run_loop
+from autoem._fit import State, compile_loop, ended, initial_state, run_loop
 from autoem._init import given_start, starts
 from autoem._jaxpr import jit_once
 from autoem._lower import disagree
@@ -203,10 +203,11 @@ class EM:
         with Progress(self.progress, self.stop.max_steps, len(begin)) as bar:
             if together:
                 stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
-                ended = run_loop(advance, stacked, bundle, self.stop, first, bar.report)
-                states = [jax.tree.map(lambda x, i=i: x[i], ended) for i in range(len(begin))]
+                last = run_loop(advance, stacked, bundle, self.stop, first, bar.report)
+                states = [jax.tree.map(lambda x, i=i: x[i], last) for i in range(len(begin))]
             else:
                 states = list(one_by_one(advance, states, bundle, self.stop, first, bar.report))
+        states = [ended(built.kernel, s, bundle) for s in states]
         best = max(range(len(states)), key=lambda i: merit(states[i]))
         if underflowed(built, begin[best], states[best], bundle):
             built.kernel = built.kernel.in_logs
@@ -227,6 +228,9 @@ def underflowed(built: Build, begin: Mapping[str, Array], state: State, bundle: 
     Asked where the fit began and where it ended: messages in logarithms give another likelihood there. Where the
     transitions alone tell that nothing was lost, no likelihood is computed.
     """
+    treatment = built.kernel.treatment  # those with exact sums have all messages in logarithms
+    if treatment is not None and treatment.sums_exactly:
+        return False
     if built.kernel.layout.logs or not any(c.lag for c in built.kernel.layout.chains):
         return False
     if built.robust is None:
@@ -242,9 +246,9 @@ def underflowed(built: Build, begin: Mapping[str, Array], state: State, bundle: 
 def one_by_one(advance: Callable, states: list[State], bundle: Bundle, stop: Stop, first: int, report: Callable):
     """Run each start to its end; an interrupt ends the fit, not the start alone."""
     for state in states:
-        ended = run_loop(advance, state, bundle, stop, first, report)
-        yield ended
-        if int(ended.status) == INTERRUPTED:
+        last = run_loop(advance, state, bundle, stop, first, report)
+        yield last
+        if int(last.status) == INTERRUPTED:
             return
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._jaxpr import jit_small
+from autoem._jaxpr import jit_once, jit_small
 from autoem._lower import Kernel
 from autoem._stop import CONVERGED, DIVERGED, FELL, INTERRUPTED, LIMIT, ROUNDED, RUNNING, SETTLED, Stop
 from autoem.accelerate import Accelerator
@@ -80,16 +80,17 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle, accelerato
     value = likelihood + prior
     eps = jnp.finfo(value.dtype).eps
     size = jnp.maximum(jnp.abs(value), 1.0)
-    first = state.step == 0
+    first, warm = state.step == 0, state.step <= kernel.warmup
     trial = state.ahead.trial if accelerator else jnp.zeros((), bool)
     # a finite stand-in for log 0 is as good as minus infinity here
     bad = ~jnp.isfinite(value) | (value < -jnp.sqrt(jnp.finfo(value.dtype).max) / 2)
     refused = trial & (bad | (value < state.objective))
     bad = bad & ~refused
     slack = jnp.maximum(stop.fall * eps, RULE) if kernel.approximate else stop.fall * eps
-    fell = ~first & ~refused & (value < state.objective - slack * size) & (not kernel.may_fall)
+    fell = ~warm & ~refused & (value < state.objective - slack * size) & (not kernel.may_fall)
     # against the best value so far: at the limit of single precision the objective wavers without rising
-    change = value - jnp.max(jnp.where(jnp.isnan(state.history), -jnp.inf, state.history))
+    before = state.history[min(kernel.warmup, stop.max_steps) :]
+    change = value - jnp.max(jnp.where(jnp.isnan(before), -jnp.inf, before))
     if kernel.may_fall:  # then a step down is a step, not rest
         change = jnp.abs(value - state.objective)
     # terms of either sign may cancel in the objective, but not in its rounding error
@@ -97,7 +98,7 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle, accelerato
     if kernel.noisy:
         still = settled(state.history.at[state.step].set(value), state.step, stop.tol * size) & (stop.tol > 0)
     else:
-        still = ~first & (change <= jnp.maximum(stop.tol * size, rounding)) & (stop.tol > 0)
+        still = ~warm & (change <= jnp.maximum(stop.tol * size, rounding)) & (stop.tol > 0)
     flat = jnp.where(still, state.flat + ~trial, jnp.where(refused, state.flat, 0))
     status = jnp.where(state.step >= stop.max_steps, LIMIT, RUNNING)
     end = SETTLED if kernel.noisy else jnp.where(rounding > stop.tol * size, ROUNDED, CONVERGED)
@@ -154,6 +155,19 @@ def onwards(accelerator: Accelerator, state: State, image: Params, refused: Arra
     point = {n: jnp.where(go, point[n], v) for n, v in plain.items()}
     after = jax.tree.map(lambda r, a: jnp.where(refused, r, a), accelerator.method.refused(method), after)
     return point, Ahead(go, plain, after)
+
+
+def ended(kernel: Kernel, state: State, bundle: Bundle) -> State:
+    """The state with what the E-step makes of its end: the best point where it wandered, exact values where it can."""
+    treatment = kernel.treatment
+    if treatment is None or not treatment.sums_exactly:
+        return state
+
+    def run(params, bundle, memory, value, likelihood):
+        return treatment.ended(kernel, params, bundle, memory, value, likelihood)
+
+    end = jit_once(run)(state.params, bundle, state.e_step, state.objective, state.log_likelihood)
+    return state._replace(params=dict(end.params), objective=end.objective, log_likelihood=end.likelihood)
 
 
 def compile_loop(

@@ -84,7 +84,7 @@ def quadrature(block: LocalBlock, why: str) -> Gauss:
 
 def refused(block: LocalBlock, why: str) -> Intractable:
     name = block.names[0]
-    mend = f'EM(model, maximize=["{name}"]) to maximise over it, or integrate it out by hand'
+    mend = f'EM(model, maximize=["{name}"]) to maximise over it, or leave e_step out for an approximation'
     return Intractable(name, problem=f"its posterior is not Gaussian, and {why}", mend=mend, latents=block.names)
 
 

@@ -26,11 +26,14 @@ from autoem.e_step.along_time import ChainStep
 from autoem.e_step.chains import robust
 from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import Layout, Table, eliminate
+from autoem.e_step.reductions import Reduce, log_sum_exp, numbered
 from autoem.e_step.tables import Factor, Rows
 from autoem.e_step.treatment import AbstractTreatment, Expectation
 from autoem.ir import Program
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.problem import Bundle, Params, Problem, make_layout
+
+LAPLACE = "Laplace approximation of the log-likelihood"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,9 +73,19 @@ class Kernel:
         return self.treatment is not None and (self.treatment.noisy or self.treatment.falls)
 
     @property
+    def warmup(self) -> int:
+        """Steps at the beginning whose objectives do not compare."""
+        return 0 if self.treatment is None else self.treatment.warmup
+
+    @property
     def objective_name(self) -> str:
         """What is maximised, but for the parameters' priors."""
-        return "log-likelihood" if self.treatment is None else self.treatment.objective_name
+        if self.treatment is not None:
+            return self.treatment.objective_name
+        rules = {i.block.strategy for i in self.integrals} - {"exact"}
+        if not rules:
+            return "log-likelihood"
+        return "log-likelihood by quadrature" if rules == {"quadrature"} else LAPLACE
 
     @property
     def in_logs(self) -> Kernel:
@@ -108,9 +121,9 @@ class Kernel:
         likelihood = likelihood + bundle.constant
         return likelihood + prior, (likelihood, prior)
 
-    def _whole(self, cells, integrals: Sequence[Table], bundle: Bundle) -> Array:
+    def _whole(self, cells, integrals: Sequence[Table], bundle: Bundle, reduce: Reduce = log_sum_exp) -> Array:
         tables = self.tables(cells, bundle.rows, self.likelihood_factors)
-        return eliminate([*tables, *integrals], make_layout(self.layout, bundle))
+        return eliminate([*tables, *integrals], make_layout(self.layout, bundle), reduce)
 
     def robust(self, params: Params, bundle: Bundle) -> Array:
         """Whether the scaled messages of every chain lose nothing; the compiler leaves out all but the transitions."""
@@ -133,20 +146,23 @@ class Kernel:
         """What the E-step remembers before its first step."""
         return None if self.treatment is None else self.treatment.init(self, params, bundle, key)
 
-    def exactly(self, params: Params, bundle: Bundle) -> Expectation:
-        """The exact E-step: expected statistics are the gradient of the log-likelihood with respect to the cells."""
+    def exactly(self, params: Params, bundle: Bundle, reduce: Reduce = log_sum_exp) -> Expectation:
+        """The exact E-step: expected statistics are the gradient of the log-likelihood with respect to the cells.
+
+        With another `reduce` it is the E-step whose objective has that in place of the sum over each discrete latent.
+        """
         cells = self.problem.cells(params, bundle)
         prior, from_prior = jax.value_and_grad(self.log_prior)(cells, bundle)
         integrals, completed = [], {}
         if self.chunks:
-            likelihood, statistics = self._in_chunks(cells, bundle, gradient=True)
+            likelihood, statistics = self._in_chunks(cells, bundle, gradient=True, reduce=reduce)
         else:
             integrals = [block.integrate(params, bundle) for block in self.integrals]
             tables = [table for table, _ in integrals]
 
             def whole(cells, values: list[Named]) -> Array:
                 known = [dataclasses.replace(t, value=v) for t, v in zip(tables, values, strict=True)]
-                return self._whole(cells, known, bundle)
+                return self._whole(cells, known, bundle, reduce)
 
             likelihood, (statistics, slopes) = jax.value_and_grad(whole, (0, 1))(cells, [t.value for t in tables])
             completed = self.completed_by(params, [m for _, m in integrals], slopes, bundle)
@@ -189,13 +205,13 @@ class Kernel:
     def init_states(self, params: Params) -> tuple:
         return tuple(b.init(params) for b in self.blocks)
 
-    def _in_chunks(self, cells, bundle: Bundle, gradient: bool) -> tuple[Array, Any]:
+    def _in_chunks(self, cells, bundle: Bundle, gradient: bool, reduce: Reduce = log_sum_exp) -> tuple[Array, Any]:
         """Log-likelihood and statistics, summed over chunks, devices and the tail."""
         chunks = self.chunks
         assert chunks is not None
 
-        def local(rows: Mapping[str, Rows], cells):
-            return self._loop(cells, rows, bundle, chunks.main // chunks.devices, gradient)
+        def local(rows: Mapping[str, Rows], cells, reduce: Reduce):
+            return self._loop(cells, rows, bundle, chunks.main // chunks.devices, gradient, reduce)
 
         main = {f.name: bundle.rows[f.name] for f in self.likelihood_factors}
         if chunks.devices > 1:
@@ -203,24 +219,26 @@ class Kernel:
             specs = jax.tree.map(lambda r: r, row_specs(main, chunks.plate))
 
             def spread(rows, cells):
-                return jax.lax.psum(local(rows, cells), "rows")
+                own = numbered(reduce, jax.lax.axis_index("rows") + 1)
+                return jax.lax.psum(local(rows, cells, own), "rows")
 
             total = jax.shard_map(spread, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False)(main, cells)
         else:
-            total = local(main, cells)
+            total = local(main, cells, numbered(reduce, 1))
         if bundle.tail is not None:
-            rest = self._part(cells, bundle.tail, bundle, chunks.rows - chunks.main, gradient)
+            tail = numbered(reduce, 0)
+            rest = self._part(cells, bundle.tail, bundle, chunks.rows - chunks.main, gradient, tail)
             total = jax.tree.map(jnp.add, total, rest)
         return total
 
-    def _loop(self, cells, rows: Mapping[str, Rows], bundle: Bundle, count: int, gradient: bool):
+    def _loop(self, cells, rows: Mapping[str, Rows], bundle: Bundle, count: int, gradient: bool, reduce: Reduce):
         chunks = self.chunks
         assert chunks is not None
         size = min(chunks.size, count)
 
         def part(start, length: int):
             taken = {n: slice_rows(r, chunks.plate, start, length) for n, r in rows.items()}
-            return self._part(cells, taken, bundle, length, gradient)
+            return self._part(cells, taken, bundle, length, gradient, numbered(reduce, start))
 
         whole, rest = divmod(count, size)
         total = part(0, size)
@@ -232,7 +250,7 @@ class Kernel:
             total = jax.tree.map(jnp.add, total, part(whole * size, rest))
         return total
 
-    def _part(self, cells, rows: Mapping[str, Rows], bundle: Bundle, length: int, gradient: bool):
+    def _part(self, cells, rows: Mapping[str, Rows], bundle: Bundle, length: int, gradient: bool, reduce: Reduce):
         chunks = self.chunks
         assert chunks is not None
         factors = [resized(f, chunks.plate, length) for f in self.likelihood_factors]
@@ -242,7 +260,7 @@ class Kernel:
             tables = self.tables(cells, rows, factors)
             scales = {n: slice_named(s, chunks.plate, 0, length) for n, s in bundle.scales.items()}
             layout = dataclasses.replace(self.layout, sizes=sizes, scales=scales, cells={})
-            return eliminate(tables, layout)
+            return eliminate(tables, layout, reduce)
 
         if not gradient:
             return value(cells), None

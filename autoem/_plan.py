@@ -7,11 +7,13 @@ plan's rows are read off the very objects that run.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from autoem._alternatives import Alternatives, alternatives
 from autoem._chunks import Chunks
 from autoem._errors import PlanError
 from autoem._integrals import Integral
@@ -76,6 +78,9 @@ class Plan:
         cost: size of the E-step.
         notes: judgements, and how to turn them.
         accelerate: how the EM map is extrapolated; None where it is not.
+        treatment: the E-step where it is not the exact one; its `objective_name` says what is maximised.
+        asked: the options of the derivation that were given.
+        derive: the plan of the same model and data with other options.
     """
 
     program: Program
@@ -90,6 +95,8 @@ class Plan:
     integrals: tuple[Integral, ...] = ()
     accelerate: AbstractAcceleration | None = None
     treatment: AbstractTreatment | None = None
+    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    derive: Callable[..., Plan] | None = None
 
     def __str__(self) -> str:
         return plan_text(self)
@@ -107,6 +114,17 @@ class Plan:
     def citations(self) -> str:
         """Sources of the methods that the plan uses, one a line."""
         return citations_of(self)
+
+    def alternatives(self, name: str | None = None) -> Alternatives:
+        """What else could treat a latent or a parameter, or each of them: strategy, what it changes, and its price.
+
+        Each is tried: what the model does not admit is not listed. A row's `options` ask for it:
+        `EM(model, **row.options)`. `Truncated` is not among them, since only the user knows the range.
+
+        Raises:
+            KeyError: the model has no such latent or parameter.
+        """
+        return alternatives(self, name)
 
     def m_step(self, name: str) -> str:
         """How the parameter `name` is maximised: 'closed form', 'Newton', 'gradient' or 'fixed'.
@@ -161,7 +179,8 @@ def make_plan(
     )
     return Plan(
         program, problem, layout, blocks, chunks,
-        (*latent_rows(program, problem, layout), *continuous_rows(integrals, treatment)),
+        (*(as_treated(r, treatment) for r in latent_rows(program, problem, layout)),
+         *continuous_rows(integrals, treatment)),
         tuple(parameter_rows(program, problem, blocks)), cost, (*program.notes, *notes, *idle), integrals,
         treatment=treatment,
     )  # fmt: skip
@@ -215,6 +234,14 @@ def latent_rows(program: Program, problem: Problem, layout: Layout):
         yield LatentRow(name, "exact", latent.num_states, plates, cells, reason)
 
 
+def as_treated(row: LatentRow, treatment: AbstractTreatment | None) -> LatentRow:
+    """The row of a discrete latent, with what an E-step other than the exact one makes of it."""
+    said = treatment and treatment.described(row.name)
+    if not said:
+        return row
+    return dataclasses.replace(row, strategy=said[0], reason=f"{said[1]}; {row.reason}")
+
+
 def continuous_rows(integrals: Sequence[Integral], treatment: AbstractTreatment | None):
     for part in (*integrals, *([treatment] if treatment else [])):
         for row in part.rows():
@@ -248,3 +275,14 @@ def human(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def notes_of(program: Program, truncated: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    """Judgements that the user may turn: priors maximised, sums cut off."""
+    judged = [p for p in program.params.values() if p.prior and "maximize=" not in p.reason]
+    read = {n for s in program.sites.values() if s.role == "continuous" for n in s.parents}
+    turn = {p.name: f'; a latent is drawn from it: latent=["{p.name}"] would integrate it' for p in judged}
+    notes = [f"'{p.name}' is {p.reason}{turn[p.name] if p.name in read else ''}" for p in judged]
+    for name, (low, high) in truncated.items():
+        notes.append(f"'{name}' is summed over {low} ... {high} only; mass outside is left out of the likelihood")
+    return tuple(notes)

@@ -26,6 +26,7 @@ def plan_text(plan: Plan) -> str:
     if plan.latents:
         width = max(len(r.name) for r in plan.latents)
         lines += shortened([_wrapped(f"    {r.name:<{width}}  {r.strategy}: ", r.reason) for r in plan.latents])
+        lines += [f"    objective: {plan.treatment.objective_name}"] if plan.treatment else []
         lines += [f"    cost: {plan.cost}"]
         if len(order := plan.cost.order) > 1:
             shown = order if len(order) <= 10 else (*order[:8], f"... {len(order) - 8} more")
@@ -102,6 +103,7 @@ def plan_html(plan: Plan) -> str:
     if plan.latents:
         rows = [(r.name, _badge(r.strategy), ", ".join(r.plates) or "-", html.escape(r.reason)) for r in plan.latents]
         out += [_table(("latent", "E-step", "plates", "why"), rows)]
+        out += [f"<p>Objective: {html.escape(plan.treatment.objective_name)}</p>"] if plan.treatment else []
         out += [f"<p>{html.escape(str(plan.cost))}</p>"]
     rows = [
         (r.name, _badge(r.strategy), f"<code>{html.escape(r.update)}</code>", html.escape(r.reason))
@@ -194,6 +196,7 @@ def plan_latex(plan: Plan) -> str:
 def citations_of(plan: Plan) -> str:
     """Sources of what the plan uses."""
     sources = [f"E-step: {ELIMINATION_SOURCE}"] if plan.program.latents else []
+    sources += [f"E-step: {plan.treatment.source}"] if plan.treatment else []
     sources += [f"{', '.join(i.block.names)}: {i.source}" for i in plan.integrals]
     sources += [f"{', '.join(b.names)}: {b.source}" for b in plan.blocks]
     sources += [f"{plan.accelerate.name}: {plan.accelerate.source}"] if plan.accelerate else []

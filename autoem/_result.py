@@ -15,6 +15,7 @@ from numpyro.infer import Predictive
 
 from autoem._build import Build
 from autoem._drawn_posterior import DrawnPosterior
+from autoem._ending import remarks
 from autoem._errors import DataError
 from autoem._fit import State
 from autoem._oddities import boundaries, cause, impossible, oddities
@@ -30,9 +31,7 @@ from autoem.treatments import AbstractDrawn
 if TYPE_CHECKING:
     from autoem._em import EM
 
-
-SHOWN = 12  # starts that are printed
-MANY_PARAMS = 20  # parameters that are printed
+SHOWN, MANY_PARAMS = 12, 20  # starts, and parameters, that are printed
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -90,8 +89,8 @@ class EMResult:
 
     Attributes:
         params: value of every parameter, by site name, on its constrained scale; maximised sample sites included.
-        log_likelihood: log density of the observed data at `params`, latents summed out, in nats.
-        objective: `log_likelihood` plus the log density of the parameters' priors; what EM maximised.
+        log_likelihood: log density of the observed data at `params`, latents summed out, in nats; or a bound of it.
+        objective: what was maximised, see `objective_name`, plus the log density of the parameters' priors.
         standard_error: of `log_likelihood`, where it is estimated from random draws; otherwise zero.
         history: objective at the start and after every step, `(num_steps + 1,)`.
         num_steps: M-steps that led to `params`.
@@ -117,8 +116,12 @@ class EMResult:
 
     def __str__(self) -> str:
         steps = f"{self.num_steps} step" + ("" if self.num_steps == 1 else "s")
+        both = self.objective_name != "log-likelihood" and getattr(self.plan.treatment, "sums_exactly", False)
         error = f" (standard error {self.standard_error:.2g})" if self.standard_error else ""
-        lines = [f"EM: {self.status}", f"{self.objective_name} {self.log_likelihood:.6f}{error} after {steps}"]
+        value = (
+            f"{self.objective:.6f}, log-likelihood {self.log_likelihood:.6f}" if both else f"{self.log_likelihood:.6f}"
+        )
+        lines = [f"EM: {self.status}", f"{self.objective_name} {value}{error} after {steps}"]
         with np.printoptions(precision=5, suppress=True, threshold=24):
             entries = []
             for name, value in self.params.items():
@@ -189,7 +192,7 @@ class EMResult:
 
     @property
     def objective_name(self) -> str:
-        """What `log_likelihood` is: the log-likelihood itself, or what an approximate E-step has in its place."""
+        """What `objective` is, but for priors: the log-likelihood, or what an approximate E-step has in its place."""
         return self._context.built.kernel.objective_name
 
     @property
@@ -199,13 +202,16 @@ class EMResult:
 
     @property
     def num_data(self) -> int:
-        """Rows of the data's plate: the number of independent data."""
-        built = self._context.built
+        """Rows of the data's plate: the number of independent data; of one series, its steps."""
+        program = self._context.built.program
         plate = self.posterior().datum_plate
         if plate is not None:
-            return built.program.plates[plate].size
-        terms = (s for s in built.program.sites.values() if s.role in ("observed", "factor"))
-        return max((int(np.prod(s.shape, dtype=int)) for s in terms), default=1)
+            return program.plates[plate].size
+        sites = [s for s in program.sites.values() if s.role in ("observed", "factor")]
+        rows = max((int(np.prod(s.shape, dtype=int)) for s in sites), default=1)
+        # first steps that the model states outside its scan, and those of it that look further back than the series
+        alone = sum(s.shape == () for s in sites) if program.chains else 0
+        return rows + -(-alone // max(1, len(sites) - alone))
 
     @property
     def num_values(self) -> int:
@@ -277,7 +283,11 @@ def make_result(
 ) -> EMResult:
     """The result of the best start."""
     state, restarts = ended
-    odd = oddities(built, state.params, bundle) if np.isfinite(float(state.objective)) else ()
+    odd: tuple[str, ...] = ()
+    if np.isfinite(float(state.objective)):
+        odd = oddities(built, state.params, bundle) + remarks(
+            built, source, state.params, em.options.truncated(), int(state.step)
+        )
     if int(state.status) in (DIVERGED, FELL):
         odd = tuple(dict.fromkeys((*odd, *cause(built, state, bundle))))
     sentence = SENTENCES[int(state.status)]
@@ -291,7 +301,7 @@ def make_result(
         better, error = built.final(state.params, bundle, state.e_step)
         objective, likelihood = objective - likelihood + better, better
     return EMResult(
-        {n: v for n, v in state.params.items()},
+        dict(state.params),
         likelihood,
         objective,
         history,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._errors import ModelError
+from autoem._errors import ModelError, PlanError
 from autoem._lower import Kernel
 from autoem.ir import Param
 from autoem.m_step.choose import kind_of
@@ -92,7 +92,20 @@ def move(param: Param, value: Array, shift: Array) -> Array:
 
 
 def standard_errors(kernel: Kernel, params: Mapping[str, Array], bundle: Bundle) -> StandardErrors:
-    """Standard error of every entry of every maximised parameter."""
+    """Standard error of every entry of every maximised parameter.
+
+    Raises:
+        PlanError: the fit was of an E-step that does not end at a maximum of the likelihood.
+    """
+    treatment = kernel.treatment
+    if treatment is not None and treatment.sums_exactly and not treatment.is_likelihood:
+        raise PlanError(
+            "e_step",
+            kind="option",
+            problem="the E-step asked for does not end at a maximum of the likelihood, where alone its curvature tells "
+            "the standard errors",
+            mend="refined = autoem.EM(model, init=result.params).run(rng_key, *args); refined.standard_errors()",
+        )
     names = [n for b in kernel.blocks for n in b.names]
     values = {n: np.asarray(params[n]) for n in names}
     free = {n: free_entries(kernel.program.params[n], values[n]) for n in names}

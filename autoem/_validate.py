@@ -17,7 +17,7 @@ from numpyro.distributions import constraints
 
 from autoem._build import Build
 from autoem._errors import DataError
-from autoem._jaxpr import Graph, Variable
+from autoem._jaxpr import Variable
 from autoem._lookups import place, refuse_far_indices
 from autoem._trace import Record, Source
 
@@ -38,7 +38,7 @@ def validate(built: Build, source: Source, missing: str) -> None:
     shown = {s.name: "given" if (s.name, "given") in outputs else "value" for s in observed}
     keys = [(s.name, f) for s in observed for f in (shown[s.name], "mask") if (s.name, f) in outputs]
     keys = [k for k in keys if all(n[0] == "data" for n in program.full.needs(k))]
-    values = host_values(program.full, keys, source)
+    values = host_values(built, keys, source)
     for site in observed:
         if (site.name, shown[site.name]) not in values:
             continue
@@ -52,8 +52,9 @@ def validate(built: Build, source: Source, missing: str) -> None:
     refuse_far_indices(built, source)
 
 
-def host_values(graph: Graph, keys: list, source: Source) -> dict[Any, np.ndarray]:
-    """Outputs as NumPy arrays; those that are the data themselves are not computed."""
+def host_values(built: Build, keys: list, source: Source) -> dict[Any, np.ndarray]:
+    """Outputs as NumPy arrays; those that are the data themselves are not computed, the others compiled once."""
+    graph = built.program.full
     by_var = {v: k[1] for k, v in graph.inputs.items() if k[0] == "data"}
     out: dict[Any, np.ndarray] = {}
     rest = []
@@ -65,7 +66,8 @@ def host_values(graph: Graph, keys: list, source: Source) -> dict[Any, np.ndarra
             rest.append(key)
     if rest:
         data = {("data", i): jnp.asarray(x) for i, x in enumerate(source.data)} if not source.concrete else {}
-        out.update(zip(rest, map(np.asarray, jax.jit(lambda d: graph.evaluate(rest, d))(data)), strict=True))
+        built.observed = built.observed or jax.jit(lambda d: graph.evaluate(rest, d))
+        out.update(zip(rest, map(np.asarray, built.observed(data)), strict=True))
     return out
 
 

@@ -28,6 +28,7 @@ LAYERS = """
     _integrals
     _local
     _chunks _render accelerate
+    _alternatives
     _plan
     _lower
     _condense
@@ -38,10 +39,14 @@ LAYERS = """
     _stop _progress _validate _paths _impute
     _fit _posterior _stderr _init
     _oddities _drawn_posterior
+    _ending
     _result _verify
     _replay
     _check
     _em
+    selection
+    baselines
+    _compare
     __init__
 """
 LAYER_OF = {unit: depth for depth, line in enumerate(LAYERS.split("\n")) for unit in line.split()}

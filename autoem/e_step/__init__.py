@@ -3,12 +3,27 @@
 from autoem.e_step.strategies import (
     SAEM,
     AbstractEStep,
+    Annealed,
     Exact,
+    Hard,
     Laplace,
     MonteCarlo,
     Quadrature,
+    Stochastic,
     Truncated,
     Variational,
 )
 
-__all__ = ["SAEM", "AbstractEStep", "Exact", "Laplace", "MonteCarlo", "Quadrature", "Truncated", "Variational"]
+__all__ = [
+    "SAEM",
+    "AbstractEStep",
+    "Annealed",
+    "Exact",
+    "Hard",
+    "Laplace",
+    "MonteCarlo",
+    "Quadrature",
+    "Stochastic",
+    "Truncated",
+    "Variational",
+]

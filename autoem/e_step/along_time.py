@@ -21,7 +21,7 @@ from autoem._named import Named, add, pick, union
 from autoem.e_step import chains
 from autoem.e_step.chain_tables import TIME, ChainTables, Frame
 from autoem.e_step.layout import Held, Layout, Table
-from autoem.e_step.reductions import log_sum_exp
+from autoem.e_step.reductions import Reduction, log_sum_exp, removing
 from autoem.ir import Chain, Program, at_lag, at_step
 
 
@@ -127,10 +127,14 @@ def close(
             problem="a site reads both the first and the last steps of a chain",
             mend="carry the first step's latent along in the carry, as part of the state",
         )
+    firsts = [t.value for t in holding if t.latents & start]
+    if isinstance(reduce, Reduction) and reduce.apart:
+        plates = tuple(sorted(p for p in waiting.plates if layout.sizes[p] > 1))
+        firsts.append(Named(jnp.zeros([layout.sizes[p] for p in plates]), plates))
     parts = chain_tables(
         chain,
         waiting.held.tables,
-        [t.value for t in holding if t.latents & start],
+        firsts,
         [t.value for t in holding if t.latents & end],
     )
     latents = frozenset().union(waiting.latents, *(t.latents for t in holding)) - start - end
@@ -141,7 +145,7 @@ def close(
     elif reduce is log_sum_exp and not layout.logs:
         value = chains.proven(parts) if layout.proof else chains.total(parts)
     else:
-        value = chains.log_sum(parts, reduce)
+        value = chains.log_sum(parts, removing(reduce, start | end, latents))
     return [*rest, Table(value, latents, waiting.plates)], start | end
 
 

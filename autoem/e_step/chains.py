@@ -26,7 +26,7 @@ from jax import Array
 
 from autoem._named import Named, add, pick
 from autoem.e_step.chain_tables import TIME, ChainTables, Spec, arrays_of, einsum, in_time, merged
-from autoem.e_step.reductions import log_sum_exp
+from autoem.e_step.reductions import log_sum_exp, numbered
 
 SOURCE = "Baum, Petrie, Soules and Weiss 1970 (forward-backward); Rabiner 1989 (scaling)"
 
@@ -195,18 +195,18 @@ def log_messages(chain: ChainTables, reduce: Callable[[Array], Array]) -> tuple[
     states = spec.states
 
     def step(message, at):
-        single, varying = at
+        i, single, varying = at
         joint = joint_of(spec, message, merged(spec, pairs, varying))
         flat = joint.to((*frame.gone, *frame.after))
         flat = flat.reshape(-1, *flat.shape[len(frame.gone) :])
-        new = jnp.broadcast_to(reduce(flat) + single, jnp.broadcast_shapes(message.shape, single.shape))
+        new = jnp.broadcast_to(numbered(reduce, i)(flat) + single, jnp.broadcast_shapes(message.shape, single.shape))
         top = jnp.max(new, axis=states, keepdims=True)
         top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
         return new - top, (new - top, jnp.squeeze(top, states))
 
     over = jnp.broadcast_to(single, (spec.steps, *single.shape[1:]))
     head = jnp.broadcast_to(head, jnp.broadcast_shapes(head.shape, single.shape[1:]))
-    messages, taken = jax.lax.scan(step, head, (over, in_time(spec, pairs)))[1]
+    messages, taken = jax.lax.scan(step, head, (jnp.arange(spec.steps), over, in_time(spec, pairs)))[1]
     return head, messages, taken
 
 
@@ -221,7 +221,7 @@ def log_sum(chain: ChainTables, reduce: Callable[[Array], Array]) -> Named:
     _, messages, taken = log_messages(chain, reduce)
     last = messages[-1]
     flat = last.reshape(-1, *last.shape[len(frame.current) :])
-    return Named(reduce(flat) + taken.sum(0), frame.kept)
+    return Named(numbered(reduce, chain.steps)(flat) + taken.sum(0), frame.kept)
 
 
 def robust(chain: ChainTables) -> Array:

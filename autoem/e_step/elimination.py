@@ -26,7 +26,7 @@ from autoem._errors import PlanError
 from autoem._named import Named, add, multiply, union
 from autoem.e_step.along_time import ChainStep, close, opened, renamed_ends
 from autoem.e_step.layout import Held, Layout, Route, Step, Table, route_to_rows
-from autoem.e_step.reductions import log_sum_exp, maximum
+from autoem.e_step.reductions import Reduction, log_sum_exp, maximum, removing
 
 SOURCE = "Obermeyer et al. 2019 (plated variable elimination); Darwiche 2003 (marginals as derivatives)"
 
@@ -43,7 +43,7 @@ def eliminate(
     Args:
         tables: the factors' tables.
         layout: where the latents live.
-        reduce: `log_sum_exp` for the sum, `maximum` for the mode.
+        reduce: `log_sum_exp` for the sum, `maximum` for the mode; see `reductions`.
         steps: filled with what backward reading needs, if given.
         parts: filled with the independent contributions before their sum over plates, if given.
 
@@ -111,18 +111,32 @@ def sum_out(tables, layout: Layout, leaf: frozenset[str], reduce, steps) -> list
     while local:
         waiting = [t for t in tables if t.held]
         free = local - frozenset().union(*(t.latents for t in waiting))
+        free = {z for z in free if not waiting or not is_late(reduce, z)}
         if not free:
             tables, done = close(tables, waiting[0], reduce, steps, layout)
             local -= done
             continue
-        latent = min(free, key=lambda z: (joint_size(tables, z), z))
+        late = {z for z in free if is_late(reduce, z)}
+        latent = min(free - late or late, key=lambda z: (joint_size(tables, z), z))
         local.remove(latent)
         holding = [t for t in tables if latent in t.latents]
+        if isinstance(reduce, Reduction) and reduce.apart:
+            holding.append(one_by_one(latent, leaf, layout))
         tables = [t for t in tables if latent not in t.latents] + [remove(holding, latent, reduce, steps)]
     scale = multiplicity(tables, layout, removed)
     if scale is None:
         return tables
     return [dataclasses.replace(t, value=multiply(t.value, scale)) for t in tables]
+
+
+def is_late(reduce, latent: str) -> bool:
+    return isinstance(reduce, Reduction) and reduce.is_late(latent)
+
+
+def one_by_one(latent: str, leaf: frozenset[str], layout: Layout) -> Table:
+    """A table of zeros with an axis for every plate, so that no two cells are reduced as one."""
+    plates = tuple(sorted(p for p in leaf if layout.sizes[p] > 1))
+    return Table(Named(jnp.zeros([layout.sizes[p] for p in plates]), plates), frozenset((latent,)), leaf)
 
 
 def joint_size(tables: Sequence[Table], latent: str) -> int:
@@ -139,7 +153,8 @@ def remove(tables: Sequence[Table], latent: str, reduce, steps: list[Step | Chai
     joint = Named(joint.to((latent, *rest)), (latent, *rest))
     if steps is not None:
         steps.append(Step(latent, joint, latents, tables[0].plates, shared_route(tables, latents)))
-    return Table(Named(reduce(joint.array), rest), latents, tables[0].plates, shared_route(tables, latents))
+    value = removing(reduce, (latent,), latents)(joint.array)
+    return Table(Named(value, rest), latents, tables[0].plates, shared_route(tables, latents))
 
 
 def shared_route(tables: Sequence[Table], latents: frozenset[str]) -> Route | None:

@@ -254,7 +254,9 @@ def local_block(
         problem = (
             f"the posterior of {', '.join(group.members)} is not Gaussian ({group.refusal} at '{group.at}'), {why}"
         )
-        mend = f'EM(model, maximize=["{group.members[0]}"]) to maximise over it, or integrate it out by hand'
+        mend = (
+            f'EM(model, maximize=["{group.members[0]}"]) to maximise over it, or leave e_step out for an approximation'
+        )
         return Intractable(group.at, problem=problem, mend=mend, latents=group.members)
 
     if any(program.chain_of(n) for n in group.members):

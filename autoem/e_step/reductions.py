@@ -1,10 +1,25 @@
-"""How a latent's axis is removed from a table of logarithms: by sum, or by maximum."""
+"""How a latent's axis is removed from a table of logarithms: by sum, by maximum, or by what lies between.
+
+In: a table, the latent's axis first. Out: the table without it. What an elimination's derivative says of the latents is
+that of the reduction: with a sum their probabilities, with a maximum the indicator of the best completion, with a draw
+that of an exact sample.
+
+References:
+    Ueda and Nakano 1998 (tempered sums). Chib 1996 (draws backwards along a recursion).
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from autoem._errors import PlanError
 
 
 @jax.custom_jvp
@@ -35,3 +50,114 @@ def log_sum_exp(x: Array) -> Array:
 def maximum(x: Array) -> Array:
     """Largest entry along the first axis."""
     return jnp.max(x, axis=0)
+
+
+def largest(x: Array) -> Array:
+    """The same, whose derivative is one at a single largest entry, the first, where several are as large."""
+    return jnp.take_along_axis(x, jnp.argmax(x, axis=0)[None], axis=0)[0]
+
+
+class Reduction:
+    """A reduction that needs to know what it reduces; a plain function stands for one that does not.
+
+    Attributes:
+        apart: whether every cell is to be reduced on its own, even where the table is the same for all.
+    """
+
+    apart = False
+
+    def of(self, latents: frozenset[str], beside: frozenset[str]) -> Callable[[Array], Array]:
+        """The one for removing `latents` from a table that holds `beside` too."""
+        return self
+
+    def at(self, number: Array | int) -> Reduction:
+        """Another of its kind, for one step of a loop."""
+        return self
+
+    def is_late(self, latent: str) -> bool:
+        """Whether other latents are to be removed before this one."""
+        return False
+
+    def __call__(self, x: Array) -> Array:
+        raise NotImplementedError
+
+
+Reduce = Callable[[Array], Array]
+
+
+def numbered(reduce: Reduce, number: Array | int) -> Reduce:
+    """What `reduce` is at one step of a loop."""
+    return reduce.at(number) if isinstance(reduce, Reduction) else reduce
+
+
+def removing(reduce: Reduce, latents: Iterable[str], beside: Iterable[str]) -> Reduce:
+    """What `reduce` is for removing `latents` from a table that holds `beside` too."""
+    return reduce.of(frozenset(latents), frozenset(beside)) if isinstance(reduce, Reduction) else reduce
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tempered(Reduction):
+    r""":math:`\frac{1}{\beta} \log \sum_i e^{\beta x_i}`: the sum where `beta` is one, the maximum as it grows.
+
+    Nested it stays of its form, so that an elimination with it gives :math:`\frac{1}{\beta} \log \sum_z p(x, z)^\beta`.
+    """
+
+    beta: Array
+
+    def __call__(self, x: Array) -> Array:
+        return log_sum_exp(self.beta * x) / self.beta
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawn(Reduction):
+    """`log_sum_exp`, whose derivative is one at a single entry, drawn in proportion to the exponentials.
+
+    The derivative of an elimination then runs backwards through the latents and draws each given those drawn before it:
+    the indicator of an exact draw of all latents, where the value is still the log of the sum.
+    """
+
+    key: Array
+    apart = True
+
+    def of(self, latents: frozenset[str], beside: frozenset[str]) -> Drawn:
+        return self.at(zlib.crc32(" ".join(sorted(latents)).encode()))
+
+    def at(self, number: Array | int) -> Drawn:
+        return Drawn(jax.random.fold_in(self.key, number))
+
+    def __call__(self, x: Array) -> Array:
+        fixed = jax.lax.stop_gradient(x)
+        top = jnp.max(fixed, axis=0, keepdims=True)
+        below = jnp.cumsum(jnp.exp(fixed - jnp.where(jnp.isfinite(top), top, 0)), axis=0)
+        # never the end of an interval of length zero, which is an impossible state
+        level = jax.random.uniform(self.key, x.shape[1:], below.dtype) * below[-1]
+        chosen = jnp.minimum((below <= level).sum(0), len(x) - 1)
+        entry = jnp.take_along_axis(x, chosen[None], axis=0)[0]
+        entry = jnp.where(jnp.isfinite(entry), entry, 0)
+        return log_sum_exp(fixed) + (entry - jax.lax.stop_gradient(entry))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Partly(Reduction):
+    """`largest` for the latents `names`, `log_sum_exp` for the others, which are all to be removed before."""
+
+    names: frozenset[str]
+
+    def of(self, latents: frozenset[str], beside: frozenset[str]) -> Reduce:
+        taken = latents & self.names
+        if not taken:
+            return log_sum_exp
+        if summed := (latents | beside) - self.names:
+            one, other = (re.split(r"[@\[]", min(names))[0] for names in (taken, summed))
+            raise PlanError(
+                one,
+                problem=f"its maximum would have to be taken before '{other}' is summed out, which is another function",
+                mend="autoem.EM(model, e_step=autoem.e_step.Hard()), which maximises over all latents",
+            )
+        return largest
+
+    def is_late(self, latent: str) -> bool:
+        return latent in self.names
+
+    def __call__(self, x: Array) -> Array:
+        raise AssertionError("which latents are removed decides")

@@ -42,6 +42,20 @@ class TreatedRow(NamedTuple):
     plates: tuple[str, ...]
 
 
+class Ending(NamedTuple):
+    """Where a fit ends.
+
+    Attributes:
+        params: the parameters.
+        objective: what was maximised, the priors included, in nats.
+        likelihood: log-likelihood of the observed data there, or what stands for it, in nats.
+    """
+
+    params: Params
+    objective: Array
+    likelihood: Array
+
+
 class AbstractTreatment(abc.ABC):
     """An E-step other than the exact one, over all latents of a kernel that it names.
 
@@ -49,6 +63,10 @@ class AbstractTreatment(abc.ABC):
         objective_name: what it maximises in place of the log-likelihood, as a user should read it.
         noisy: whether the objective is known up to a random error only, which no step is to be stopped for.
         falls: whether the objective may fall from one step to the next without anything being wrong.
+        warmup: steps whose objectives are of other functions: none is compared with another, and no fit ends there.
+        is_likelihood: whether what it ends at is a maximum of the likelihood, up to rounding.
+        sums_exactly: whether it is over discrete latents alone, so that at the end the log-likelihood is the exact
+            one, whatever was maximised; all messages of chains are logarithms.
         needs_data: whether it calls a function of the model's own arguments, so that the bundle has to hold them all.
         source: where the method is derived.
     """
@@ -56,6 +74,9 @@ class AbstractTreatment(abc.ABC):
     objective_name = "log-likelihood"
     noisy = False
     falls = False
+    warmup = 0
+    is_likelihood = False
+    sums_exactly = False
     needs_data = False
     source = ""
 
@@ -81,3 +102,13 @@ class AbstractTreatment(abc.ABC):
     @abc.abstractmethod
     def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any) -> Expectation:
         """One E-step."""
+
+    def ended(
+        self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, value: Array, likelihood: Array
+    ) -> Ending:
+        """What a fit that came to `params` returns: by default that, with its last objective and log-likelihood."""
+        return Ending(params, value, likelihood)
+
+    def described(self, latent: str) -> tuple[str, str] | None:
+        """The name of the strategy for a latent, and why, for the plan; None where it is as in an exact E-step."""
+        return None

@@ -21,6 +21,8 @@ from autoem.ir import Param, Program, Site, at_step
 MAXIMISED = "maximised because maximize= names it"
 PRIOR = "a parameter with a prior: its prior reads no other parameter, and no data stand in its plates"
 
+DECENTERED = "_decentered"  # how NumPyro's LocScaleReparam names an effect without its location and scale
+
 
 def classify(program: Program, constraints: dict, latent: tuple[str, ...], maximize: tuple[str, ...]) -> Program:
     """Give every continuous unobserved site its role.
@@ -135,11 +137,8 @@ def why_latent(program: Program, site: Site) -> str:
     for child in below:
         if shared := set(site.plates) & set(child.plates):
             return f"it stands in plate '{min(shared)}' with '{child.name}', which depends on it"
-    if (
-        site.plates
-        and standard_normal(program, site)
-        and not any(p in program.every_latent for s in below for p in s.parents)
-    ):
+    beside = any(p in program.every_latent for s in below for p in s.parents)
+    if site.plates and standard_normal(program, site) and (site.name.endswith(DECENTERED) or not beside):
         return "a standard normal effect for each group of rows (non-centred)"
     return ""
 

@@ -6,21 +6,28 @@ None.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from autoem._errors import PlanError
+from autoem._lower import Kernel
+from autoem.accelerate import AbstractAcceleration
 from autoem.e_step.strategies import SAEM, AbstractEStep, Laplace, MonteCarlo, Variational
 from autoem.e_step.tables import Factor
 from autoem.e_step.treatment import AbstractTreatment
 from autoem.ir import Program
+from autoem.m_step.problem import Bundle, Params
 from autoem.passes.gaussian import latent_groups
+from autoem.treatments.discrete import discrete_treatment
 from autoem.treatments.drawn import AbstractDrawn, Hidden
 from autoem.treatments.laplace import MAX_COORDINATES, JointLaplace
 from autoem.treatments.sampling import Averaged, Sampled
 from autoem.treatments.variational import Guide
 
-__all__ = ["AbstractDrawn", "drawn_treatment"]
+__all__ = ["AbstractDrawn", "drawn_treatment", "treatment_of", "try_out"]
 
 DENSE = 400  # coordinates up to which Laplace's approximation is the default
 
@@ -69,4 +76,34 @@ def make(hidden: Hidden, wish: AbstractEStep | None, call: Callable) -> Abstract
     )
 
 
-DENSE = 400  # coordinates up to which Laplace's approximation is the default
+def treatment_of(
+    program: Program, wish: Any, accelerate: AbstractAcceleration | None, drawn: AbstractTreatment | None
+) -> AbstractTreatment | None:
+    """The one treatment of a kernel: that of the `drawn` continuous latents, or of the discrete ones that is asked for.
+
+    Raises:
+        PlanError: both are asked for; what is asked for does not fit the model. Names the latent and a mend.
+    """
+    discrete = discrete_treatment(wish, program, accelerate)
+    if discrete is not None and drawn is not None:
+        raise PlanError(
+            "e_step",
+            kind="option",
+            problem="Hard(), Stochastic() and Annealed() do not go with continuous latents that have no exact integral",
+            mend="leave the discrete latents to the exact sum, or integrate the continuous ones by Quadrature()",
+        )
+    return discrete or drawn
+
+
+def try_out(kernel: Kernel, params: Params, bundle: Bundle) -> None:
+    """Run one E-step on shapes alone, so that what cannot be done is refused with the plan and not in the fit.
+
+    Raises:
+        PlanError: the E-step itself refuses; names the latent.
+    """
+    whole = dataclasses.replace(kernel, chunks=None)
+
+    def step(params, bundle, key):
+        return whole.expect(params, bundle, whole.init_e_step(params, bundle, key))
+
+    jax.eval_shape(step, dict(params), bundle, jax.random.key(0))

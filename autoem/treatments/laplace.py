@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from autoem._lower import LAPLACE
 from autoem.e_step.completions import standard_nodes
 from autoem.e_step.quadrature import principal
 from autoem.e_step.treatment import Expectation
@@ -50,7 +51,7 @@ class Climb(NamedTuple):
 class JointLaplace(AbstractDrawn):
     """A Gaussian about the joint mode."""
 
-    objective_name = "Laplace approximation of the log-likelihood"
+    objective_name = LAPLACE
     strategy = "Laplace"
     falls = True  # its maximum is not quite that of the M-step's Q
     source = "Tierney and Kadane 1986; Breslow and Clayton 1993 (Laplace's approximation)"

@@ -137,7 +137,7 @@ def exact_fit():
 
 @pytest.mark.parametrize("strategy", [MonteCarlo(num_draws=16), SAEM(), Variational(AutoMultivariateNormal)])
 def test_draws_end_where_the_exact_e_step_does(strategy):
-    """Parameters within a quarter of a standard error, the likelihood within four of its own; a bound a little below."""
+    """Parameters within a quarter of a standard error, the likelihood within four of its own; a bound is lower."""
     exact, errors = exact_fit(), exact_fit().standard_errors()
     result = fit(intercepts, (GROUP, Y), e_step=strategy, init=dict(exact.params), max_steps=150)
     for n, value in result.params.items():

@@ -124,11 +124,13 @@ def test_what_cannot_be_integrated_is_refused_by_name():
             u = numpyro.sample("u", dist.Normal(b, 1.0).expand([3, 4]).to_event(1))
             numpyro.sample("y", dist.Poisson(jnp.exp(u.sum(-1))), obs=y)
 
-    y = np.array([1, 0, 2])
+    y, rule = np.array([1, 0, 2]), autoem.e_step.Quadrature()
     with pytest.raises(autoem.PlanError, match="3 dimensions, not 5"):  # all its cells are one vector
-        autoem.EM(ties).plan(np.array([1, 0, 2, 1, 0]))
+        autoem.EM(ties, e_step=rule).plan(np.array([1, 0, 2, 1, 0]))
     with pytest.raises(autoem.PlanError, match="3 dimensions, not 4"):
-        autoem.EM(many).plan(y)
+        autoem.EM(many, e_step=rule).plan(y)
+    for model in (ties, many):
+        assert autoem.EM(model).plan(np.array([1, 0, 2, 1, 0]) if model is ties else y).e_step("u") == "Laplace"
     with pytest.raises(autoem.PlanError, match="no conjugate form"):
         pair = QUADRATURE[0]
         autoem.EM(pair.model(), e_step=autoem.e_step.Exact()).plan(pair.y, X)

@@ -117,15 +117,16 @@ def weighted(y, weight):
 
 
 MANY = np.arange(6000)
+EXACT = {"e_step": autoem.e_step.Exact()}
 
 
 @pytest.mark.parametrize(
     ("model", "args", "options", "error", "words"),
     [
-        (switching, (PATH,), {}, (ModelError, PlanError), r"'level'.*discrete latent 'z'"),
-        (outliers, (PATH,), {}, PlanError, r"'level'.*discrete latent 'z'"),
-        (bent, (PATH,), {}, PlanError, r"not affine.*`sin`"),
-        (crossed, (1.0 * MANY, MANY % 2500, MANY * 7 % 2500, 2500), {}, PlanError, r"'u'.*5,000 coordinates"),
+        (switching, (PATH,), EXACT, (ModelError, PlanError), r"'level'.*discrete latent 'z'"),
+        (outliers, (PATH,), EXACT, PlanError, r"'level'.*discrete latent 'z'"),
+        (bent, (PATH,), EXACT, PlanError, r"not affine.*`sin`"),
+        (crossed, (1.0 * MANY, MANY % 2500, MANY * 7 % 2500, 2500), EXACT, PlanError, r"'u'.*5,000 coordinates"),
         (weighted, (Y, np.full(len(Y), 2.0)), {}, PlanError, r"'u'.*handlers.scale"),
         (random_intercept, (Y, X, GROUP), {"latent": ["between"]}, PlanError, r"'between'.*already a parameter"),
         (random_intercept, (Y, X, GROUP), {"latent": ["w"]}, PlanError, r"'w'.*no unobserved site"),
@@ -180,4 +181,22 @@ def test_rows_with_a_class_each_below_a_shared_effect_are_refused():
             normal("y", shift[z] + u[group], 1.0, y)
 
     with pytest.raises(PlanError, match=r"site 'u': rows that share one of its cells each have a 'z' of their own"):
-        autoem.EM(model).plan(Y, GROUP)
+        autoem.EM(model, **EXACT).plan(Y, GROUP)
+
+
+@pytest.mark.parametrize(("model", "reason"), [
+    (outliers, "discrete latent 'z'"), (bent, "sin"),
+])  # fmt: skip
+def test_what_is_refused_as_exact_is_treated_by_draws(model, reason):
+    """Unless the exact is asked for: with the reason, and with an objective that is not called the log-likelihood."""
+    em = autoem.EM(model, init="model", max_steps=3, progress=False)
+    text = " ".join(str(em.plan(PATH)).split())
+    assert "approximate: Laplace" in text and reason in text
+    result = em.run(jax.random.key(0), PATH)
+    assert np.isfinite(result.log_likelihood) and result.objective_name.startswith("Laplace")
+    assert result.posterior().mean["level"].shape == PATH.shape
+
+
+def test_many_tied_coordinates_go_to_a_guide():
+    text = " ".join(str(plan(crossed, 1.0 * MANY, MANY % 2500, MANY * 7 % 2500, 2500)).split())
+    assert "variational posterior by AutoNormal" in text and "5,000 coordinates" in text
