@@ -2,6 +2,7 @@
 
 from autoem import accelerate, baselines, e_step, m_step
 from autoem._compare import Comparison, compare
+from autoem._components import Components
 from autoem._em import EM
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._plan import Plan
@@ -17,6 +18,7 @@ __all__ = [
     "EM",
     "BootstrapTest",
     "Comparison",
+    "Components",
     "DataError",
     "EMResult",
     "Family",

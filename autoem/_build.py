@@ -18,13 +18,14 @@ from jax import Array
 
 from autoem._bundle import make_bundle, with_passed_on
 from autoem._chunks import plan_chunks, spread_rows
+from autoem._condense import note_of
 from autoem._errors import Intractable, PlanError
 from autoem._field_build import cells_by
 from autoem._integrals import Integral
 from autoem._jaxpr import jit_once
 from autoem._local import settled
 from autoem._lower import Kernel
-from autoem._plan import Plan, make_plan
+from autoem._plan import Plan, make_plan, notes_of
 from autoem._trace import Discovery, Source, trace
 from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.factors import build_factors
@@ -81,6 +82,7 @@ class Build:
     limits: dict[str, np.ndarray]
     model_start: Callable[[dict, Array], dict[str, Array]]
     seeding: dict[bool, Callable] = dataclasses.field(default_factory=dict)
+    reading: dict[Any, Any] = dataclasses.field(default_factory=dict)
     alike: tuple[str, ...] = ()
     robust: Callable | None = None
     proof: Callable | None = None
@@ -282,10 +284,11 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
     solved = {n: f for i in integrals for n, f in i.as_solved().items()}
     problem = dataclasses.replace(problem, factors={**problem.factors, **solved})
     layout = build_layout(program, values, cells)
-    layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={})
     treatment = drawn_treatment(program, factors, lambda d: call_of(source, d), list(drawn.values()))
     drawing = treatment is not None
     treatment = treatment_of(program, options.e_step, options.accelerate, treatment)
+    # whatever a treatment makes of the tables, logarithms lose nothing
+    layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={}, logs=treatment is not None)
     kernel = Kernel(program, problem, layout, (), None, integrals, treatment)
     if integrals or drawing:  # what the M-step sees of the data has nodes in it
         shapes = jax.eval_shape(kernel.completed, params, shapes)
@@ -295,14 +298,17 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
     if mixed := mixed_signs(sums, program.params, params, values):
         blocks = choose(problem, params, shapes, wishes, mixed)
     chunks = None if integrals or drawing else plan_chunks(program, problem, layout, params, shapes)
-    notes = notes_of(program, options)
+    notes = notes_of(program, options.truncated())
     kernel = dataclasses.replace(kernel, blocks=blocks, chunks=chunks)
     plan = make_plan(program, problem, layout, blocks, chunks, params, shapes, notes, integrals, treatment)
     if treatment is not None and not drawing:
         try_out(kernel, params, shapes)
     accelerator = accelerated(options.accelerate, program, blocks, treatment)
     again = functools.partial(rederived, model, args, kwargs, options)
-    plan = dataclasses.replace(plan, accelerate=accelerator and accelerator.method, asked=options.given, derive=again)
+    plan = dataclasses.replace(
+        plan, accelerate=accelerator and accelerator.method, notes=(*plan.notes, *note_of(kernel)), asked=options.given,
+        derive=again,
+    )  # fmt: skip
     return Build(
         plan, kernel, found, source, factors, support_limits(found, source), model_start, sums=sums,
         mixed=frozenset(mixed), accelerator=accelerator,
@@ -389,12 +395,5 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
     steps = options.m_step.values() if isinstance(options.m_step, Mapping) else [options.m_step]
     for step in steps:
         if step is not None and not isinstance(step, AbstractMStep):
-            mend = "use autoem.m_step.ClosedForm(), Newton(), Gradient(...) or Fixed()"
+            mend = "use autoem.m_step.ClosedForm(), Augmented(), Newton(), Gradient(...) or Fixed()"
             raise PlanError("m_step", problem=f"{step!r} is no M-step strategy", mend=mend)
-
-
-def notes_of(program: Program, options: Options) -> tuple[str, ...]:
-    notes = [f"'{p.name}' is {p.reason}" for p in program.params.values() if p.prior and "maximize=" not in p.reason]
-    for name, (low, high) in options.truncated().items():
-        notes.append(f"'{name}' is summed over {low} ... {high} only; mass outside is left out of the likelihood")
-    return tuple(notes)

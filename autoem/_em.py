@@ -12,6 +12,7 @@ from jax import Array
 
 from autoem._build import Build, Options
 from autoem._check import Report, run_checks
+from autoem._condense import condensed
 from autoem._derive import derive
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._fit import State, compile_loop, ended, initial_state, run_loop
@@ -186,17 +187,18 @@ class EM:
 
     def _fit(self, built: Build, bundle: Bundle, begin: list[dict[str, Array]], key: Array) -> tuple[State, Restarts]:
         """Run every start to its end; the best state, and all end points."""
+        kernel, bundle = condensed(built.kernel, bundle)
         entries = sum(x.size for x in jax.tree.leaves(bundle.rows))
         together = len(begin) > 1 and entries * len(begin) <= VMAP_UP_TO
-        loop = (id(built), together)
+        loop = (id(built), together, kernel is built.kernel)
         if loop not in self._loops:
             read = sum(x.nbytes for x in jax.tree.leaves(bundle.rows))
             small = read * (len(begin) if together else 1) <= ONE_THREAD_UP_TO
-            self._loops[loop] = compile_loop(built.kernel, self.stop, together, small, built.accelerator)
+            self._loops[loop] = compile_loop(kernel, self.stop, together, small, built.accelerator)
         advance = self._loops[loop]
         first = int(np.clip(2e7 / max(entries, 1), 1, 200))
         states = [
-            initial_state(built.kernel, p, self.stop, built.e_state(p, bundle, key, i), built.accelerator)
+            initial_state(kernel, p, self.stop, built.e_state(p, bundle, key, i), built.accelerator)
             for i, p in enumerate(begin)
         ]
         with Progress(self.progress, self.stop.max_steps, len(begin)) as bar:
@@ -227,8 +229,7 @@ def underflowed(built: Build, begin: Mapping[str, Array], state: State, bundle: 
     Asked where the fit began and where it ended: messages in logarithms give another likelihood there. Where the
     transitions alone tell that nothing was lost, no likelihood is computed.
     """
-    treatment = built.kernel.treatment  # those with exact sums have all messages in logarithms
-    if treatment is not None and treatment.sums_exactly:
+    if built.kernel.treatment is not None:  # its messages are logarithms throughout
         return False
     if built.kernel.layout.logs or not any(c.lag for c in built.kernel.layout.chains):
         return False

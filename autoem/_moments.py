@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
+from autoem._build import Build
 from autoem._integrals import Integral
 from autoem._lower import Kernel
 from autoem._named import Named, add
@@ -71,3 +73,13 @@ def with_constants(block: Integral, table: Table, bundle: Bundle) -> Table:
         if constant is not None:
             value = add(value, block.block.constant(f, constant, bundle.cells))
     return Table(value, table.latents, table.plates)
+
+
+def zeros(built: Build, names: tuple[str, ...]) -> Named:
+    """A table of zeros over latents, with an axis for each of the innermost one's plates."""
+    program, plates_of = built.program, built.kernel.layout.plates_of
+    latents = [program.every_latent[n] for n in names]
+    deepest = max(latents, key=lambda z: len(plates_of[z.name]))
+    axes = (*names, *(a for a in deepest.axes if a in plates_of[deepest.name]))
+    sizes = [z.num_states for z in latents] + [program.plates[a].size for a in axes[len(names) :]]
+    return Named(jnp.zeros(sizes), axes)

@@ -275,3 +275,14 @@ def human(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def notes_of(program: Program, truncated: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    """Judgements that the user may turn: priors maximised, sums cut off."""
+    judged = [p for p in program.params.values() if p.prior and "maximize=" not in p.reason]
+    read = {n for s in program.sites.values() if s.role == "continuous" for n in s.parents}
+    turn = {p.name: f'; a latent is drawn from it: latent=["{p.name}"] would integrate it' for p in judged}
+    notes = [f"'{p.name}' is {p.reason}{turn[p.name] if p.name in read else ''}" for p in judged]
+    for name, (low, high) in truncated.items():
+        notes.append(f"'{name}' is summed over {low} ... {high} only; mass outside is left out of the likelihood")
+    return tuple(notes)

@@ -19,7 +19,7 @@ from autoem._errors import PlanError
 from autoem._impute import impute
 from autoem._jaxpr import Key, jit_once
 from autoem._lower import Kernel, disagree
-from autoem._moments import completed, flipped, mixed_moments
+from autoem._moments import completed, flipped, mixed_moments, zeros
 from autoem._named import Named, named, pick
 from autoem._paths import filtered, neighbours
 from autoem._per_datum import datum_plate, per_datum
@@ -390,13 +390,3 @@ class Posterior:
 
     def _per_datum(self, params, bundle: Bundle) -> Array:
         return per_datum(self._built.kernel, self._logs, params, bundle, self.datum_plate)
-
-
-def zeros(built: Build, names: tuple[str, ...]) -> Named:
-    """A table of zeros over latents, with an axis for each of the innermost one's plates."""
-    program, plates_of = built.program, built.kernel.layout.plates_of
-    latents = [program.every_latent[n] for n in names]
-    deepest = max(latents, key=lambda z: len(plates_of[z.name]))
-    axes = (*names, *(a for a in deepest.axes if a in plates_of[deepest.name]))
-    sizes = [z.num_states for z in latents] + [program.plates[a].size for a in axes[len(names) :]]
-    return Named(jnp.zeros(sizes), axes)

@@ -222,13 +222,22 @@ class EMResult:
         return rows + -(-alone // max(1, len(sites) - alone))
 
     @property
+    def num_values(self) -> int:
+        """Rows of the largest observed site, independent or not; those that a mask takes out are counted."""
+        observed = (s for s in self._context.built.program.sites.values() if s.role == "observed")
+        return max((int(np.prod(s.shape, dtype=int)) for s in observed), default=1)
+
+    @property
     def aic(self) -> float:
         """Akaike's criterion, `2 p - 2 log L`; smaller is better (Akaike 1974)."""
         return 2 * self.num_params - 2 * self.log_likelihood
 
     @property
     def bic(self) -> float:
-        """Schwarz's criterion, `p log n - 2 log L`; smaller is better (Schwarz 1978)."""
+        """Schwarz's criterion, `p log n - 2 log L`; smaller is better (Schwarz 1978).
+
+        `n` is `num_data`: with random effects the groups. lme4 and statsmodels count rows: theirs has `num_values`.
+        """
         return self.num_params * float(np.log(self.num_data)) - 2 * self.log_likelihood
 
     @property

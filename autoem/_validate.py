@@ -1,4 +1,4 @@
-"""Refuse bad data before anything is fitted: NaN, infinite, outside the support.
+"""Refuse bad data before anything is fitted: NaN, infinite, outside the support, indices past the end.
 
 In: a build and the data of a call. Raises `DataError`, which names the site, how many entries are wrong and where the
 first is. Checks run in NumPy on the host, so they compile nothing.
@@ -18,6 +18,7 @@ from numpyro.distributions import constraints
 from autoem._build import Build
 from autoem._errors import DataError
 from autoem._jaxpr import Variable
+from autoem._lookups import place, refuse_far_indices
 from autoem._trace import Record, Source
 
 OPEN = (dist.Beta, dist.BetaProportion, dist.Dirichlet, dist.Kumaraswamy)  # of shares strictly between 0 and 1
@@ -28,7 +29,8 @@ def validate(built: Build, source: Source, missing: str) -> None:
     """Check every observed value.
 
     Raises:
-        DataError: a value is NaN or infinite where that has no meaning, or outside its distribution's support.
+        DataError: a value is NaN or infinite where that has no meaning, or outside its distribution's support;
+            or an index of a row that counts lies past the end of what it indexes.
     """
     program = built.program
     observed = [s for s in program.sites.values() if s.role == "observed"]
@@ -47,6 +49,7 @@ def validate(built: Build, source: Source, missing: str) -> None:
             check_finite(site.name, value, np.zeros(value.shape[:-1], bool), 1)
             continue
         check_site(site.name, record, value, mask, source, missing, site.shape)
+    refuse_far_indices(built, source)
 
 
 def host_values(built: Build, keys: list, source: Source) -> dict[Any, np.ndarray]:
@@ -116,11 +119,6 @@ def check_finite(name: str, value: np.ndarray, hidden: np.ndarray, events: int) 
     )
     where = f"first in {place(first)}" + ("" if nan else f": {value_at(value, first, hidden, events)}")
     raise DataError(name, problem=f"{what} ({where})", mend=mend)
-
-
-def place(index: tuple[int, ...]) -> str:
-    """An index as a person reads it; counted from 0, as Python does."""
-    return f"row {index[0]}" if len(index) == 1 else f"entry {list(index)}"
 
 
 def value_at(value: np.ndarray, index: tuple[int, ...], hidden: np.ndarray, events: int) -> Any:

@@ -55,9 +55,8 @@ em = autoem.EM(digits, latent=["code"], e_step=guess, m_step=step, max_steps=400
 print(em.plan(train))
 result = em.run(jax.random.key(0), train)
 bound = result.log_likelihood / len(train)
-print(
-    f"{result.status}\n{result.objective_name} {bound:.2f} nats a picture, at the start {result.history[0] / len(train):.2f}"
-)
+begin = result.history[0] / len(train)
+print(f"{result.status}\n{result.objective_name} {bound:.2f} nats a picture, at the start {begin:.2f}")
 
 # %% [markdown]
 # Pictures that it never saw, as the two networks give them back from eight numbers; and pictures of nobody's hand.

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = """
     _errors _tree _named _jaxpr families
     ir _support _folding _ragged
-    _reader
+    _reader _components
     _scan
     _steps
     _source
@@ -31,13 +31,14 @@ LAYERS = """
     _alternatives
     _plan
     _lower
+    _condense
     _bundle treatments
     _field
     _field_build
     _build
     _derive
     _moments
-    _per_datum
+    _per_datum _lookups
     _stop _progress _validate _paths _impute
     _fit _posterior _stderr _init
     _oddities _drawn_posterior _field_posterior

@@ -76,7 +76,7 @@ class Target:
             mend = "EM(model), which is nothing but its E-step here"
             raise PlanError(who, problem="no parameter of the model moves", mend=mend, kind="strategy")
         if treatment is not None:
-            name = next(iter(self.built.program.continuous))
+            name = next(iter([*self.built.program.continuous, *self.built.program.latents]))
             problem = f"no plan integrates it so that {who} could climb the likelihood: {treatment.objective_name}"
             raise PlanError(name, problem=problem, mend="autoem.baselines.SVI(), or EM with a strategy of its own")
 

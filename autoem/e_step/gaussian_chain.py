@@ -20,6 +20,7 @@ from autoem.e_step.completions import NODES, gaussian_nodes
 from autoem.e_step.layout import Table
 from autoem.e_step.pooled import pooled_statistics
 from autoem.e_step.quadratic import DIM, OTHER, Residual, filled, quadratic_terms, residuals
+from autoem.e_step.settled import FROM, backward_alike, forward_alike
 from autoem.e_step.tables import Factor, Rows
 from autoem.ir import Chain, Continuous, Latent, at_lag, at_step
 
@@ -124,25 +125,35 @@ class GaussianChain:
         size, window = self.extra + lag * self.dim, (lag + 1) * self.dim
         real = jnp.result_type(float)
         start = jnp.zeros((*self.shape, size + 1, size + 1), real)
-        later = jnp.zeros((steps, *self.shape, window + 1, window + 1), real)
-        constants = []
-        for f, r in residuals(self.factors, values, rows):
-            p, s, constant = self.terms(f, r)
-            constants.append(constant)
+        found = [(f, *self.terms(f, r)) for f, r in residuals(self.factors, values, rows)]
+        constants = [constant for *_, constant in found]
+        later: list[tuple[np.ndarray, Array, Array]] = []
+        for f, p, s, _ in found:
             where, kind = self.where(f), self.kind(f)
             if not kind:
                 start = added(start, where, p, s)
             elif kind == self.chain.bulk:
-                later = added(later, where, p, s)
+                later.append((where, p, s))
             else:
                 for h in range(lag):
                     start = added(start, self.extra + h * self.dim + where, *(x[min(h, len(x) - 1)] for x in (p, s)))
-                rest = (x[lag:] if len(x) > 1 else x for x in (p, s))
-                later = added(later, lag * self.dim + where, *rest)
-        swept = kalman.forward(start, later, self.extra, self.dim)
+                p, s = (x[lag:] if len(x) > 1 else x for x in (p, s))
+                later.append((lag * self.dim + where, p, s))
+        alike = steps >= FROM and all(len(p) == 1 for _, p, _ in later)
+        shape = (1 if alike else steps, *self.shape, window, window)
+        precision, shift = jnp.zeros(shape, real), jnp.zeros((steps, *self.shape, window), real)
+        for where, p, s in later:
+            precision = precision.at[..., where[:, None], where[None, :]].add(p)
+            shift = shift.at[..., where].add(s)
+        if alike:
+            swept, done = forward_alike(start, precision[0], shift, self.extra, self.dim)
+            smoothed = backward_alike(swept, done, self.dim)
+        else:
+            zero = jnp.zeros((steps, *self.shape), real)
+            swept = kalman.forward(start, kalman.augmented(precision, shift, zero), self.extra, self.dim)
+            smoothed = kalman.backward(swept, self.dim)
         value = add(named(swept.value, self.plates), *constants)
-        table = Table(value, frozenset(), frozenset(self.plates))
-        return table, ChainMoments(swept, kalman.backward(swept, self.dim))
+        return Table(value, frozenset(), frozenset(self.plates)), ChainMoments(swept, smoothed)
 
     def path(self, moments: ChainMoments) -> tuple[Array, Array]:
         """Mean `(steps, *batch, d)` and covariance of the state at every step."""

@@ -117,7 +117,7 @@ def before(law: Given, mean: Array, covariance: Array) -> tuple[Array, Array]:
     """Moments of what was eliminated together with what stayed."""
     cross = -law.slope @ covariance
     own = law.spread - cross @ jnp.swapaxes(law.slope, -1, -2)
-    first = law.shift - _times(law.slope, mean)
+    first = law.shift - times(law.slope, mean)
     top = jnp.concatenate([own, cross], -1)
     bottom = jnp.concatenate([jnp.swapaxes(cross, -1, -2), covariance], -1)
     return jnp.concatenate([first, mean], -1), jnp.concatenate([top, bottom], -2)
@@ -142,7 +142,7 @@ def draw(swept: Swept, dim: int, key: Array) -> tuple[Array, Array]:
 
     def from_law(law: Given, rest: Array, key: Array) -> Array:
         noise = jax.random.normal(key, law.shift.shape, law.shift.dtype)
-        return law.shift - _times(law.slope, rest) + _times(_root(law.spread), noise)
+        return law.shift - times(law.slope, rest) + times(_root(law.spread), noise)
 
     end = from_law(swept.end, jnp.zeros((*swept.end.shift.shape[:-1], 0), swept.end.shift.dtype), keys[0])
 
@@ -162,5 +162,6 @@ def _root(covariance: Array) -> Array:
     return jnp.linalg.cholesky(0.5 * (covariance + jnp.swapaxes(covariance, -1, -2)))
 
 
-def _times(matrix: Array, vector: Array) -> Array:
+def times(matrix: Array, vector: Array) -> Array:
+    """A matrix times a vector, over their batch."""
     return jnp.einsum("...ij,...j->...i", matrix, vector)

@@ -166,6 +166,7 @@ class Opaque:
 
     `reason` is the sentence that the plan prints; `nearest` names the rewrite that would have a closed form, or is
     empty. `bounded` says that its support depends on its arguments, all of them: no parameter may stand in them.
+    `args` are arguments that an augmentation reads.
     """
 
     name: str
@@ -173,6 +174,7 @@ class Opaque:
     nearest: str = ""
     source: str = ""
     bounded: bool = False
+    args: tuple[str, ...] = ()
 
 
 _REGISTRY: dict[type, list[Family | Opaque]] = {}

@@ -120,7 +120,8 @@ _ENTRIES: tuple[tuple[type, str, str], ...] = (
     (
         dist.MixtureSameFamily,
         _HIDDEN,
-        "write the component: z ~ Categorical(probs), then x from the distribution with arguments indexed by z",
+        "write the component: z ~ Categorical(probs), then x from the distribution with arguments indexed by z; "
+        "or have it written: handlers.reparam(model, config={site: autoem.Components()})",
     ),
     (
         dist.MixtureGeneral,
@@ -134,5 +135,8 @@ _ENTRIES: tuple[tuple[type, str, str], ...] = (
     ),
 )
 
+_AUGMENTED = {dist.StudentT: ("df", "loc", "scale"), dist.Cauchy: ("loc", "scale")}
+
 for _cls, _reason, _nearest in _ENTRIES:
-    register_family(_cls, Opaque(_cls.__name__, _reason, _nearest, bounded=_reason == _SUPPORT))
+    _args = _AUGMENTED.get(_cls, ())
+    register_family(_cls, Opaque(_cls.__name__, _reason, _nearest, bounded=_reason == _SUPPORT, args=_args))

@@ -20,8 +20,9 @@ from numpyro.distributions import constraints
 from autoem._errors import PlanError
 from autoem.e_step.tables import Factor
 from autoem.families import NoClosedForm
-from autoem.m_step import location
+from autoem.m_step import augmented, location
 from autoem.m_step._base import AbstractBlock
+from autoem.m_step.augmented import Reweighted
 from autoem.m_step.gradient import GradientBlock
 from autoem.m_step.location import LeastSquares, Mean, untied
 from autoem.m_step.newton import NewtonBlock
@@ -30,6 +31,7 @@ from autoem.m_step.problem import Bundle, Params, Problem, uses_of
 from autoem.m_step.refuse import refuse_bounds, refuse_unconstrained
 from autoem.m_step.rules import Asked, abstractly, closed_form
 from autoem.m_step.strategies import AbstractMStep, ClosedForm, Fixed, Gradient, Newton
+from autoem.m_step.strategies import Augmented as AugmentedStep
 from autoem.passes.link import Declined
 
 MAX_NEWTON = 256
@@ -83,6 +85,7 @@ def choose(
     factors = list(problem.factors.values())
     blocks: list[AbstractBlock] = []
     declined: dict[str, str] = {}
+    weighed: list[str] = []
     for name, param in problem.params.items():
         wish = asked_for.get(name)
         if isinstance(wish, Fixed):
@@ -96,6 +99,9 @@ def choose(
         if isinstance(wish, Newton | Gradient):
             declined[name] = "asked for"
             continue
+        if isinstance(wish, AugmentedStep):
+            weighed.append(accept_augmented(asked))
+            continue
         try:
             blocks.append(closed_form(asked))
         except Declined as reason:
@@ -105,9 +111,35 @@ def choose(
             declined[name] = str(reason)
     blocks = join_least_squares(blocks, problem, params, bundle)
     blocks = [dataclasses.replace(b, groups=untied(b, params)) if isinstance(b, LeastSquares) else b for b in blocks]
+    blocks += [Reweighted(names, problem, "asked for") for names in sharing(problem, weighed)]
     numeric = numerical(problem, declined, asked_for, lambda names: derivatives(problem, names, params, bundle))
     blocks += [with_profile(b, blocks, factors) for b in numeric]
     return tuple(sorted(blocks, key=lambda b: b.order))
+
+
+def accept_augmented(asked: Asked) -> str:
+    """The parameter's name, where an augmentation makes every place of it a location.
+
+    Raises:
+        PlanError: it does not.
+    """
+    try:
+        if asked.kind != "real":
+            raise Declined("it is constrained, so least squares may leave its domain")
+        asked.at_each(lambda use, p, b: augmented.accept(asked.problem, use, asked.name, p, b))
+    except Declined as reason:
+        mend = f'leave "{asked.name}" out of m_step=, or m_step={{"{asked.name}": autoem.m_step.Newton()}}'
+        raise PlanError(asked.name, problem=f"no augmentation serves it: {reason}", mend=mend) from None
+    return asked.name
+
+
+def sharing(problem: Problem, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Parameters in groups that share a site."""
+    groups: list[tuple[str, ...]] = []
+    for name in names:
+        near = [g for g in groups if set(problem.touched(g)) & set(problem.touched([name]))]
+        groups = [g for g in groups if g not in near] + [(*(n for g in near for n in g), name)]
+    return groups
 
 
 def with_profile(block: AbstractBlock, closed: Sequence[AbstractBlock], factors: Sequence[Factor]) -> AbstractBlock:

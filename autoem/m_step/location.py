@@ -140,7 +140,7 @@ def vector_mean_applies(problem, use: Use, name: str, form: Linear, params: Para
 
     It is one where its matrix is shared by all cells, or every entry is read exactly once, with one matrix.
     """
-    if use.factor.pooled:
+    if use.factor.pooled or use.factor.coefficients:  # statistics of these are products, not sums
         return False
     shapes = jax.eval_shape(lambda p, b: problem.arguments(use, p, b), dict(params), bundle)
     loc = shapes[use.argument or ""]

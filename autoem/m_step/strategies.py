@@ -51,5 +51,19 @@ class Gradient(AbstractMStep):
 
 
 @dataclasses.dataclass(frozen=True)
+class Augmented(AbstractMStep):
+    """Least squares with the weights of a latent that the model's text does not hold, one solution an M-step.
+
+    For parameters that enter the location of a Student t, a Cauchy or a Laplace, or the logits of a Bernoulli,
+    affinely: these sites are Normal once a scale (or a Polya-Gamma variable) is given. A parameter that enters anything
+    else is refused.
+    Scales and degrees of freedom are left to their own strategy, on the likelihood itself.
+
+    References:
+        Liu and Rubin 1995 (ECME); Andrews and Mallows 1974; Polson, Scott and Windle 2013.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
 class Fixed(AbstractMStep):
     """Leave the parameter at its start value."""

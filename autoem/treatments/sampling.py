@@ -79,11 +79,15 @@ class Sampled(AbstractDrawn):
 
     def init(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> Chains:
         begin, move = self.sampler
-        given = (kernel, params, bundle)
+        given, dim = (kernel, params, bundle), self.hidden.dim
+        centre, root = jnp.zeros(dim), 0.1 * jnp.ones(dim)
+        if dim <= MAX_COORDINATES:  # about one mode: chains on several hills would mix what does not belong together
+            centre, _, matrix, _ = JointLaplace(self.hidden).place(kernel, params, bundle, centre)
+            root = jnp.sqrt((matrix**2).sum(1))
 
         def chain(key: Array):
             spread, own = jax.random.split(key)
-            x = 0.1 * jax.random.normal(spread, (self.hidden.dim,))
+            x = centre + root * jax.random.normal(spread, (dim,))
             state = begin(
                 x, self.wish.warmup, model_args=given, rng_key=own, max_tree_depth=MAX_TREE_DEPTH,
                 trajectory_length=None if self.wish.kernel == "NUTS" else 1.5,

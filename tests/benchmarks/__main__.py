@@ -28,7 +28,7 @@ from .cold import CASES
 from .crossover import LENGTHS
 from .registry import contenders_of
 from .report import table
-from .workloads import WORKLOADS
+from .workloads_all import WORKLOADS
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LIMIT = 900.0  # seconds for one contender

@@ -5,6 +5,8 @@ from __future__ import annotations
 from . import (
     contenders_autoem,
     contenders_chains,
+    contenders_continuous,
+    contenders_continuous_jax,
     contenders_jax,
     contenders_peers,
     contenders_peers_chains,
@@ -21,6 +23,8 @@ _MODULES = (
     contenders_peers,
     contenders_peers_chains,
     contenders_r,
+    contenders_continuous,
+    contenders_continuous_jax,
 )
 CONTENDERS: tuple[Contender, ...] = tuple(c for module in _MODULES for c in module.CONTENDERS)
 

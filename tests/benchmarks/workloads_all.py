@@ -1,0 +1,5 @@
+"""Every workload by its name."""
+
+from . import workloads, workloads_continuous
+
+WORKLOADS = {**workloads.WORKLOADS, **workloads_continuous.WORKLOADS}

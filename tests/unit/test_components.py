@@ -1,0 +1,141 @@
+"""Mixtures written as one site, with their component written out, against the same with the latent in the text."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro import handlers
+from numpyro.distributions import constraints
+
+import autoem
+from autoem import Components, ModelError
+
+RNG = np.random.default_rng(6)
+WHICH = RNG.integers(0, 2, 80)
+X = np.where(WHICH[:, None] == 1, 3.0, 0.0) + RNG.normal(size=(80, 2))
+COUNTS = np.where(RNG.random(80) < 0.4, 0, RNG.poisson(3.0, 80))
+KEY = jax.random.key(0)
+
+
+def share():
+    return numpyro.param("share", jnp.array([0.4, 0.6]), constraint=constraints.simplex)
+
+
+def loc(*shape):
+    start = jnp.array([0.5, 2.0])
+    return numpyro.param("loc", jnp.broadcast_to(start.reshape(2, *(1,) * len(shape)), (2, *shape)))
+
+
+def scale():
+    return numpyro.param("scale", 1.0, constraint=constraints.positive)
+
+
+def cov():
+    return numpyro.param("cov", jnp.tile(jnp.eye(2), (2, 1, 1)), constraint=constraints.positive_definite)
+
+
+def normal(x):
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("x", dist.MixtureSameFamily(dist.Categorical(share()), dist.Normal(loc(), scale())), obs=x[:, 0])
+
+
+def normal_by_hand(x):
+    with numpyro.plate("rows", len(x)):
+        z = numpyro.sample("x_component", dist.Categorical(share()))
+        numpyro.sample("x", dist.Normal(loc()[z], scale()), obs=x[:, 0])
+
+
+def independent(x):
+    with numpyro.plate("rows", len(x)):
+        law = dist.Normal(loc(2), scale()).to_event(1)
+        numpyro.sample("x", dist.MixtureSameFamily(dist.Categorical(share()), law), obs=x)
+
+
+def independent_by_hand(x):
+    with numpyro.plate("rows", len(x)):
+        z = numpyro.sample("x_component", dist.Categorical(share()))
+        numpyro.sample("x", dist.Normal(loc(2)[z], scale()).to_event(1), obs=x)
+
+
+def full(x):
+    with numpyro.plate("rows", len(x)):
+        law = dist.MultivariateNormal(loc(2), cov())
+        numpyro.sample("x", dist.MixtureSameFamily(dist.Categorical(share()), law), obs=x)
+
+
+def full_by_hand(x):
+    with numpyro.plate("rows", len(x)):
+        z = numpyro.sample("x_component", dist.Categorical(share()))
+        numpyro.sample("x", dist.MultivariateNormal(loc(2)[z], cov()[z]), obs=x)
+
+
+def by_row(x):
+    slope = numpyro.param("slope", jnp.array([0.1, 1.0]))
+    with numpyro.plate("rows", len(x)):
+        law = dist.Normal(x[:, 1, None] * slope, scale())
+        numpyro.sample("x", dist.MixtureSameFamily(dist.Categorical(share()), law), obs=x[:, 0])
+
+
+def by_row_by_hand(x):
+    slope = numpyro.param("slope", jnp.array([0.1, 1.0]))
+    with numpyro.plate("rows", len(x)):
+        z = numpyro.sample("x_component", dist.Categorical(share()))
+        numpyro.sample("x", dist.Normal(x[:, 1] * slope[z], scale()), obs=x[:, 0])
+
+
+CASES = ((normal, normal_by_hand), (independent, independent_by_hand), (full, full_by_hand), (by_row, by_row_by_hand))
+
+
+@pytest.mark.parametrize(("model", "by_hand"), CASES)
+def test_the_path_is_that_of_the_latent_by_hand(model, by_hand):
+    rewritten = handlers.reparam(model, config={"x": Components()})
+    ours, theirs = (
+        autoem.EM(m, init="model", max_steps=8, tol=0.0, progress=False).run(KEY, X) for m in (rewritten, by_hand)
+    )
+    np.testing.assert_allclose(ours.history, theirs.history, rtol=1e-9)
+    for name, value in theirs.params.items():
+        np.testing.assert_allclose(ours.params[name], value, rtol=1e-7, err_msg=name)
+    found, expected = (r.posterior(X).marginals["x_component"] for r in (ours, theirs))
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+    plan = str(autoem.EM(rewritten, progress=False).plan(X))
+    assert "Newton" not in plan and "gradient" not in plan
+
+
+def test_the_likelihood_is_that_of_the_mixture_itself():
+    rewritten = handlers.reparam(full, config={"x": Components()})
+    result = autoem.EM(rewritten, init="model", progress=False).run(KEY, X)
+    p = result.params
+    law = dist.MixtureSameFamily(dist.Categorical(p["share"]), dist.MultivariateNormal(p["loc"], p["cov"]))
+    assert result.log_likelihood == pytest.approx(float(law.log_prob(X).sum()), rel=1e-9)
+
+
+def test_zeros_by_a_gate_or_by_the_rate():
+    """The published updates: Lambert 1992, section 3.1; at the end the mean is (1 - gate) rate."""
+
+    def model(x):
+        gate = numpyro.param("gate", 0.3, constraint=constraints.unit_interval)
+        rate = numpyro.param("rate", 1.0, constraint=constraints.positive)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", dist.ZeroInflatedPoisson(gate, rate), obs=x)
+
+    em = autoem.EM(
+        handlers.reparam(model, config={"x": Components()}), init="model", max_steps=2000, tol=1e-13, progress=False
+    )
+    result = em.run(KEY, jnp.asarray(COUNTS))
+    gate, rate = result.params["gate"], result.params["rate"]
+    assert float((1 - gate) * rate) == pytest.approx(COUNTS.mean(), rel=1e-6)
+    expected = float(dist.ZeroInflatedPoisson(gate, rate).log_prob(COUNTS).sum())
+    assert result.log_likelihood == pytest.approx(expected, rel=1e-9)
+    newton = autoem.EM(model, init="model", tol=1e-12, progress=False).run(KEY, jnp.asarray(COUNTS))
+    assert result.log_likelihood == pytest.approx(newton.log_likelihood, abs=1e-7)
+
+
+def test_other_sites_are_refused():
+    def model(x):
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", dist.Normal(numpyro.param("mean", 0.0), 1.0), obs=x[:, 0])
+
+    with pytest.raises(ModelError, match="site 'x': Components"):
+        autoem.EM(handlers.reparam(model, config={"x": Components()}), progress=False).plan(X)
