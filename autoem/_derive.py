@@ -20,7 +20,6 @@ from autoem._build import (
     accelerated,
     asked,
     build,
-    notes_of,
     read,
     start_data,
     start_values,
@@ -32,7 +31,7 @@ from autoem._field import Field
 from autoem._field_build import FieldWish, field_factors, field_of, settled_laws
 from autoem._jaxpr import jit_once
 from autoem._lower import Kernel, with_nodes
-from autoem._plan import MEMORY_LIMIT, Cost, LatentRow, Plan, human, parameter_rows, unread
+from autoem._plan import MEMORY_LIMIT, Cost, LatentRow, Plan, human, notes_of, parameter_rows, unread
 from autoem.e_step.elimination import eliminate
 from autoem.e_step.places import build_layout
 from autoem.e_step.strategies import MeanField
@@ -126,7 +125,7 @@ def build_field(model: Callable, args: tuple, kwargs: dict, options: Options, ke
     blocks = choose(problem, params, filled, asked(program, options))
     kernel = dataclasses.replace(kernel, blocks=blocks)
     accelerator = accelerated(options.accelerate, program, blocks, field)
-    plan = field_plan(kernel, field, notes_of(program, options), cost)
+    plan = field_plan(kernel, field, notes_of(program, options.truncated()), cost)
     plan = dataclasses.replace(plan, accelerate=accelerator and accelerator.method)
     return Build(
         plan, kernel, found, source, factors, support_limits(found, source), model_start, accelerator=accelerator

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Topics: latent Dirichlet allocation on the bars of Griffiths and Steyvers
-# Ten topics are the rows and columns of a five by five grid of words; a document mixes a few. The corpus is simulated as in
-# Griffiths and Steyvers 2004, figure 1, so the topics are known and can be looked at.
+# Ten topics are the rows and columns of a five by five grid of words; a document mixes a few. The corpus is simulated
+# as in Griffiths and Steyvers 2004, figure 1, so the topics are known and can be looked at.
 
 # %%
 import jax
@@ -30,6 +30,7 @@ count = table[doc, word].astype(float)
 
 # %% [markdown]
 # A row is an entry of the table, which counts as often as its word was seen. Topics and mixtures are both latent.
+
 
 # %%
 def lda(word, doc, count):
