@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._errors import Intractable
+from autoem._errors import Intractable, PlanError
 from autoem._jaxpr import jit_once
 from autoem.e_step.conjugate import FORMS, AbstractForm, Conjugate, anchor_of
 from autoem.e_step.laplace import LaplaceCells
@@ -55,7 +55,8 @@ def settled(block: LocalBlock, program: Program, params: Params, bundle: Bundle)
     rule = quadrature(block, why)
     known = dataclasses.replace(block, method=rule)
     if not fits(known, rule.scattered, moved, bundle):
-        raise refused(block, "a mask takes out cells of it that other sites read")
+        found = refused(block, "a mask takes out cells of it that other sites read")
+        raise PlanError(found.where, problem=found.problem, mend=found.mend)  # no approximation either has a law there
     return known
 
 

@@ -80,8 +80,8 @@ class Posterior:
     @functools.cached_property
     def sd(self) -> Marginals:
         """By continuous latent, its posterior standard deviation, `(*plates, *event)`."""
-        members = self._built.program.continuous
-        shapes = {n: m.shape + m.event for n, m in members.items()}
+        blocks = [m for block in self._built.kernel.integrals for m in block.block.members]
+        shapes = {m.name: m.shape + m.event for m in (*self._built.program.continuous.values(), *blocks)}
         variances = {n: jnp.diagonal(c, axis1=-2, axis2=-1) for n, c in self.covariance.items()}
         return Marginals({n: jnp.sqrt(jnp.maximum(v, 0)).reshape(shapes[n]) for n, v in variances.items()})
 

@@ -18,9 +18,7 @@ PIXELS, HIDDEN, CODE = 64, 64, 8
 
 
 def layer(name, x, inputs, outputs):
-    weight = numpyro.param(
-        f"{name}.weight", lambda key: jax.random.normal(key, (inputs, outputs)) * (2 / (inputs + outputs)) ** 0.5
-    )
+    weight = numpyro.param(f"{name}.weight", lambda key: jax.random.normal(key, (inputs, outputs)) / inputs**0.5)
     return x @ weight + numpyro.param(f"{name}.bias", jnp.zeros(outputs))
 
 
@@ -54,25 +52,22 @@ step = autoem.m_step.Gradient(optax.adam(3e-3), steps=5)
 em = autoem.EM(digits, latent=["code"], e_step=guess, m_step=step, max_steps=400, progress=False)
 print(em.plan(train))
 result = em.run(jax.random.key(0), train)
-bound = result.log_likelihood / len(train)
-begin = result.history[0] / len(train)
-print(f"{result.status}\n{result.objective_name} {bound:.2f} nats a picture, at the start {begin:.2f}")
+begin, end = result.history[0] / len(train), result.log_likelihood / len(train)
+print(f"{result.status}\n{result.objective_name} {end:.2f} nats a picture, at the start {begin:.2f}")
 
 # %% [markdown]
 # Pictures that it never saw, as the two networks give them back from eight numbers; and pictures of nobody's hand.
 
 # %%
-unseen = result.posterior(test)
-code = jax.random.normal(jax.random.key(1), (16, CODE))
+unseen, code = result.posterior(test), jax.random.normal(jax.random.key(1), (16, CODE))
 with numpyro.handlers.substitute(data=result.params):
     back, drawn = (1 / (1 + np.exp(-np.asarray(decoded(c)))) for c in (unseen.mean["code"][:16], code))
 figure, panels = plt.subplots(3, 16, figsize=(11, 2.4))
-for row, images in zip(panels, (test[:16], back, drawn), strict=True):
+for row, images, title in zip(panels, (test[:16], back, drawn), ("seen", "given back", "dreamt"), strict=True):
+    row[0].set_ylabel(title, rotation=0, ha="right", va="center", color=BLUE)
     for axes, image in zip(row, images, strict=True):
         axes.imshow(image.reshape(8, 8), cmap="Greys", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
-for row, title in zip(panels, ("seen", "given back", "dreamt"), strict=True):
-    row[0].set_ylabel(title, rotation=0, ha="right", va="center", color=BLUE)
 save(figure, "digits.png")
 
 # %% [markdown]

@@ -12,6 +12,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("[0-9][0-9]_*.py"))
 WITHOUT_PICTURE = {"02_linkage_1977", "03_blood_groups"}
 
 
+@pytest.mark.slow  # .ci/run runs them all
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
 def test_example_ends_well(script, tmp_path):
     """Every example ends in an assertion against a known answer, so an exit code of zero says that it was reached."""

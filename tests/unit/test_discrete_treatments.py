@@ -262,7 +262,7 @@ LONG = ("Variational", "MonteCarlo", "SAEM")  # thousands of draws or gradients 
 
 @pytest.mark.parametrize(
     ("model", "long"),
-    [("gauss", False), ("repeated", False), ("tree", False), pytest.param("repeated", True, marks=pytest.mark.slow)],
+    [("gauss", False), *(pytest.param(m, m != "tree", marks=pytest.mark.slow) for m in ("tree", "repeated"))],
 )
 def test_every_alternative_listed_runs(model, long):
     """Each E-step is fitted for a step; nothing listed is refused, and the plan then says that it is done so."""
