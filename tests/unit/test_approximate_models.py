@@ -22,7 +22,7 @@ COUNTS = rng.poisson(np.exp(0.5 + 0.9 * rng.normal(size=6)[GROUP]))
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(60)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 START = {"mean": 0.3, "spread": 0.6}
-DRAWS = MonteCarlo(num_draws=4, num_chains=2, warmup=50)
+DRAWS = MonteCarlo(num_draws=4, num_chains=2, kernel="HMC", warmup=30)
 KEY = jax.random.key(0)
 
 
@@ -47,7 +47,7 @@ def at_start(e_step, model=effects, **options):
     return em.run(KEY, COUNTS, GROUP, **options)
 
 
-@pytest.mark.parametrize("e_step", [DRAWS, Variational(), Laplace()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("e_step", [DRAWS, Variational()], ids=lambda e: type(e).__name__)
 def test_cells_that_a_mask_takes_out_leave_the_objective_as_it_is(e_step):
     present = np.array([1, 1, 0, 1, 1, 0], bool)
     result = at_start(e_step, present=present)
@@ -101,7 +101,7 @@ def test_an_estimate_that_misses_modes_claims_no_small_error():
 
 
 def test_ends_of_noisy_starts_are_told_by_estimates_and_not_by_their_paths():
-    em = autoem.EM(effects, e_step=SAEM(warmup=20), restarts=2, max_steps=12, tol=0.0, progress=False)
+    em = autoem.EM(effects, e_step=SAEM(kernel="HMC", warmup=20), restarts=2, max_steps=12, tol=0.0, progress=False)
     result = em.run(KEY, COUNTS, GROUP)
     truth = [by_hand(**{n: float(v) for n, v in p.items()}) for p in result.restarts.params]
     np.testing.assert_allclose(result.restarts.objective, truth, atol=0.1)
