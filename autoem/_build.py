@@ -304,19 +304,13 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
     if treatment is not None and not drawing:
         try_out(kernel, params, shapes)
     accelerator = accelerated(options.accelerate, program, blocks, treatment)
-    again = functools.partial(rederived, model, args, kwargs, options)
     plan = dataclasses.replace(
-        plan, accelerate=accelerator and accelerator.method, notes=(*plan.notes, *note_of(kernel)), asked=options.given,
-        derive=again,
-    )  # fmt: skip
+        plan, accelerate=accelerator and accelerator.method, notes=(*plan.notes, *note_of(kernel))
+    )
     return Build(
         plan, kernel, found, source, factors, support_limits(found, source), model_start, sums=sums,
         mixed=frozenset(mixed), accelerator=accelerator,
     )  # fmt: skip
-
-
-def rederived(model: Callable, args: tuple, kwargs: dict, options: Options, **changes: Any) -> Plan:
-    return build(model, args, kwargs, dataclasses.replace(options, **changes), jax.random.key(0)).plan
 
 
 def accelerated(

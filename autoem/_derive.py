@@ -45,11 +45,22 @@ BOUND = (
 
 
 def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array) -> Build:
-    """Derive EM for `model` called with `args` and `kwargs`.
+    """Derive EM for `model` called with `args` and `kwargs`; the plan knows how to be derived with other options.
 
     Raises:
         ModelError, PlanError, DataError: see each stage.
     """
+
+    def again(**changes: Any) -> Plan:
+        return derive(model, args, kwargs, dataclasses.replace(options, **changes), key).plan
+
+    built = chosen(model, args, kwargs, options, key)
+    built.plan = dataclasses.replace(built.plan, asked=options.given, derive=again)
+    return built
+
+
+def chosen(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array) -> Build:
+    """The derivation itself: what was asked for, else the exact one, else a mean field, else what is left."""
     if (wish := field_wish(options)) is not None:
         return build_field(model, args, kwargs, options, key, wish)
     try:

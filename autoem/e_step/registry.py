@@ -80,6 +80,13 @@ STRATEGIES: tuple[Strategy, ...] = (
         together=True,
     ),
     Strategy(
+        strategies.MeanField(),
+        (DISCRETE, CONTINUOUS),
+        "a lower bound of the log-likelihood (ELBO), without what latents of different groups share",
+        "one table a site in each sweep",
+        "Jordan et al. 1999; Blei, Ng and Jordan 2003",
+    ),
+    Strategy(
         strategies.Quadrature(),
         (CONTINUOUS,),
         "the log-likelihood up to the rule's error",
