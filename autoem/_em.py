@@ -187,6 +187,7 @@ class EM:
 
     def _fit(self, built: Build, bundle: Bundle, begin: list[dict[str, Array]], key: Array) -> tuple[State, Restarts]:
         """Run every start to its end; the best state, and all end points."""
+        plain = bundle
         kernel, bundle = condensed(built.kernel, bundle)
         entries = sum(x.size for x in jax.tree.leaves(bundle.rows))
         together = len(begin) > 1 and entries * len(begin) <= VMAP_UP_TO
@@ -209,12 +210,24 @@ class EM:
             else:
                 states = list(one_by_one(advance, states, bundle, self.stop, first, bar.report))
         states = [ended(built.kernel, s, bundle) for s in states]
+        if kernel.noisy and len(states) > 1:  # the path of each has an error of its own, which grows with its steps
+            states = [estimated(built, s, plain) for s in states]
         best = max(range(len(states)), key=lambda i: merit(states[i]))
         if underflowed(built, begin[best], states[best], bundle):
             built.kernel = built.kernel.in_logs
             self._loops.pop(loop)
             return self._fit(built, bundle, begin, key)
         return states[best], Restarts.of(states, best)
+
+
+def estimated(built: Build, state: State, bundle: Bundle) -> State:
+    """The end of a noisy fit with the objective estimated there, by draws of its own."""
+    if not np.isfinite(float(state.log_likelihood)):
+        return state
+    likelihood, _ = built.final(state.params, bundle, state.e_step)
+    return state._replace(
+        objective=state.objective - state.log_likelihood + likelihood, log_likelihood=jnp.asarray(likelihood)
+    )
 
 
 def merit(state: State) -> tuple[bool, float]:

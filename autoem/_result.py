@@ -189,8 +189,9 @@ class EMResult:
         if isinstance(context.built.kernel.treatment, Field):
             raise refused_errors(next(iter(self.params), "model"))
         kernel = dataclasses.replace(context.built.kernel, chunks=one_device(context.built.kernel.chunks))
-        bundle = context.built.plain_bundle(context.source, jax.random.key(0))
-        errors = standard_errors(kernel, self.params, bundle)
+        drawn = isinstance(kernel.treatment, AbstractDrawn)
+        bundle = (context.built.bundle if drawn else context.built.plain_bundle)(context.source, jax.random.key(0))
+        errors = standard_errors(kernel, self.params, bundle, context.e_step)
         if errors.singular:
             message = (
                 "the observed information is singular: some parameters are not identified; all standard errors are NaN"

@@ -24,6 +24,8 @@ from autoem.ir import Param
 from autoem.m_step.choose import kind_of
 from autoem.m_step.problem import Bundle
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
+from autoem.treatments import AbstractDrawn
+from autoem.treatments.information import drawn_information
 
 BOUNDARY = 1e-7
 
@@ -91,11 +93,12 @@ def move(param: Param, value: Array, shift: Array) -> Array:
     return to_constrained(param, to_unconstrained(param, value) + shift)
 
 
-def standard_errors(kernel: Kernel, params: Mapping[str, Array], bundle: Bundle) -> StandardErrors:
-    """Standard error of every entry of every maximised parameter.
+def standard_errors(kernel: Kernel, params: Mapping[str, Array], bundle: Bundle, state=None) -> StandardErrors:
+    """Standard error of every entry of every maximised parameter; `state` is what an E-step by draws remembers.
 
     Raises:
-        PlanError: the fit was of an E-step that does not end at a maximum of the likelihood.
+        PlanError: the fit was of an E-step that does not end at a maximum of the likelihood; latents are drawn, and
+            their draws do not tell the curvature.
     """
     treatment = kernel.treatment
     if treatment is not None and treatment.sums_exactly and not treatment.is_likelihood:
@@ -120,14 +123,17 @@ def standard_errors(kernel: Kernel, params: Mapping[str, Array], bundle: Bundle)
             start += size
         return out
 
-    return carried_back(kernel, values, names, moved, sum(sizes), bundle)
+    return carried_back(kernel, values, names, moved, sum(sizes), bundle, state)
 
 
 def carried_back(
-    kernel: Kernel, values, names: list[str], moved: Callable, size: int, bundle: Bundle
+    kernel: Kernel, values, names: list[str], moved: Callable, size: int, bundle: Bundle, state=None
 ) -> StandardErrors:
     zero = jnp.zeros(size)
-    information = -jax.jit(jax.hessian(lambda v, b: kernel.objective(moved(v), b)[0]))(zero, bundle)
+    if isinstance(kernel.treatment, AbstractDrawn):
+        information = drawn_information(kernel, moved, size, bundle, state)
+    else:
+        information = -jax.jit(jax.hessian(lambda v, b: kernel.objective(moved(v), b)[0]))(zero, bundle)
     jacobians = jax.jit(jax.jacfwd(lambda v: {n: moved(v)[n] for n in names}))(zero)
     information = np.asarray(information, float)
     out = StandardErrors()

@@ -130,8 +130,7 @@ class Target:
 
 def objective_name(built: Build) -> str:
     """What a derivation's objective is, in words."""
-    rules = [i.block.strategy for i in built.kernel.integrals if i.block.strategy != "exact"]
-    name = built.kernel.objective_name + (f" by {', '.join(dict.fromkeys(rules))}" if rules else "")
+    name = built.kernel.objective_name
     name += " within the truncation" if built.source.truncated else ""
     return name + (" + log prior" if has_priors(built) else "")
 

@@ -15,6 +15,7 @@ import jax
 from autoem._errors import PlanError
 from autoem._lower import Kernel
 from autoem.accelerate import AbstractAcceleration
+from autoem.e_step.groups import refuse_scaled
 from autoem.e_step.strategies import SAEM, AbstractEStep, Laplace, MonteCarlo, Variational
 from autoem.e_step.tables import Factor
 from autoem.e_step.treatment import AbstractTreatment
@@ -38,13 +39,14 @@ def drawn_treatment(
     """The treatment of the latents that are drawn; None where there are none.
 
     Raises:
-        PlanError: two strategies are asked for at once.
+        PlanError: two strategies are asked for at once; a latent that is drawn is scaled.
     """
     groups = [g for g in latent_groups(program) if g.drawn]
     if not groups:
         return None
     names, sites = {n for g in groups for n in g.members}, {s for g in groups for s in g.sites}
     members = tuple(z for n, z in program.continuous.items() if n in names)
+    refuse_scaled(program, [f for f in factors if f.name in sites])
     wishes = list(dict.fromkeys(z.wish for z in members if isinstance(z.wish, AbstractEStep)))
     if len(wishes) > 1:
         raise PlanError(

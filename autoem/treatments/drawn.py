@@ -12,6 +12,7 @@ which the M-step takes as completions: what was closed form stays closed form.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -135,12 +136,31 @@ class Hidden:
             out[f.name] = Table(Named(whole, kept), frozenset(z.name for z in f.latents), f.plates, f.route)
         return out
 
+    def idle(self, draws: Draws, bundle: Bundle) -> Array:
+        """Log density that makes up for cells which a mask takes out, `(draws,)`: they have none of their own.
+
+        Standard normal in free coordinates, which integrates to one and leaves the likelihood as it is.
+        """
+        each: dict[str, Array] = {}
+        for m in self.members:
+            transform, value = biject_to(m.support), draws[m.name]
+            x = transform.inv(value)
+            cells = (len(value), *m.shape, -1)
+            normal = (-0.5 * x**2 - 0.5 * math.log(2 * math.pi)).reshape(cells).sum(-1)
+            each[m.name] = normal - transform.log_abs_det_jacobian(x, value).reshape(cells).sum(-1)
+        out, pieces = jnp.zeros(len(next(iter(draws.values())))), self.pieces(each)
+        for f in self.factors:
+            if f.is_hidden and (mask := bundle.rows[f.name].mask) is not None:
+                gone = jnp.broadcast_to(mask.to(f.site.axes) == 0, pieces[f.name].shape[1:])
+                out = out + jnp.where(gone, pieces[f.name], 0).reshape(len(out), -1).sum(1)
+        return out
+
     def log_joint(self, kernel: Kernel, params: Params, bundle: Bundle, draws: Draws) -> Array:
         """`J` at every draw, `(draws,)`, in nats."""
         found = self.tables(params, bundle, self.nodes(draws, bundle))
         cells = kernel.problem.cells(params, bundle)
         beside = [block.integrate(params, bundle)[0] for block in kernel.integrals]
-        return self.each(kernel, cells, beside, found, bundle) + bundle.constant
+        return self.each(kernel, cells, beside, found, bundle) + bundle.constant + self.idle(draws, bundle)
 
     def each(self, kernel: Kernel, cells, beside: Sequence[Table], found: Mapping[str, Table], bundle: Bundle) -> Array:
         """Sum the discrete latents out at every draw."""
@@ -188,7 +208,7 @@ class Hidden:
             weight = slopes[f.name] if f.latents else Named(weights, (NODES,))
             out[f.name] = pulled_back(f, params, filled, weight)
         out[NODES] = {**out.get(NODES, {}), **nodes}
-        each = each + bundle.constant
+        each = each + bundle.constant + self.idle(draws, bundle)
         return each, Expectation((weights * each).sum(), prior, out)
 
 

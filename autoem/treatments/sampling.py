@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 MAX_TREE_DEPTH = 7
 PROPOSALS, BATCHES, FREEDOM = 4096, 16, 6.0
+LOOKS, MISSED = 64, math.log(100.0)  # draws of the chains held against the proposals; log weight that these missed
 
 
 class Chains(NamedTuple):
@@ -104,7 +106,15 @@ class Sampled(AbstractDrawn):
         return importance(JointLaplace(self.hidden), kernel, params, bundle, key)
 
     def final(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, key: Array) -> tuple[Array, Array]:
-        return self.estimate(kernel, params, bundle, key)
+        """As `estimate`, about the mode where the chains are; of infinite error where they are elsewhere too."""
+        if self.hidden.dim > MAX_COORDINATES:
+            return self.estimate(kernel, params, bundle, key)
+        method = JointLaplace(self.hidden)
+        _, x = self.go_on(kernel, params, bundle, state.hmc, -(-LOOKS // self.wish.num_chains))
+        about = proposals(method, kernel, params, bundle, key, x[-1])
+        value, error = estimated(about.log_weights)
+        surprise = jax.vmap(about.log_weight)(x) - value - jnp.log1p(PROPOSALS * error**2)
+        return value, jnp.where((surprise > MISSED).any(), jnp.inf, error)
 
     def go_on(self, kernel: Kernel, params: Params, bundle: Bundle, states: Any, num: int) -> tuple[Any, Array]:
         """The chains after `num` transitions each at these parameters, and their draws `(num * chains, dim)`."""
@@ -162,18 +172,44 @@ def importance(method: JointLaplace, kernel: Kernel, params: Params, bundle: Bun
     dim = method.hidden.dim
     if dim > MAX_COORDINATES:
         return jnp.zeros(()), jnp.asarray(jnp.inf)
-    mode, _, root, log_det = method.place(kernel, params, bundle, jnp.zeros(dim))
+    return estimated(proposals(method, kernel, params, bundle, key, jnp.zeros(dim)).log_weights)
+
+
+def estimated(log_weights: Array) -> tuple[Array, Array]:
+    """The log of the mean of importance weights, and its standard error."""
+    share = jax.nn.softmax(log_weights) * PROPOSALS
+    return jax.nn.logsumexp(log_weights) - math.log(PROPOSALS), jnp.sqrt(jnp.var(share) / PROPOSALS)
+
+
+class Proposals(NamedTuple):
+    """Draws `(draws, dim)` in free coordinates, their log importance weights, and that weight as a function."""
+
+    x: Array
+    log_weights: Array
+    log_weight: Callable[[Array], Array]
+
+
+def proposals(
+    method: JointLaplace, kernel: Kernel, params: Params, bundle: Bundle, key: Array, near: Array
+) -> Proposals:
+    """Draws of a t law about the higher of two modes: that nearest to the origin, and that `near` a point."""
+    dim = method.hidden.dim
+    places = jax.lax.map(lambda x: method.place(kernel, params, bundle, x), jnp.stack([jnp.zeros(dim), near]))
+    best = jnp.argmax(places[1] + places[3])
+    mode, _, root, log_det = (p[best] for p in places)
     normal, wide = jax.random.split(jax.random.fold_in(key, 1))
     z = jax.random.normal(normal, (PROPOSALS, dim))
     z = z * jnp.sqrt(FREEDOM / (2 * jax.random.gamma(wide, 0.5 * FREEDOM, (PROPOSALS, 1))))
     half = 0.5 * (FREEDOM + dim)
-    proposal = -half * jnp.log1p((z**2).sum(1) / FREEDOM) + gammaln(half) - gammaln(0.5 * FREEDOM)
-    proposal = proposal - 0.5 * dim * math.log(FREEDOM * math.pi)
-    one = jax.vmap(lambda x: method.log_density(kernel, params, bundle, x[None])[0])
-    log_weights = jax.lax.map(one, (mode + z @ root.T).reshape(BATCHES, -1, dim)).ravel() - proposal
-    share = jax.nn.softmax(log_weights) * PROPOSALS
-    error = jnp.sqrt(jnp.var(share) / PROPOSALS)
-    return jax.nn.logsumexp(log_weights) - math.log(PROPOSALS) + log_det, error
+    level = gammaln(half) - gammaln(0.5 * FREEDOM) - 0.5 * dim * math.log(FREEDOM * math.pi) - log_det
+
+    def log_weight(x: Array) -> Array:
+        z = jnp.linalg.solve(root, x - mode)
+        density = level - half * jnp.log1p((z**2).sum() / FREEDOM)
+        return method.log_density(kernel, params, bundle, x[None])[0] - density
+
+    x = mode + z @ root.T
+    return Proposals(x, jax.lax.map(jax.vmap(log_weight), x.reshape(BATCHES, -1, dim)).ravel(), log_weight)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
