@@ -33,6 +33,7 @@ from autoem._jaxpr import jit_once
 from autoem._lower import Kernel, with_nodes
 from autoem._plan import MEMORY_LIMIT, Cost, LatentRow, Plan, human, notes_of, parameter_rows, unread
 from autoem.e_step.elimination import eliminate
+from autoem.e_step.groups import partly_seen
 from autoem.e_step.places import build_layout
 from autoem.e_step.strategies import MeanField
 from autoem.ir import Program
@@ -110,6 +111,10 @@ def build_field(model: Callable, args: tuple, kwargs: dict, options: Options, ke
     data = {} if source.concrete else {i: jnp.asarray(x) for i, x in enumerate(source.data)}
     values: dict[Any, Any] = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
     factors, cells = field_factors(program, values)
+    for f in factors:
+        if partly_seen(program, f, values) is not None:
+            problem = "its vectors are partly NaN, which a mean field does not integrate"
+            raise PlanError(f.name, problem=problem, mend="drop those rows, or set them to NaN as a whole")
     field = field_of(program, factors, wish, cells)
     cells = {n: jnp.asarray(c) for n, c in cells.items()}
     problem = Problem({f.name: f for f in factors}, program.params)

@@ -361,18 +361,21 @@ def settled_laws(field: Field, kernel: Kernel, params: Params, bundle: Bundle) -
 def fits(field: Field, block: Block, kernel: Kernel, params: Params, bundle: Bundle) -> bool:
     """Whether the law found by slopes reproduces the log joint at points that it has not seen."""
 
-    def compare(params: Params, bundle: Bundle) -> tuple[Array, Array, Array]:
+    def compare(params: Params, bundle: Bundle) -> tuple[Array, Array]:
         layout = make_layout(kernel.layout, bundle)
         laws = field.init(kernel, params, bundle, jax.random.key(43))
         natural = field.update_block(block, params, bundle, laws, layout)
         a, b = (block.law.nodes(block.law.start(jax.random.key(i), block.size))[-1] for i in (44, 45))
+        if kind_of(block.member.support) == "real":  # far enough apart to tell an exponential from a parabola
+            a, b = (2 * jax.random.normal(jax.random.key(i), jnp.shape(a)) for i in (44, 45))
         if block.law.event_dim:
             a, b = (x / x.sum(-1, keepdims=True) for x in (a * jnp.exp(a), b))
         theirs = [field.joint(block, u, params, bundle, laws, layout) for u in (a, b)]
         ours = [block.law.value(natural, u).sum() for u in (a, b)]
-        size = 1 + jnp.abs(theirs[0]) + jnp.abs(theirs[1])
-        return jnp.abs((ours[0] - ours[1]) - (theirs[0] - theirs[1])) / size, block.law.proper(natural), size
+        apart, eps = theirs[0] - theirs[1], jnp.finfo(theirs[0].dtype).eps
+        rounding = 64 * eps * (jnp.abs(theirs[0]) + jnp.abs(theirs[1]))
+        error = jnp.abs(ours[0] - ours[1] - apart) - rounding
+        return error <= max(1e3 * float(eps), 1e-7) * (1 + jnp.abs(apart)), block.law.proper(natural)
 
-    error, proper, _ = jit_once(compare)(dict(params), bundle)
-    tolerance = max(1e5 * float(jnp.finfo(jnp.result_type(float)).eps), 1e-7)
-    return float(error) <= tolerance and bool(proper)
+    same, proper = jit_once(compare)(dict(params), bundle)
+    return bool(same) and bool(proper)

@@ -96,7 +96,8 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle, accelerato
     # terms of either sign may cancel in the objective, but not in its rounding error
     rounding = 4 * eps * (size + kernel.num_rows)
     if kernel.noisy:
-        still = settled(state.history.at[state.step].set(value), state.step, stop.tol * size) & (stop.tol > 0)
+        still = settled(state.history.at[state.step].set(value), state.step, stop.tol * size)
+        still = still & (stop.tol > 0) & (state.step >= kernel.least)
     else:
         still = ~warm & (change <= jnp.maximum(stop.tol * size, rounding)) & (stop.tol > 0)
     flat = jnp.where(still, state.flat + ~trial, jnp.where(refused, state.flat, 0))

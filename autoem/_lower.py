@@ -68,6 +68,11 @@ class Kernel:
         return self.treatment is not None and self.treatment.noisy
 
     @property
+    def least(self) -> int:
+        """Steps before which no fit with a random objective ends."""
+        return 0 if self.treatment is None else self.treatment.least
+
+    @property
     def may_fall(self) -> bool:
         """Whether the objective may fall without anything being wrong."""
         return self.treatment is not None and (self.treatment.noisy or self.treatment.falls)

@@ -16,7 +16,7 @@ from jax import Array
 from numpyro.distributions import biject_to, constraints
 
 from autoem._build import Build
-from autoem._errors import ModelError
+from autoem._errors import ModelError, PlanError
 from autoem._field import Field
 from autoem._init import no_spread, state_spreads, tables_at
 from autoem._integrals import Integral
@@ -67,7 +67,23 @@ def verify(built: Build) -> tuple[str, ...]:
                 mend="let the site read each latent only at its own row (z, or z[group]), without z.shape or mixing "
                 "rows; a site whose rows are vectors ends in .to_event(1)",
             )
+    refuse_misread_masks(built, start, bundle)
     return no_spread(spread)
+
+
+def refuse_misread_masks(built: Build, start: Mapping[str, Array], bundle: Bundle) -> None:
+    """Raise where sites read cells of a drawn latent that a mask takes out."""
+    treatment = built.kernel.treatment
+    if not isinstance(treatment, AbstractDrawn) or not any(f.is_hidden and f.site.masked for f in treatment.factors):
+        return
+    draws = {n: v[None] for n, v in random_values(built.program).items() if n in treatment.hidden.names}
+    found = jit_once(lambda p, b, d: treatment.hidden.misread(built.kernel, p, b, d))(dict(start), bundle, draws)
+    for name in (n for n, read in found.items() if bool(read)):
+        raise PlanError(
+            built.program.base_of(name),
+            problem="a mask takes out cells of it that other sites read, so that these have no law",
+            mend="put the mask around those sites as well, or leave it off the latent",
+        )
 
 
 def compare(built: Build, params, noise, bundle: Bundle, chosen):

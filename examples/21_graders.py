@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from _common import BLUE, GREY, columns, plt, save
+from _common import columns
 from numpyro.distributions import constraints
 
 import autoem

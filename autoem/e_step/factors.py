@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._errors import ModelError, PlanError
+from autoem._errors import ModelError
 from autoem._jaxpr import Constant, Graph
 from autoem._named import Named, arranged, named
 from autoem.e_step.completions import Completions
@@ -136,15 +136,6 @@ def completed_factor(
 def drawn_factor(program: Program, site: Site, latents: tuple[Latent, ...], route: Route | None) -> Factor:
     """The factor of a site that reads continuous latents of which all cells are drawn at once."""
     refuse_random_weights(program, site)
-    if site.role == "continuous" and (site.masked or site.scaled):
-        what = (
-            "a mask takes out cells of it, which then have no law" if site.masked else "handlers.scale stands around it"
-        )
-        raise PlanError(
-            site.name,
-            problem=f"{what}, and its posterior is approximate",
-            mend="mask the sites that read it, not the latent itself; in place of a scale repeat the rows",
-        )
     read = {program.base_of(n) for n in continuous_of(program, site)}  # at full shape the graph reads whole paths
     members = tuple(z for n, z in program.continuous.items() if n in read)
     return dataclasses.replace(

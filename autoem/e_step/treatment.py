@@ -63,6 +63,7 @@ class AbstractTreatment(abc.ABC):
         objective_name: what it maximises in place of the log-likelihood, as a user should read it.
         noisy: whether the objective is known up to a random error only, which no step is to be stopped for.
         falls: whether the objective may fall from one step to the next without anything being wrong.
+        least: steps before which no fit with a random objective ends.
         warmup: steps whose objectives are of other functions: none is compared with another, and no fit ends there.
         is_likelihood: whether what it ends at is a maximum of the likelihood, up to rounding.
         sums_exactly: whether it is over discrete latents alone, so that at the end the log-likelihood is the exact
@@ -74,6 +75,7 @@ class AbstractTreatment(abc.ABC):
     objective_name = "log-likelihood"
     noisy = False
     falls = False
+    least = 0
     warmup = 0
     is_likelihood = False
     sums_exactly = False

@@ -155,6 +155,21 @@ class Hidden:
                 out = out + jnp.where(gone, pieces[f.name], 0).reshape(len(out), -1).sum(1)
         return out
 
+    def misread(self, kernel: Kernel, params: Params, bundle: Bundle, draws: Draws) -> dict[str, Array]:
+        """By latent with a mask, whether a site reads a cell that the mask takes out, which then has no law."""
+
+        def rest(draws: Draws) -> Array:
+            return (self.log_joint(kernel, params, bundle, draws) - self.idle(draws, bundle)).sum()
+
+        masks = {f.name: m for f in self.factors if f.is_hidden and (m := bundle.rows[f.name].mask) is not None}
+        slopes, out = self.pieces(jax.grad(rest)(dict(draws))) if masks else {}, {}
+        for f in (f for f in self.factors if f.name in masks):
+            slope = slopes[f.name].reshape(-1, *f.site.shape, *slopes[f.name].shape[1 + len(f.site.shape) :])
+            gone = (masks[f.name].to(f.site.axes) == 0).reshape(1, *masks[f.name].to(f.site.axes).shape)
+            gone = gone.reshape(*gone.shape, *(1,) * (slope.ndim - gone.ndim))
+            out[f.name] = jnp.any(gone & (slope != 0))
+        return out
+
     def log_joint(self, kernel: Kernel, params: Params, bundle: Bundle, draws: Draws) -> Array:
         """`J` at every draw, `(draws,)`, in nats."""
         found = self.tables(params, bundle, self.nodes(draws, bundle))

@@ -224,6 +224,11 @@ class Averaged(Sampled):
     def num_draws(self) -> int:
         return self.per_step * self.wish.memory
 
+    @property
+    def least(self) -> int:  # type: ignore[override]
+        """The average is to have forgotten where it began, twice over."""
+        return self.wish.burn_in + 2 * self.wish.memory
+
     def weighted(self, state: Chains, x: Array) -> tuple[Array, Array]:
         late = jnp.maximum(state.step - self.wish.burn_in, 0) + 1
         gain = jnp.where(state.step <= self.wish.burn_in, 1.0, late.astype(x.dtype) ** -self.wish.decay)

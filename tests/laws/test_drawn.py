@@ -305,3 +305,27 @@ def test_laplace_in_cells_agrees_with_quadrature():
 def test_options_out_of_range(bad):
     with pytest.raises(ValueError, match=r"at least|must"):
         bad()
+
+
+def test_a_masked_cell_that_is_read_has_no_law():
+    """Refused; where no site reads it, it leaves the objective as it is."""
+    present, group = np.arange(8) < 6, np.repeat(np.arange(8), 5)
+
+    def model(y, seen):
+        s = numpyro.param("s", 1.0, constraint=constraints.positive)
+        with numpyro.plate("groups", 8), numpyro.handlers.mask(mask=present):
+            u = numpyro.sample("u", dist.Normal(0, s))
+        with numpyro.plate("rows", 40), numpyro.handlers.mask(mask=seen):
+            numpyro.sample("y", dist.Normal(u[group], 1.0), obs=y)
+
+    em = autoem.EM(model, e_step=MonteCarlo())
+    with pytest.raises(autoem.PlanError, match="mask takes out cells"):
+        em.plan(Y, np.ones(40, bool))
+    assert em.plan(Y, present[group]).e_step("u") == "Monte Carlo"
+
+
+def test_a_parabola_is_not_seen_in_an_exponential_in_single_precision():
+    """A Poisson mean of crossed effects has no Normal conditionals, however few digits there are."""
+    with jax.enable_x64(False):
+        data = tuple(jnp.asarray(x, jnp.int32) for x in (ROWS, COLUMNS, COUNTS))
+        assert autoem.EM(crossed).plan(*data).e_step("u") == "Laplace"
