@@ -38,7 +38,9 @@ from autoem.e_step.places import build_layout
 from autoem.e_step.strategies import MeanField
 from autoem.ir import Program
 from autoem.m_step.choose import choose
+from autoem.m_step.mixed_signs import mixed_signs
 from autoem.m_step.problem import Bundle, Params, Problem, make_layout
+from autoem.m_step.superposition import Superposition
 
 BOUND = (
     "the objective is the ELBO, a lower bound of the log-likelihood; what latents of different groups share is left out"
@@ -67,6 +69,8 @@ def chosen(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
     try:
         built, why = build(model, args, kwargs, options, key), ""
     except (ModelError, PlanError) as refusal:
+        if options.m_step is not None and stands(model, args, kwargs, dataclasses.replace(options, m_step=None), key):
+            raise  # what is refused is the M-step that was asked for, which another E-step does not mend
         built, why = refusal, refusal.problem
     if isinstance(built, Build):
         if built.kernel.treatment is None or options.e_step is not None:
@@ -82,6 +86,15 @@ def chosen(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
     if isinstance(built, Build):
         return built
     raise built
+
+
+def stands(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array) -> bool:
+    """Whether a derivation with these options is not refused."""
+    try:
+        build(model, args, kwargs, options, key)
+    except (ModelError, PlanError):
+        return False
+    return True
 
 
 def field_wish(options: Options) -> FieldWish | None:
@@ -138,14 +151,19 @@ def build_field(model: Callable, args: tuple, kwargs: dict, options: Options, ke
         return with_nodes(bundle, field.nodes(field.init(kernel, params, bundle, key)))
 
     filled = jax.eval_shape(completed, params, shapes)
-    blocks = choose(problem, params, filled, asked(program, options))
+    wishes = asked(program, options)
+    blocks = choose(problem, params, filled, wishes)
+    sums = tuple(b for b in blocks if isinstance(b, Superposition))
+    if mixed := mixed_signs(sums, program.params, params, values):
+        blocks = choose(problem, params, filled, wishes, mixed)
     kernel = dataclasses.replace(kernel, blocks=blocks)
     accelerator = accelerated(options.accelerate, program, blocks, field)
     plan = field_plan(kernel, field, notes_of(program, options.truncated()), cost)
     plan = dataclasses.replace(plan, accelerate=accelerator and accelerator.method)
     return Build(
-        plan, kernel, found, source, factors, support_limits(found, source), model_start, accelerator=accelerator
-    )
+        plan, kernel, found, source, factors, support_limits(found, source), model_start, accelerator=accelerator,
+        sums=sums, mixed=frozenset(mixed),
+    )  # fmt: skip
 
 
 def measured(kernel: Kernel, field: Field, params: Params, shapes: Bundle) -> Cost:

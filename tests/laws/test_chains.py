@@ -237,7 +237,7 @@ def slopes_of_q(truth: Truth, params: dict[str, Any]) -> list[float]:
 
 @pytest.mark.parametrize("name", odd_chain_models.RIGHT_OR_REFUSED)
 def test_right_or_refused(name: str) -> None:
-    """Chains in unusual words: an answer, if any, is the right one."""
+    """Chains in unusual words: an answer, if any, is the right one, or a bound that is called so and holds."""
     truth = truth_of(odd_chain_models.RIGHT_OR_REFUSED[name])
     try:
         result = fit(truth.case, truth.params, max_steps=1)
@@ -245,6 +245,10 @@ def test_right_or_refused(name: str) -> None:
         print(refusal)
         return
     after = truth.oracle.exact(result.params)
+    if result.objective_name == "ELBO":
+        assert "mean field" in str(result.plan)
+        assert result.log_likelihood <= after.log_likelihood + 1e-8
+        return
     np.testing.assert_allclose(result.history[0], truth.exact.log_likelihood, **TOLERANCE)
     np.testing.assert_allclose(result.log_likelihood, after.log_likelihood, **TOLERANCE)
     assert result.history[1] >= result.history[0] - 1e-9
