@@ -106,3 +106,15 @@ def test_ends_of_noisy_starts_are_told_by_estimates_and_not_by_their_paths():
     truth = [by_hand(**{n: float(v) for n, v in p.items()}) for p in result.restarts.params]
     np.testing.assert_allclose(result.restarts.objective, truth, atol=0.1)
     assert result.objective == result.restarts.objective.max()
+
+
+def test_a_strategy_for_latents_that_are_not_there_is_refused():
+    def mixture(y):
+        centre = numpyro.param("centre", jnp.array([-1.0, 1.0]))
+        with numpyro.plate("rows", len(y)):
+            z = numpyro.sample("z", dist.Bernoulli(0.5))
+            numpyro.sample("y", dist.Normal(centre[z], 1.0), obs=y)
+
+    for strategy in (autoem.e_step.Laplace(), autoem.e_step.MonteCarlo(), autoem.e_step.Quadrature()):
+        with pytest.raises(autoem.PlanError, match="continuous latents, and the model has none"):
+            autoem.EM(mixture, e_step=strategy).plan(np.array([0.3, -0.8]))
