@@ -24,10 +24,11 @@ from autoem._jaxpr import jit_once
 from autoem._lower import with_nodes
 from autoem._named import Named, multiply, named, pick
 from autoem._trace import Source
+from autoem.e_step.along_time import pieces_of_paths
 from autoem.e_step.elimination import route_to_rows
 from autoem.e_step.places import pad, scale_of
 from autoem.e_step.tables import Factor, log_density_constant
-from autoem.ir import Program, at_lag, at_step
+from autoem.ir import Program
 from autoem.m_step.choose import kind_of
 from autoem.m_step.problem import Bundle, graph_values
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
@@ -234,18 +235,6 @@ def random_states(built: Build, source: Source) -> dict[str, np.ndarray]:
             low, high = built.program.full.evaluate([(name, "low"), (name, "high")], values)
             first = latent.states.ravel()[0]
             out[name] = np.clip(out[name], np.asarray(low) - first, np.asarray(high) - first)
-    return out
-
-
-def pieces_of_paths(program: Program, paths: Mapping[str, Array]) -> dict[str, Array]:
-    """The values along each chain's paths as its sites read them: at the first steps, the last, and steps back."""
-    out = {}
-    for chain in program.chains:
-        for name in (n for n in chain.lags if n in paths):
-            path, first = paths[name], chain.lag
-            out |= {at_step(name, h): path[h] for h in range(-chain.ending, chain.lag) if -len(path) <= h < len(path)}
-            lags = range(chain.lag + 1) if len(path) > first else ()
-            out |= {at_lag(name, i): path[first - i : len(path) - i] for i in lags}
     return out
 
 

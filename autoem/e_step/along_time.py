@@ -212,6 +212,18 @@ def add_paths(chosen: dict[str, Named], program_chains: Sequence[Chain]) -> None
                 chosen |= {at_step(name, -i): at(chosen[name], chain.time, chain.length - i) for i in ends}
 
 
+def pieces_of_paths(program: Program, paths: Mapping[str, Array]) -> dict[str, Array]:
+    """The values along each chain's paths as its sites read them: at the first steps, the last, and steps back."""
+    out = {}
+    for chain in program.chains:
+        for name in (n for n in chain.lags if n in paths):
+            path, first = paths[name], chain.lag
+            out |= {at_step(name, h): path[h] for h in range(-chain.ending, chain.lag) if -len(path) <= h < len(path)}
+            lags = range(chain.lag + 1) if len(path) > first else ()
+            out |= {at_lag(name, i): path[first - i : len(path) - i] for i in lags}
+    return out
+
+
 def in_pieces(table: Table, program: Program) -> list[Table]:
     """A table over a path whose own site is in pieces, as tables over the pieces."""
     for chain in program.chains:

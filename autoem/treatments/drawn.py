@@ -25,11 +25,12 @@ from numpyro.distributions import biject_to
 from autoem._integrals import pulled_back, with_value
 from autoem._lower import with_nodes
 from autoem._named import Named, named
+from autoem.e_step.along_time import pieces_of_paths
 from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import Table, eliminate
 from autoem.e_step.tables import Factor
 from autoem.e_step.treatment import AbstractTreatment, Expectation, TreatedRow
-from autoem.ir import Continuous, Program, at_lag, at_step
+from autoem.ir import Continuous, Program
 from autoem.m_step.problem import Bundle, Params, graph_values, make_layout
 
 if TYPE_CHECKING:
@@ -87,15 +88,7 @@ class Hidden:
 
     def pieces(self, draws: Draws) -> dict[str, Array]:
         """The draws as sites read them: along a scan also step by step, and at all steps some way back."""
-        out = dict(draws)
-        for chain in self.program.chains:
-            for name in (n for n in chain.lags if n in draws):
-                path, first, steps = draws[name], chain.lag, chain.length
-                at = [h for h in range(-chain.ending, first) if -steps <= h < steps]
-                out |= {at_step(name, h): path[:, h] for h in at}
-                lags = range(first + 1) if steps > first else ()
-                out |= {at_lag(name, i): path[:, first - i : steps - i] for i in lags}
-        return out
+        return {**draws, **jax.vmap(lambda paths: pieces_of_paths(self.program, paths))(dict(draws))}
 
     def nodes(self, draws: Draws, bundle: Bundle) -> dict[str, tuple[Any, Named | None]]:
         """For each factor its nodes, and the values of its own latent there (None where it has none)."""

@@ -27,7 +27,7 @@ from autoem._lower import LAPLACE
 from autoem.e_step.completions import standard_nodes
 from autoem.e_step.quadrature import principal
 from autoem.e_step.treatment import Expectation
-from autoem.treatments.drawn import AbstractDrawn
+from autoem.treatments.drawn import AbstractDrawn, Draws
 
 if TYPE_CHECKING:
     from autoem._lower import Kernel
@@ -70,12 +70,16 @@ class JointLaplace(AbstractDrawn):
 
     def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any) -> Expectation:
         mode, value, root, log_det = self.place(kernel, params, bundle, state)
-        centre = mode + self.shift(kernel, params, bundle, mode, root)
-        draws, _ = self.hidden.constrain(centre + jnp.asarray(self.spread, mode.dtype) @ root.T)
+        draws = self.about(kernel, params, bundle, mode, root, jnp.asarray(self.spread, mode.dtype))
         weights = jnp.full(self.num_draws, 1 / self.num_draws)
         _, found = self.hidden.expectation(kernel, params, bundle, draws, weights)
         likelihood = value + log_det + 0.5 * self.hidden.dim * math.log(2 * math.pi)
         return found._replace(likelihood=likelihood, state=mode)
+
+    def about(self, kernel: Kernel, params: Params, bundle: Bundle, mode: Array, root: Array, z: Array) -> Draws:
+        """Values of the latents that standard coordinates `z`, `(draws, dim)`, stand for."""
+        centre = mode + self.shift(kernel, params, bundle, mode, root)
+        return self.hidden.constrain(centre + z @ root.T)[0]
 
     def place(self, kernel: Kernel, params: Params, bundle: Bundle, start: Array) -> tuple[Array, ...]:
         """The mode, the log density there, a root of the inverse curvature, and the log of its determinant."""
@@ -128,8 +132,7 @@ class JointLaplace(AbstractDrawn):
 
     def posterior_draws(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, key: Array, num: int):
         mode, _, root, _ = self.place(kernel, params, bundle, state)
-        centre = mode + self.shift(kernel, params, bundle, mode, root)
-        return self.hidden.constrain(centre + jax.random.normal(key, (num, self.hidden.dim)) @ root.T)[0]
+        return self.about(kernel, params, bundle, mode, root, jax.random.normal(key, (num, self.hidden.dim)))
 
     def reason(self) -> str:
         return (
