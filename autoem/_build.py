@@ -22,10 +22,10 @@ from autoem._condense import note_of
 from autoem._errors import Intractable, PlanError
 from autoem._field_build import cells_by
 from autoem._integrals import Integral
-from autoem._jaxpr import jit_once
 from autoem._local import settled
 from autoem._lower import Kernel
 from autoem._plan import Plan, make_plan, notes_of
+from autoem._programs import jit_once, jit_well
 from autoem._trace import Discovery, Source, trace
 from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.factors import build_factors
@@ -94,7 +94,7 @@ class Build:
 
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
-        self.compiled = jax.jit if large else jit_once  # over many rows it runs long enough to be worth compiling well
+        self.compiled = jit_well if large else jit_once  # over many rows it runs long enough to be worth compiling well
         self._prepare = self.compiled(
             lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells)
         )

@@ -17,9 +17,9 @@ from autoem._derive import derive
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._fit import State, compile_loop, ended, initial_state, run_loop
 from autoem._init import given_start, starts
-from autoem._jaxpr import jit_once
 from autoem._lower import disagree
 from autoem._plan import Plan
+from autoem._programs import jit_once
 from autoem._progress import Progress
 from autoem._replay import refuse_misread
 from autoem._result import EMResult, Restarts, make_result

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._jaxpr import jit_once, jit_small
 from autoem._lower import Kernel
+from autoem._programs import jit_once, jit_small, jit_well
 from autoem._stop import CONVERGED, DIVERGED, FELL, INTERRUPTED, LIMIT, ROUNDED, RUNNING, SETTLED, Stop
 from autoem.accelerate import Accelerator
 from autoem.m_step.problem import Bundle, Params
@@ -183,7 +183,7 @@ def compile_loop(
             state,
         )
 
-    compiled = jit_small if small else jax.jit
+    compiled = jit_small if small else jit_well
     return compiled(jax.vmap(advance, in_axes=(0, None, None)) if vmapped else advance)
 
 

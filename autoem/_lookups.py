@@ -22,7 +22,8 @@ from numpyro.distributions import biject_to
 
 from autoem._build import Build
 from autoem._errors import DataError
-from autoem._jaxpr import Atom, Constant, Equation, Graph, Variable, jit_once
+from autoem._jaxpr import Atom, Constant, Equation, Graph, Variable
+from autoem._programs import jit_once
 from autoem._trace import Source
 from autoem.ir import Program
 

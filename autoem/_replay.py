@@ -17,7 +17,7 @@ from numpyro.infer.util import log_density
 
 from autoem._build import Build
 from autoem._errors import DataError, ModelError
-from autoem._jaxpr import jit_once
+from autoem._programs import jit_once
 from autoem._reader import AtObserved, as_read, unwrap
 from autoem._trace import Source
 from autoem._verify import by_model, host_params, model_fields, noise_for, random_states, random_values

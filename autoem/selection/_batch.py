@@ -22,8 +22,8 @@ from autoem._build import Build
 from autoem._em import EM, ONE_THREAD_UP_TO, VMAP_UP_TO, underflowed
 from autoem._fit import State, em_step, initial_state
 from autoem._init import seeded, starts
-from autoem._jaxpr import jit_small
 from autoem._lower import Kernel
+from autoem._programs import jit_small, jit_well
 from autoem._stop import DIVERGED, FELL, RUNNING, Stop
 from autoem._trace import Source
 from autoem.m_step.problem import Bundle
@@ -174,7 +174,7 @@ def batched_loop(built: Build, stop: Stop, small: bool) -> Callable:
         rows = jax.tree.map(lambda x: x[which], bundles)
         return jax.vmap(advance, in_axes=(0, 0, None))(states, rows, limit)
 
-    return jit_small(many) if small else jax.jit(many)
+    return jit_small(many) if small else jit_well(many)
 
 
 def plain(kernel: Kernel) -> Kernel:

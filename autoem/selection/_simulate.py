@@ -22,7 +22,7 @@ from autoem._check import Call as Derived
 from autoem._check import observing, simulate
 from autoem._em import EM
 from autoem._errors import DataError, ModelError, PlanError
-from autoem._jaxpr import jit_once
+from autoem._programs import jit_once
 from autoem._result import EMResult
 from autoem.ir import Program
 
