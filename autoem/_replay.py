@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
@@ -30,7 +31,7 @@ def replay(built: Build, source: Source) -> tuple[dict[str, float], float]:
     noise = noise_for(built, start)
     params = host_params(built, start, noise)
     chosen = random_states(built, source)
-    latents = {n: jnp.asarray(z.states)[chosen[n]] for n, z in built.program.latents.items()}
+    latents: dict = {n: np.asarray(z.states)[chosen[n]] for n, z in built.program.latents.items()}
     latents |= random_values(built.program)
 
     def read(params, latents, data):
