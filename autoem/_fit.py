@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from autoem._lower import Kernel
-from autoem._programs import jit_once, jit_small, jit_well
+from autoem._programs import Program, jit_once, jit_small, jit_well
 from autoem._stop import CONVERGED, DIVERGED, FELL, INTERRUPTED, LIMIT, ROUNDED, RUNNING, SETTLED, Stop
 from autoem.accelerate import Accelerator
 from autoem.m_step.problem import Bundle, Params
@@ -173,7 +173,7 @@ def ended(kernel: Kernel, state: State, bundle: Bundle) -> State:
 
 def compile_loop(
     kernel: Kernel, stop: Stop, vmapped: bool, small: bool, accelerator: Accelerator | None = None
-) -> Callable[[State, Bundle, int], State]:
+) -> Program:
     """`advance(state, bundle, limit)`: steps until the fit ends or `limit` steps are done."""
 
     def advance(state: State, bundle: Bundle, limit) -> State:
