@@ -178,25 +178,3 @@ def inline(closed, env: dict[Any, Atom], equations: list[Equation]) -> list[Atom
             equations.append(Equation(eqn.primitive, tuple(map(read, eqn.invars)), tuple(outs), eqn.params))
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in closed.jaxpr.outvars]
-
-
-# one-shot programs: what compiling saves by optimising them is less than what it costs
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-
-
-def jit_once(function: Callable, **options: Any) -> Callable:
-    """`jax.jit` for a program that runs about once: compiled fast rather than well."""
-    return jax.jit(function, compiler_options=QUICK if jax.default_backend() == "cpu" else None, **options)
-
-
-# kernels one after the other: over small data the waking of threads costs more than what they do
-IN_TURN = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-
-
-def jit_small(function: Callable) -> Callable:
-    """`jax.jit` for a program whose every kernel is small, compiled to run in one thread."""
-    return jax.jit(function, compiler_options=IN_TURN if jax.default_backend() == "cpu" else None)
