@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core as jex
+from jax.lax import GatherScatterMode
 
 Key = tuple[str, Any]  # what kind of input or output, or whose; and its own name
 
@@ -52,10 +54,31 @@ class Equation:
 
     def apply(self, values: Sequence[Any]) -> list[Any]:
         """Run the equation on `values`, which may be tracers of any transformation."""
-        bound = self.primitive.get_bind_params(self.params)
+        bound = self.primitive.get_bind_params(clamped(self.primitive.name, self.params))
         subfuns, params = bound if isinstance(bound, tuple) else ((), bound)  # JAX before 0.10 splits them
         out = self.primitive.bind(*subfuns, *values, **params)
         return list(out) if self.primitive.multiple_results else [out]
+
+
+def clamped(name: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A lookup's parameters, with its indices clamped, in the derivative too, where nothing else was asked for.
+
+    Where latents have length 1 along their plates, indices of their cells point past the end: the value must be that of
+    the one cell, and the derivative must not leave out what such an index has read.
+    """
+    if name != "gather" or params["mode"] == GatherScatterMode.CLIP or fills(params):
+        return params
+    return {**params, "mode": GatherScatterMode.CLIP, "fill_value": None, "unique_indices": False}
+
+
+def fills(params: Mapping[str, Any]) -> bool:
+    """Whether a lookup says by a number of its own what an index past the end should read."""
+    if params["mode"] != GatherScatterMode.FILL_OR_DROP:
+        return False
+    fill = params["fill_value"]
+    ends = {-(2 ** (bits - 1)) for bits in (32, 64)} | {2**bits - 1 for bits in (31, 32, 63, 64)}
+    whole = fill is not None and not isinstance(fill, bool) and fill in ends
+    return not (fill is None or whole or (isinstance(fill, float) and math.isnan(fill)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

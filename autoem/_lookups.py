@@ -9,7 +9,6 @@ weight of zero or `jnp.where(seen, b[index], 0)` pass.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from numpyro.distributions import biject_to
 
 from autoem._build import Build
 from autoem._errors import DataError
-from autoem._jaxpr import Atom, Constant, Equation, Graph, Variable
+from autoem._jaxpr import Atom, Constant, Equation, Graph, Variable, fills
 from autoem._on_host import on_host
 from autoem._programs import jit_once
 from autoem._trace import Source
@@ -121,9 +120,7 @@ def clamps(equation: Equation) -> bool:
     if name != "gather":
         return False
     if params["mode"] == GatherScatterMode.FILL_OR_DROP:
-        fill = params["fill_value"]
-        whole = fill is not None and not isinstance(fill, bool) and fill in (-(2**31), 2**31 - 1, 2**32 - 1)
-        return fill is None or whole or (isinstance(fill, float) and math.isnan(fill))
+        return not fills(params)
     numbers = params["dimension_numbers"]
     said = params["mode"] == GatherScatterMode.CLIP and set(numbers.start_index_map) <= set(
         numbers.collapsed_slice_dims

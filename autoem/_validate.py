@@ -78,6 +78,9 @@ def check_site(name: str, record: Record, value, mask, source: Source, missing: 
         hidden = hidden | ~np.broadcast_to(np.asarray(mask, bool), hidden.shape)
     if missing == "marginalize":
         refuse_partly_missing(name, events, source_value(name, value, source))
+    if isinstance(record.base, dist.IntervalCensoredDistribution):  # pairs of bounds, of which one may be infinite
+        check_finite(name, np.where(np.isinf(value), 0.0, value), hidden, events)
+        return
     check_finite(name, value, hidden, events)
     check_support(name, record, value, hidden, events)
     check_edges(name, record, value, hidden, events)
