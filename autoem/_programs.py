@@ -18,7 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
+from jax.extend import core as jex
 from jax.sharding import SingleDeviceSharding
+
+from autoem._grouping import grouped
 
 KEPT = 256  # programs that are kept, the last used ones
 CONSTANTS_UP_TO = 4 << 20  # bytes of constants in a program, beyond which its text is too long to compare
@@ -72,6 +75,10 @@ class Program:
 
     def _compile(self, signature: tuple, args: tuple, beside: bool) -> None:
         traced = self._jit.trace(*args)
+        if (program := grouped(traced.jaxpr)) is not traced.jaxpr:
+            tree = traced.out_tree
+            again = lambda *args: jax.tree.unflatten(tree, jex.jaxpr_as_fun(program)(*jax.tree.leaves(args)))  # noqa: E731
+            traced = jax.jit(again, compiler_options=self._options).trace(*args)
         lowered = traced.lower()
         size = sum(np.size(c) * np.dtype(c.dtype).itemsize for c in traced.jaxpr.consts if isinstance(c, ARRAYS))
         if size <= CONSTANTS_UP_TO:
