@@ -1,7 +1,7 @@
 """Equal operations of a program done together: a model of a hundred like sites compiles about as one of a few.
 
-In: a closed jaxpr. Out: one that computes the same, in which operations of one kind on arrays of one shape that do not
-wait for each other are a single operation on a stack of them. Loops are gone into. Sites written in a
+In: a closed jaxpr. Out: others that together compute the same, in which operations of one kind on arrays of one shape
+that do not wait for each other are a single operation on a stack of them. Loops are gone into. Sites written in a
 Python loop leave hundreds of copies of the same few operations, and XLA's compiling is paid by the operation.
 
 References:
@@ -31,18 +31,47 @@ LONG = 8  # terms of a sum that are added up at once
 APART = ("while", "scan", "cond", "shard_map", "rng_bit_generator", "copy")
 
 
-def grouped(closed: Any) -> Any:
-    """The same program with equal operations done together; itself where it is small."""
+def grouped(closed: Any) -> tuple[Any, ...]:
+    """The same program with equal operations done together, in parts that hand on all their outputs; or as it came.
+
+    A loop is a part of its own between that which makes its stacks and that which takes them apart.
+    """
     if closed.effects or size_of(closed) < MANY:
-        return closed
+        return (closed,)
 
     def run(*values):
         graph = graph_of(closed, WITH_RULES)
         env = evaluate(graph, dict(zip(graph.inputs.values(), values, strict=True)))
         return [whole(a, env) for a in graph.outputs.values()]
 
-    new = jax.make_jaxpr(run)(*(jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=is_weak(a)) for a in closed.in_avals))
-    return new if list(new.out_avals) == list(closed.out_avals) else closed
+    new = jax.make_jaxpr(run)(*map(spec, closed.in_avals))
+    return parts(new) if list(new.out_avals) == list(closed.out_avals) else (closed,)
+
+
+def parts(closed: Any) -> tuple[Any, ...]:
+    """What comes before the only loop of a program, the loop, and what comes after; or the program as it came."""
+    graph = graph_of(closed)
+    loops = [e for e in graph.equations if e.primitive.name == "while"]
+    if len(loops) != 1:
+        return (closed,)
+    (middle,), ends = loops, list(graph.outputs.values())
+    read = graph.reach(ends, middle.outputs)[1]
+    if read & set(graph.inputs.values()):
+        return (closed,)
+
+    def before(*values):
+        return graph.evaluate_atoms(middle.inputs, dict(zip(graph.inputs, values, strict=True)))
+
+    def after(*values):
+        return graph.evaluate_atoms(ends, {}, dict(zip(middle.outputs, values, strict=True)))
+
+    first = jax.make_jaxpr(before)(*map(spec, closed.in_avals))
+    second = jax.make_jaxpr(lambda *x: middle.apply(x))(*map(spec, first.out_avals))
+    return first, second, jax.make_jaxpr(after)(*map(spec, second.out_avals))
+
+
+def spec(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=bool(getattr(aval, "weak_type", False)))
 
 
 def size_of(closed: Any) -> int:
@@ -56,10 +85,6 @@ def size_of(closed: Any) -> int:
         else:
             largest, count = max([largest, *sizes]), count + 1
     return max(count, largest)
-
-
-def is_weak(aval: Any) -> bool:
-    return bool(getattr(aval, "weak_type", False))
 
 
 SUM: Any = type("Sum", (), {"name": "sum of many"})()
