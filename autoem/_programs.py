@@ -88,7 +88,7 @@ class Program:
             compiled = [part.compile() for part in lowered]
             return compiled[0] if as_it_came else chained(compiled, traced.out_tree)
 
-        size = sum(np.size(c) * np.dtype(c.dtype).itemsize for c in traced.jaxpr.consts if isinstance(c, ARRAYS))
+        size = sum(c.size * c.dtype.itemsize for c in traced.jaxpr.consts if isinstance(c, ARRAYS))
         if size <= CONSTANTS_UP_TO:
             text = hashlib.sha256("".join(part.as_text() for part in lowered).encode()).digest()
             program, is_new = shared((text, signature, traced.out_tree, tuple((self._options or {}).items())))
