@@ -41,11 +41,12 @@ def refuse_far_indices(built: Build, source: Source) -> None:
         DataError: an index lies outside, in a row that counts; names the site, the argument, the index and its row.
     """
     graph = built.program.full
-    found = built.reading.setdefault("lookups", lookups(built.program))
+    if "lookups" not in built.reading:
+        built.reading["lookups"] = lookups(built.program)
     inputs = {("data", i): x for i, x in enumerate(source.data)} if not source.concrete else {}
     known: dict[Variable, np.ndarray] = {}
-    for lookup in found:
-        outside = lookup.outside(on_host(graph, lookup.index, inputs, known))
+    for lookup in built.reading["lookups"]:
+        outside = lookup.outside(on_host(graph, lookup.index, inputs, known, built.reading))
         if outside.any():
             refuse_if_read(built, source, lookup, outside, inputs)
 
@@ -201,7 +202,7 @@ def far_index(built: Build, source: Source, site: str, lookup: Lookup, outside, 
     graph = built.program.full
     read = outside & rows if rows.shape == outside.shape else outside
     first = tuple(int(i) for i in np.argwhere(read if read.any() else outside)[0])
-    parts = lookup.parts(on_host(graph, lookup.index, inputs, {}))[first]
+    parts = lookup.parts(on_host(graph, lookup.index, inputs, {}, built.reading))[first]
     which = next(j for j, last in enumerate(lookup.last) if not 0 <= parts[j] <= last)
     axis, operand = lookup.axes[which], shape_of(graph.equations[lookup.number].inputs[0])
     size = operand[axis]

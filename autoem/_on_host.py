@@ -32,8 +32,13 @@ HOST: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
-def on_host(graph: Graph, atom: Atom, inputs: Mapping[Any, Any], known: dict[Variable, np.ndarray]) -> np.ndarray:
-    """A value of the graph that depends on the data alone, in NumPy where its primitives are simple."""
+def on_host(
+    graph: Graph, atom: Atom, inputs: Mapping[Any, Any], known: dict[Variable, np.ndarray], compiled: dict
+) -> np.ndarray:
+    """A value of the graph that depends on the data alone, in NumPy where its primitives are simple.
+
+    What is not simple is `compiled`, once for a structure: a second fit must not wait for the compiler.
+    """
     if isinstance(atom, Constant):
         return np.asarray(atom.value)
     by_variable = {v: inputs[k] for k, v in graph.inputs.items() if k in inputs}
@@ -42,8 +47,9 @@ def on_host(graph: Graph, atom: Atom, inputs: Mapping[Any, Any], known: dict[Var
                 for a in equation.inputs]  # fmt: skip
         value = simple(equation, args)
         if value is None:
-            values = {k: jnp.asarray(v) for k, v in inputs.items()}
-            known[atom] = np.asarray(jit_once(lambda d: graph.evaluate_atoms([atom], d))(values)[0])
+            if ("index", atom) not in compiled:
+                compiled["index", atom] = jit_once(lambda d: graph.evaluate_atoms([atom], d)[0])
+            known[atom] = np.asarray(compiled["index", atom]({k: jnp.asarray(v) for k, v in inputs.items()}))
             return known[atom]
         known[equation.outputs[0]] = value
     return known[atom] if atom in known else np.asarray(by_variable[atom])

@@ -44,10 +44,11 @@ _beside = ThreadPoolExecutor(2, "autoem-compile")
 class Program:
     """A function compiled with options of its own; use `jit_once`, `jit_small` or `jit_well`."""
 
-    def __init__(self, function: Callable, options: Mapping[str, Any] | None = None):
+    def __init__(self, function: Callable, options: Mapping[str, Any] | None = None, **placed: Any):
         self._on_cpu = jax.default_backend() == "cpu"
         self._options = dict(options) if options and self._on_cpu else None
-        self._jit = jax.jit(function, compiler_options=self._options)
+        self._placed = placed
+        self._jit = jax.jit(function, compiler_options=self._options, **placed)
         self._compiled: dict[tuple, Future] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -68,6 +69,8 @@ class Program:
         """What a compiled program is specific to; None where the call is left to JAX."""
         leaves, tree = jax.tree.flatten(args)
         config = jax.config
+        if self._placed:
+            return None
         odd = config.jax_disable_jit, config.jax_debug_nans, config.jax_debug_infs, config.jax_default_device
         if any(odd) or config.jax_use_simplified_jaxpr_constants or not all(map(is_plain, leaves)):
             return None
@@ -161,14 +164,14 @@ def settle(future: Future, work: Callable, beside: bool) -> None:
         run()
 
 
-def jit_well(function: Callable) -> Program:
-    """`jax.jit` for a program that runs many times, over large data."""
-    return Program(function)
+def jit_well(function: Callable, **placed: Any) -> Program:
+    """`jax.jit` for a program that runs many times, over large data; `placed` is where its results are to lie."""
+    return Program(function, None, **placed)
 
 
-def jit_once(function: Callable) -> Program:
+def jit_once(function: Callable, **placed: Any) -> Program:
     """`jax.jit` for a program that runs about once: compiled fast rather than well."""
-    return Program(function, QUICK)
+    return Program(function, QUICK, **placed)
 
 
 def jit_small(function: Callable) -> Program:

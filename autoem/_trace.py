@@ -250,7 +250,7 @@ def read_latents(found: Discovery, source: Source) -> dict[str, Latent]:
                 name, problem=f"its support depends on the parameter {bad}", mend="fix the support in the model's text"
             )
         values = {("data", i): x for i, x in enumerate(source.data) if ("data", i) in needs}
-        low, high = (on_host(found.graph, found.graph.outputs[name, end], values, {}) for end in ("low", "high"))
+        low, high = (on_host(found.graph, found.graph.outputs[name, end], values, {}, {}) for end in ("low", "high"))
         states = enumerate_states(name, int(low.min()), int(high.max()), tuple(r.fn.event_shape))
         batch = tuple(getattr(r, "batch_shape", r.fn.batch_shape))
         axes = r.axes[: len(batch)]
