@@ -37,7 +37,7 @@ def on_host(
 ) -> np.ndarray:
     """A value of the graph that depends on the data alone, in NumPy where its primitives are simple.
 
-    What is not simple is `compiled`, once for a structure: a second fit must not wait for the compiler.
+    What is not simple is kept `compiled`: a second fit of the same structure does not even trace it.
     """
     if isinstance(atom, Constant):
         return np.asarray(atom.value)
@@ -47,9 +47,9 @@ def on_host(
                 for a in equation.inputs]  # fmt: skip
         value = simple(equation, args)
         if value is None:
-            if ("index", atom) not in compiled:
-                compiled["index", atom] = jit_once(lambda d: graph.evaluate_atoms([atom], d)[0])
-            known[atom] = np.asarray(compiled["index", atom]({k: jnp.asarray(v) for k, v in inputs.items()}))
+            if ("host", atom) not in compiled:
+                compiled["host", atom] = jit_once(lambda d: graph.evaluate_atoms([atom], d)[0])
+            known[atom] = np.asarray(compiled["host", atom]({k: jnp.asarray(v) for k, v in inputs.items()}))
             return known[atom]
         known[equation.outputs[0]] = value
     return known[atom] if atom in known else np.asarray(by_variable[atom])

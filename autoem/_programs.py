@@ -68,7 +68,7 @@ class Program:
     def _signature(self, args: tuple) -> tuple | None:
         """What a compiled program is specific to; None where the call is left to JAX."""
         leaves, tree = jax.tree.flatten(args)
-        config = jax.config
+        config: Any = jax.config
         if self._placed:
             return None
         odd = config.jax_disable_jit, config.jax_debug_nans, config.jax_debug_infs, config.jax_default_device
@@ -165,8 +165,8 @@ def settle(future: Future, work: Callable, beside: bool) -> None:
 
 
 def jit_well(function: Callable, **placed: Any) -> Program:
-    """`jax.jit` for a program that runs many times, over large data; `placed` is where its results are to lie."""
-    return Program(function, None, **placed)
+    """`jax.jit` for a program that runs many times, over large data; `placed` says on which devices."""
+    return Program(function, **placed)
 
 
 def jit_once(function: Callable, **placed: Any) -> Program:
