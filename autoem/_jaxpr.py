@@ -20,6 +20,10 @@ from jax.lax import GatherScatterMode
 Key = tuple[str, Any]  # what kind of input or output, or whose; and its own name
 
 
+NESTED = ("jit", "pjit", "closed_call")
+WITH_RULES = (*NESTED, "custom_jvp_call", "custom_vjp_call")  # of which derivatives are known: gone, if opened
+
+
 class Variable:
     """One value of the graph; compared by identity."""
 
@@ -175,27 +179,27 @@ def trace_graph(function: Callable[[dict], dict], inputs: Mapping[Key, Any]) -> 
     return Graph(named_inputs, dict(zip(out_keys, graph.outputs.values(), strict=True)), graph.equations)
 
 
-def graph_of(closed) -> Graph:
-    """A closed jaxpr as a graph with inputs ("in", i) and outputs ("out", i), in order."""
+def graph_of(closed, opened: tuple[str, ...] = NESTED) -> Graph:
+    """A closed jaxpr as a graph with inputs ("in", i) and outputs ("out", i), in order; calls are `opened`."""
     equations: list[Equation] = []
     names = [Variable(v.aval) for v in closed.jaxpr.invars]
-    atoms = inline(closed, dict(zip(closed.jaxpr.invars, names, strict=True)), equations)
+    atoms = inline(closed, dict(zip(closed.jaxpr.invars, names, strict=True)), equations, opened)
     inputs = {("in", i): v for i, v in enumerate(names)}
     return Graph(inputs, {("out", i): a for i, a in enumerate(atoms)}, tuple(equations))
 
 
-def inline(closed, env: dict[Any, Atom], equations: list[Equation]) -> list[Atom]:
-    """Append the equations of `closed`, nested `jit` opened, to `equations`; return its outputs."""
+def inline(closed, env: dict[Any, Atom], equations: list[Equation], opened: tuple[str, ...]) -> list[Atom]:
+    """Append the equations of `closed`, those of the calls `opened` in their place; return its outputs."""
     env.update(zip(closed.jaxpr.constvars, map(Constant, closed.consts), strict=True))
 
     def read(v) -> Atom:
         return Constant(v.val) if isinstance(v, jex.Literal) else env[v]
 
     for eqn in closed.jaxpr.eqns:
-        if eqn.primitive.name in ("jit", "pjit", "closed_call"):
+        if eqn.primitive.name in opened:
             inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
             inner_env = dict(zip(inner.jaxpr.invars, map(read, eqn.invars), strict=True))
-            outs = inline(inner, inner_env, equations)
+            outs = inline(inner, inner_env, equations, opened)
         else:
             outs = [Variable(v.aval) for v in eqn.outvars]
             equations.append(Equation(eqn.primitive, tuple(map(read, eqn.invars)), tuple(outs), eqn.params))

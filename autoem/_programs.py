@@ -11,14 +11,17 @@ from __future__ import annotations
 import collections
 import hashlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
+from jax.extend import core as jex
 from jax.sharding import SingleDeviceSharding
+
+from autoem._grouping import grouped, spec
 
 KEPT = 256  # programs that are kept, the last used ones
 CONSTANTS_UP_TO = 4 << 20  # bytes of constants in a program, beyond which its text is too long to compare
@@ -42,8 +45,9 @@ class Program:
     """A function compiled with options of its own; use `jit_once`, `jit_small` or `jit_well`."""
 
     def __init__(self, function: Callable, options: Mapping[str, Any] | None = None, **placed: Any):
-        on_cpu = jax.default_backend() == "cpu"
-        self._options = dict(options) if options and on_cpu else None
+        self._on_cpu = jax.default_backend() == "cpu"
+        self._options = dict(options) if options and self._on_cpu else None
+        self._placed = placed
         self._jit = jax.jit(function, compiler_options=self._options, **placed)
         self._compiled: dict[tuple, Future] = {}
 
@@ -65,6 +69,8 @@ class Program:
         """What a compiled program is specific to; None where the call is left to JAX."""
         leaves, tree = jax.tree.flatten(args)
         config: Any = jax.config
+        if self._placed:
+            return None
         odd = config.jax_disable_jit, config.jax_debug_nans, config.jax_debug_infs, config.jax_default_device
         if any(odd) or config.jax_use_simplified_jaxpr_constants or not all(map(is_plain, leaves)):
             return None
@@ -72,16 +78,27 @@ class Program:
 
     def _compile(self, signature: tuple, args: tuple, beside: bool) -> None:
         traced = self._jit.trace(*args)
-        lowered = traced.lower()
-        size = sum(np.size(c) * np.dtype(c.dtype).itemsize for c in traced.jaxpr.consts if isinstance(c, ARRAYS))
+        parts = grouped(traced.jaxpr)
+        as_it_came = parts[0] is traced.jaxpr
+        if as_it_came:
+            lowered = [traced.lower()]
+        else:
+            quick = QUICK if self._on_cpu else None  # before and after a loop, arrays are but put together and cut
+            options = [self._options] if len(parts) == 1 else [quick, self._options, quick]
+            lowered = [lower(part, of_part) for part, of_part in zip(parts, options, strict=True)]
+
+        def finish() -> Callable:
+            compiled = [part.compile() for part in lowered]
+            return compiled[0] if as_it_came else chained(compiled, traced.out_tree)
+
+        size = sum(c.size * c.dtype.itemsize for c in traced.jaxpr.consts if isinstance(c, ARRAYS))
         if size <= CONSTANTS_UP_TO:
-            text = hashlib.sha256(lowered.as_text().encode()).digest()
-            key = text, signature, lowered.out_tree, tuple((self._options or {}).items())
-            program, is_new = shared(key)
+            text = hashlib.sha256("".join(part.as_text() for part in lowered).encode()).digest()
+            program, is_new = shared((text, signature, traced.out_tree, tuple((self._options or {}).items())))
         else:
             program, is_new = Future(), True
         if is_new:
-            settle(program, lowered.compile, beside)
+            settle(program, finish, beside)
         self._compiled[signature] = program
 
 
@@ -96,6 +113,23 @@ def shared(key: tuple) -> tuple[Future, bool]:
         while len(_known) > KEPT:
             _known.popitem(last=False)
     return program, is_new
+
+
+def lower(part: Any, options: Mapping[str, Any] | None) -> Any:
+    """A closed jaxpr, lowered."""
+    return jax.jit(jex.jaxpr_as_fun(part), compiler_options=options).trace(*map(spec, part.in_avals)).lower()
+
+
+def chained(parts: Sequence[Callable], tree: Any) -> Callable:
+    """The parts of a program as one function of its arguments, whose outputs have the structure `tree`."""
+
+    def run(*args: Any) -> Any:
+        values = jax.tree.leaves(args)
+        for part in parts:
+            values = part(*values)
+        return jax.tree.unflatten(tree, values)
+
+    return run
 
 
 def is_plain(x: Any) -> bool:

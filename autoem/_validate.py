@@ -19,6 +19,7 @@ from autoem._build import Build
 from autoem._errors import DataError
 from autoem._jaxpr import Variable
 from autoem._lookups import place, refuse_far_indices
+from autoem._programs import jit_once
 from autoem._trace import Record, Source
 
 OPEN = (dist.Beta, dist.BetaProportion, dist.Dirichlet, dist.Kumaraswamy)  # of shares strictly between 0 and 1
@@ -66,7 +67,7 @@ def host_values(built: Build, keys: list, source: Source) -> dict[Any, np.ndarra
             rest.append(key)
     if rest:
         data = {("data", i): jnp.asarray(x) for i, x in enumerate(source.data)} if not source.concrete else {}
-        built.observed = built.observed or jax.jit(lambda d: graph.evaluate(rest, d))
+        built.observed = built.observed or jit_once(lambda d: graph.evaluate(rest, d))
         out.update(zip(rest, map(np.asarray, built.observed(data)), strict=True))
     return out
 

@@ -15,8 +15,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = """
-    _errors _tree _named _jaxpr _programs families
-    _on_host ir _support _folding _ragged
+    _errors _tree _named _jaxpr
+    _grouping
+    _programs
+    families _on_host
+    ir _support _folding _ragged
     _reader _components
     _scan
     _steps
