@@ -354,9 +354,11 @@ def together(atoms: Sequence[Atom], env: dict[Variable, Any]) -> tuple[Any, bool
     return rows_of(jnp.concatenate(parts) if len(parts) > 1 else parts[0], list(order)), True
 
 
-def rows_of(stack: Array, taken: Sequence[int]) -> Array:
+def rows_of(stack: Array | np.ndarray, taken: Sequence[int]) -> Array | np.ndarray:
     """Some rows of a stack, in an order."""
     first, count = taken[0], len(taken)
     if list(taken) == list(range(first, first + count)):
         return stack if count == len(stack) else jax.lax.slice_in_dim(stack, first, first + count)
+    if isinstance(stack, np.ndarray):
+        return stack[np.asarray(taken)]
     return stack.at[np.asarray(taken)].get(mode="promise_in_bounds", wrap_negative_indices=False)
