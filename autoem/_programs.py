@@ -84,7 +84,7 @@ class Program:
             lowered = [traced.lower()]
         else:
             quick = QUICK if self._on_cpu else None  # before and after a loop, arrays are but put together and cut
-            options = [self._options] if len(parts) == 1 else [quick, self._options, quick]
+            options: list[dict[str, Any] | None] = [self._options] if len(parts) == 1 else [quick, self._options, quick]
             lowered = [lower(part, of_part) for part, of_part in zip(parts, options, strict=True)]
 
         def finish() -> Callable:
@@ -115,7 +115,7 @@ def shared(key: tuple) -> tuple[Future, bool]:
     return program, is_new
 
 
-def lower(part: Any, options: Mapping[str, Any] | None) -> Any:
+def lower(part: Any, options: dict[str, Any] | None) -> Any:
     """A closed jaxpr, lowered."""
     return jax.jit(jex.jaxpr_as_fun(part), compiler_options=options).trace(*map(spec, part.in_avals)).lower()
 
