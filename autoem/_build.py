@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._bundle import make_bundle, with_passed_on
+from autoem._bundle import Routes, make_bundle, with_passed_on
 from autoem._chunks import plan_chunks, spread_rows
 from autoem._condense import note_of
 from autoem._errors import Intractable, PlanError
@@ -91,6 +91,7 @@ class Build:
     accelerator: Accelerator | None = None
     prepared: bool = False
     observed: Callable | None = None
+    routes: Routes = dataclasses.field(default_factory=Routes)
 
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
@@ -109,7 +110,8 @@ class Build:
     def plain_bundle(self, source: Source, key: Array) -> Bundle:
         """The data of a call, prepared, in one piece."""
         data = self.data(source)
-        cells = cells_by(self.kernel.treatment)(self.program, self.factors, data, key) if self.has_routes else {}
+        find = cells_by(self.kernel.treatment)
+        cells = self.routes.of(find, self.program, self.factors, data, key) if self.has_routes else {}
         return with_passed_on(self.program, self.factors, self._prepare(data, key, cells), data)
 
     def whole_bundle(self, source: Source, key: Array) -> Bundle:

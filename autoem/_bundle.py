@@ -7,9 +7,11 @@ on as it stands.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from autoem._jaxpr import Variable
@@ -22,8 +24,59 @@ from autoem.ir import Program
 from autoem.m_step.problem import Bundle
 
 
-def route_cells(program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array) -> dict[str, Array]:
-    values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
+REMEMBERED = 64 * 2**20  # bytes of the data up to which their routes are kept for the next call
+
+
+class Watched(Mapping):
+    """Data and key of a call as inputs of a graph; `read` holds the names of those that were looked at."""
+
+    def __init__(self, data: Mapping[int, Array], key: Array):
+        self.values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
+        self.read: set[Any] = set()
+
+    def __getitem__(self, name: Any) -> Array:
+        self.read.add(name)
+        return self.values[name]
+
+    def __iter__(self) -> Iterator:
+        return iter(self.values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.values
+
+
+@dataclasses.dataclass(eq=False)
+class Routes:
+    """Cells that rows read, with the data that told so: the next call finds them again if these are the same."""
+
+    told: dict[int, np.ndarray] | None = None
+    cells: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+    def of(self, find: Callable, program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array):
+        """The cells of a call's data."""
+        if self.told is not None and all(agree(x, data[i]) for i, x in self.told.items()):
+            return self.cells
+        values = Watched(data, key)
+        cells = find(program, factors, values)
+        numbers = [n[1] for n in values.read if n[0] == "data"]
+        small = sum(data[i].nbytes for i in numbers) <= REMEMBERED
+        # copies, since an array of NumPy may be written to before the next call
+        self.told = {i: np.array(data[i]) for i in numbers} if small and ("key", 0) not in values.read else None
+        self.cells = cells
+        return cells
+
+
+def agree(a: np.ndarray, b: Array) -> bool:
+    """Whether arrays hold the same numbers, and NaN in the same places."""
+    b = np.asarray(b)
+    return a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+
+
+def route_cells(program: Program, factors: tuple[Factor, ...], values: Mapping) -> dict[str, Array]:
+    """The cells of every site whose rows find them through the model's data flow."""
     known, cells = build_factors(program, values)
     cells.update(build_blocks(program, known, values)[1])
     cells.update(with_gaps(program, known, values)[2])

@@ -125,12 +125,11 @@ class Graph:
     def evaluate_atoms(self, atoms: Sequence[Atom], values: Mapping[Key, Any], env=None) -> list[Any]:
         given = dict(env or {})
         env = dict(given)
-        for key, var in self.inputs.items():
-            if key in values:
-                env[var] = values[key]
 
         def read(atom):
-            return atom.value if isinstance(atom, Constant) else env[atom]
+            if isinstance(atom, Constant):
+                return atom.value
+            return env[atom] if atom in env else values[self.keys[atom]]
 
         for eqn in self.slice(atoms, given):
             env.update(zip(eqn.outputs, eqn.apply([read(a) for a in eqn.inputs]), strict=True))
