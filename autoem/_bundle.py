@@ -19,10 +19,9 @@ from autoem._named import Named
 from autoem.e_step.factors import TURN_UP_TO, build_factors, prepare
 from autoem.e_step.groups import build_blocks, with_gaps
 from autoem.e_step.places import build_layout
-from autoem.e_step.tables import Factor, log_density_constant
+from autoem.e_step.tables import Factor, Rows, log_density_constant
 from autoem.ir import Program
 from autoem.m_step.problem import Bundle
-
 
 REMEMBERED = 64 * 2**20  # bytes of the data up to which their routes are kept for the next call
 
@@ -90,12 +89,23 @@ def make_bundle(program: Program, factors: tuple[Factor, ...], data: Mapping[int
     layout = build_layout(program, values, cells)
     constant = jnp.zeros(())
     for f in factors:
-        part = log_density_constant(f, rows[f.name])
-        constant = constant if part is None else constant + part.array.sum()
+        constant = constant + whole_constant(f, rows[f.name])
     passed = passed_on(program, factors)
     rows = {n: dataclasses.replace(r, value=None) if n in passed else r for n, r in rows.items()}
     kept = {i: data[i] for i in data_of_cells(program, factors)} if data else {}
     return Bundle(kept, key, rows, layout.scales, dict(cells), constant)
+
+
+def whole_constant(f: Factor, rows: Rows) -> Array | float:
+    """`log h(x)` of a site, summed over its rows; the spread's part of it once for all, where every row counts once."""
+    spread = rows.spread if rows.mask is None and rows.weight is None else None
+    part = log_density_constant(f, rows if spread is None else dataclasses.replace(rows, spread=None))
+    if part is None:
+        return 0.0
+    if spread is None:
+        return part.array.sum()
+    times = part.array.size if f._family.event_dim else part.array.size / spread.size
+    return part.array.sum() - times * jnp.log(spread).sum()
 
 
 def passed_on(program: Program, factors: tuple[Factor, ...]) -> dict[str, int]:

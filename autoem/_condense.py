@@ -111,13 +111,14 @@ def condensed(kernel: Kernel, bundle: Bundle) -> tuple[Kernel, Bundle]:
     if any(t is None for t in tables.values()) or any(lies_along(r, plate) for r in bundle.rows.values()):
         return kernel, bundle
     columns = [t for t in tables.values() if t is not None]
-    few = points(np.concatenate([c.reshape(len(c), -1) for c in columns], 1))
+    together = [c.reshape(-1, c.shape[-1]) for c in columns]
+    few = points(together[0] if len(together) == 1 else np.concatenate(together))
     rows, start = dict(bundle.rows), 0
     for name, table in zip(names, columns, strict=True):
         value = bundle.rows[name].value
         assert value is not None
-        width = int(np.prod(table.shape[1:], dtype=int))
-        own = few[:, start : start + width].reshape(len(few), *table.shape[1:])
+        width = int(np.prod(table.shape[:-1], dtype=int))
+        own = few[:, start : start + width].reshape(len(few), *table.shape[:-1])
         start += width
         at = value.axes.index(plate)
         array = jnp.asarray(np.moveaxis(own, 0, at), value.array.dtype)
@@ -127,11 +128,11 @@ def condensed(kernel: Kernel, bundle: Bundle) -> tuple[Kernel, Bundle]:
 
 
 def table_of(rows: Rows, plate: str) -> np.ndarray | None:
-    """What a site observes, row by row."""
+    """What a site observes, its rows last."""
     value = rows.value
     if value is None or plate not in value.axes:
         return None
-    return np.moveaxis(np.asarray(value.array, float), value.axes.index(plate), 0)
+    return np.moveaxis(np.asarray(value.array, float), value.axes.index(plate), -1)
 
 
 def lies_along(rows: Rows, plate: str) -> bool:
@@ -141,16 +142,16 @@ def lies_along(rows: Rows, plate: str) -> bool:
 
 
 def points(x: np.ndarray) -> np.ndarray:
-    """Rows of equal weight, one more than `x` has columns, of the same mean and covariance as the rows of `x`."""
-    mean = x.mean(0)
-    off = x - mean
-    covariance = off.T @ off / len(x)
+    """Rows of equal weight, one more than `x` has lines, of the same mean and covariance as the columns of `x`."""
+    mean = x.mean(1)
+    off = x - mean[:, None]
+    covariance = off @ off.T / x.shape[1]
     try:
         root = np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:  # columns that are constant, or sums of others
         size, directions = np.linalg.eigh(covariance)
         root = directions * np.sqrt(np.maximum(size, 0))
-    return mean + simplex(x.shape[1]) @ root.T
+    return mean + simplex(len(x)) @ root.T
 
 
 def shrunk(kernel: Kernel, plate: str, count: int, times: float) -> Kernel:

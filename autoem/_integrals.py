@@ -22,7 +22,7 @@ from autoem.e_step.gaussian import GaussianBlock
 from autoem.e_step.gaussian_chain import GaussianChain
 from autoem.e_step.missing import MissingEntries
 from autoem.e_step.pooled import is_pooled
-from autoem.e_step.regression import REGRESSION, on_vectors
+from autoem.e_step.regression import POOLED, on_vectors
 from autoem.e_step.tables import Factor
 from autoem.e_step.treatment import TreatedRow
 from autoem.m_step.problem import Bundle, Params, graph_values
@@ -66,7 +66,7 @@ class Integral:
     def as_solved(self) -> dict[str, Factor]:
         """The factors that the M-step sees in another form than the E-step."""
         pooled = [f for f in self.factors if f.name in self.pooled]
-        families = {f.name: on_vectors(f._family) if f._family.event_dim else REGRESSION for f in pooled}
+        families = {f.name: on_vectors(f._family) if f._family.event_dim else POOLED for f in pooled}
         return {f.name: dataclasses.replace(f, family=families[f.name], pooled=True) for f in pooled}
 
     @property
