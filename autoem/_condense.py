@@ -30,6 +30,7 @@ from autoem._named import Named
 from autoem.e_step.completions import simplex
 from autoem.e_step.gaussian import GaussianBlock
 from autoem.e_step.layout import Table
+from autoem.e_step.missing import MissingEntries
 from autoem.e_step.tables import Factor, Rows
 from autoem.m_step.problem import Bundle, Params
 
@@ -104,7 +105,7 @@ def condensed(kernel: Kernel, bundle: Bundle) -> tuple[Kernel, Bundle]:
     """The kernel and its data with few rows for many, where that changes nothing; as they came where it would."""
     plate = plate_of_moments(kernel)
     if plate is None:
-        return kernel, bundle
+        return kernel, with_sums(kernel, bundle)
     integral = kernel.integrals[0]
     names = [f.name for f in integral.factors if not f.is_hidden]
     tables = {n: table_of(bundle.rows[n], plate) for n in names}
@@ -125,6 +126,15 @@ def condensed(kernel: Kernel, bundle: Bundle) -> tuple[Kernel, Bundle]:
         rows[name] = dataclasses.replace(rows[name], value=Named(array, value.axes))
     times = integral.block.sizes[plate] / len(few)
     return shrunk(kernel, plate, len(few), times), dataclasses.replace(bundle, rows=rows)
+
+
+def with_sums(kernel: Kernel, bundle: Bundle) -> Bundle:
+    """The data with sums over the rows of every pattern of missing entries, where a fit needs no more of them."""
+    if kernel.treatment is not None or kernel.chunks:
+        return bundle
+    blocks = [i.block for i in kernel.integrals if isinstance(i.block, MissingEntries)]
+    taken = [b.taken(bundle.rows[b.factor.name], bundle.cells) for b in blocks]
+    return dataclasses.replace(bundle, cells={k: v for part in (bundle.cells, *taken) for k, v in part.items()})
 
 
 def table_of(rows: Rows, plate: str) -> np.ndarray | None:

@@ -21,6 +21,7 @@ from autoem.e_step.elimination import Table
 from autoem.e_step.gaussian import GaussianBlock
 from autoem.e_step.gaussian_chain import GaussianChain
 from autoem.e_step.missing import MissingEntries
+from autoem.e_step.patterns import Completed
 from autoem.e_step.pooled import is_pooled
 from autoem.e_step.regression import POOLED, on_vectors
 from autoem.e_step.tables import Factor
@@ -107,6 +108,9 @@ class Integral:
             return self.block.pooled(factor, bundle.rows[factor.name], moments, weight, bundle.cells)
         if self.has_nodes:
             return pulled_back(factor, params, bundle, self.node_weights(factor, weight, moments, bundle))
+        if isinstance(moments, Completed):
+            shapes = jax.eval_shape(lambda p, b: pulled_back(factor, p, b, weight), dict(params), bundle)
+            return self.block.summed_statistics(shapes, moments)
         own = bundle.rows[factor.name]
         rows = {**bundle.rows, factor.name: self.block.filled(moments, own)}
         t, n = pulled_back(factor, params, dataclasses.replace(bundle, rows=rows), weight)
