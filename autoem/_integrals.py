@@ -21,6 +21,7 @@ from autoem.e_step.elimination import Table
 from autoem.e_step.gaussian import GaussianBlock
 from autoem.e_step.gaussian_chain import GaussianChain
 from autoem.e_step.missing import MissingEntries
+from autoem.e_step.nested import NestedBlock
 from autoem.e_step.patterns import Completed
 from autoem.e_step.pooled import is_pooled
 from autoem.e_step.regression import POOLED, on_vectors
@@ -55,7 +56,7 @@ class Integral:
     @property
     def is_gaussian(self) -> bool:
         """Whether its posterior is Gaussian given the discrete latents beside it."""
-        return isinstance(self.block, GaussianBlock | GaussianChain | MissingEntries)
+        return isinstance(self.block, GaussianBlock | GaussianChain | MissingEntries | NestedBlock)
 
     @functools.cached_property
     def pooled(self) -> frozenset[str]:
