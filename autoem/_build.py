@@ -311,7 +311,7 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
     )
     return Build(
         plan, kernel, found, source, factors, support_limits(found, source), model_start, sums=sums,
-        mixed=frozenset(mixed), accelerator=accelerator,
+        mixed=frozenset(mixed), accelerator=accelerator, routes=Routes(frozenset(cells)),
     )  # fmt: skip
 
 

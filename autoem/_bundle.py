@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from autoem._errors import DataError
 from autoem._jaxpr import Variable
 from autoem._named import Named
 from autoem.e_step.factors import TURN_UP_TO, build_factors, prepare
@@ -49,17 +50,31 @@ class Watched(Mapping):
 
 @dataclasses.dataclass(eq=False)
 class Routes:
-    """Cells that rows read, with the data that told so: the next call finds them again if these are the same."""
+    """Cells that rows read, with the data that told so: the next call finds them again if these are the same.
 
+    `names` are those of the cells that the plan was made with.
+    """
+
+    names: frozenset[str] | None = None
     told: dict[int, np.ndarray] | None = None
     cells: dict[str, Array] = dataclasses.field(default_factory=dict)
 
     def of(self, find: Callable, program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array):
-        """The cells of a call's data."""
+        """The cells of a call's data.
+
+        Raises:
+            DataError: latents nest, or are crossed, in another way than in the data that the plan was made for.
+        """
         if self.told is not None and all(agree(x, data[i]) for i, x in self.told.items()):
             return self.cells
         values = Watched(data, key)
         cells = find(program, factors, values)
+        if self.names is not None and cells.keys() != self.names:
+            problem = (
+                "rows read their latents by other indices than those that the plan was made for: they nest otherwise"
+            )
+            mend = "a new EM(model) for these data"
+            raise DataError("the data", problem=problem, mend=mend, kind="argument")
         numbers = [n[1] for n in values.read if n[0] == "data"]
         small = sum(data[i].nbytes for i in numbers) <= REMEMBERED
         # copies, since an array of NumPy may be written to before the next call

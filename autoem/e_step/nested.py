@@ -45,7 +45,10 @@ CORE = -1  # the level that is one vector
 
 
 class Term(NamedTuple):
-    """A quadratic for each of some rows, `(rows, k, k)` and `(rows, k)`, and the cell of each latent that it reads."""
+    """A quadratic for each of some rows, and the cell of each latent that it reads.
+
+    Precision `(rows, k, k)`, or `(1, k, k)` where it is the same in all of them, and shift `(rows, k)`.
+    """
 
     cells: Mapping[str, Array]
     precision: Array
@@ -129,7 +132,10 @@ class NestedBlock:
         index = self.index(f, cells)
         sizes, d = [self.sizes[p] for p in plates], sum(self.by_name[n].dim for n in self.read(f))
         count = int(np.prod(sizes, dtype=int))
-        p = jnp.broadcast_to(precision.to((*plates, DIM, OTHER)), (*sizes, d, d)).reshape(count, d, d)
+        if set(precision.axes) & set(plates):
+            p = jnp.broadcast_to(precision.to((*plates, DIM, OTHER)), (*sizes, d, d)).reshape(count, d, d)
+        else:
+            p = jnp.broadcast_to(precision.to((DIM, OTHER)), (d, d))[None]
         s = jnp.broadcast_to(shift.to((*plates, DIM)), (*sizes, d)).reshape(count, d)
         return Term(index, p, s), self.constant(f, constant, cells).array
 
@@ -165,8 +171,8 @@ class NestedBlock:
         matrix = jnp.zeros((cells_of(leaf), size + 1, size + 1), jnp.result_type(float))
         for names, term in terms:
             where = np.append(self.within(names, level.members), size)
-            whole = kalman.augmented(term.precision, term.shift, jnp.zeros(term.shift.shape[:-1], term.shift.dtype))
-            home = jax.ops.segment_sum(whole, term.cells[level.leaf], cells_of(leaf))
+            precision, shift = (at_home(v, term.cells[level.leaf], cells_of(leaf)) for v in term[1:])
+            home = kalman.augmented(precision, shift, jnp.zeros(len(shift), shift.dtype))
             matrix = matrix.at[:, where[:, None], where[None, :]].add(home)
         law, left, log_det = kalman.sweep(matrix, leaf.dim)
         constant = -0.5 * (left[:, -1, -1] + log_det).sum() + 0.5 * cells_of(leaf) * leaf.dim * LOG_2PI
@@ -252,6 +258,15 @@ class NestedBlock:
     def pooled(self, f: Factor, rows: Rows, moments: NestedMoments, weight: Named, cells: Mapping[str, Array]):
         """Expected statistics of a site that is one regression on its latents for all rows."""
         mean, covariance = self.of_factor(f, moments, cells)
+        held = self.holder(f.name)
+        if held != CORE and not any(w.axes for w in (weight, rows.mask, rows.scale) if w is not None):
+            level, index = self.levels[held], self.index(f, cells)  # rows count alike: their mean will do
+            times = at_home(jnp.ones((1,)), index[level.leaf], cells_of(self.by_name[level.leaf])) / len(
+                index[level.leaf]
+            )
+            where = self.within(self.read(f), level.members)
+            whole = jnp.einsum("c,cij->ij", times, square_of(moments.covariances[held], where))
+            covariance = named(whole, (DIM, OTHER))
         return pooled_statistics(f, rows, mean, covariance, weight)
 
     def given(self, f: Factor, latents: Mapping[str, Array], cells: Mapping[str, Array]) -> Named:
@@ -329,6 +344,14 @@ class NestedBlock:
             return f"{reason}; crossed: with {', '.join(self.core)} one vector of {size:,}"
         over = f", each under one of {', '.join(level.over)}" if level.over else ""
         return f"{reason}; eliminated cell by cell{over}"
+
+
+def at_home(value: Array, index: Array, count: int) -> Array:
+    """Values of rows summed over those of each cell; what is the same in all rows counts as often as there are some."""
+    if len(value) == len(index):
+        return jax.ops.segment_sum(value, index, count)
+    rows = jax.ops.segment_sum(jnp.ones(len(index), value.dtype), index, count)
+    return rows.reshape(-1, *(1,) * (value.ndim - 1)) * value
 
 
 def from_law(law: kalman.Given, rest: Array, key: Array) -> Array:
