@@ -307,7 +307,9 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
         try_out(kernel, params, shapes)
     accelerator = accelerated(options.accelerate, program, blocks, treatment)
     plan = dataclasses.replace(
-        plan, accelerate=accelerator and accelerator.method, notes=(*plan.notes, *note_of(kernel))
+        plan,
+        accelerate=accelerator and accelerator.method,
+        notes=(*plan.notes, *note_of(kernel, accelerator is not None)),
     )
     return Build(
         plan, kernel, found, source, factors, support_limits(found, source), model_start, sums=sums,

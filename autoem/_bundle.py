@@ -31,21 +31,21 @@ class Watched(Mapping):
     """Data and key of a call as inputs of a graph; `read` holds the names of those that were looked at."""
 
     def __init__(self, data: Mapping[int, Array], key: Array):
-        self.values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
+        self.given = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
         self.read: set[Any] = set()
 
     def __getitem__(self, name: Any) -> Array:
         self.read.add(name)
-        return self.values[name]
+        return self.given[name]
 
     def __iter__(self) -> Iterator:
-        return iter(self.values)
+        return iter(self.given)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.given)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.values
+        return name in self.given
 
 
 @dataclasses.dataclass(eq=False)
@@ -85,8 +85,8 @@ class Routes:
 
 def agree(a: np.ndarray, b: Array) -> bool:
     """Whether arrays hold the same numbers, and NaN in the same places."""
-    b = np.asarray(b)
-    return a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    other = np.asarray(b)
+    return a.shape == other.shape and np.array_equal(a, other, equal_nan=a.dtype.kind == "f")
 
 
 def route_cells(program: Program, factors: tuple[Factor, ...], values: Mapping) -> dict[str, Array]:

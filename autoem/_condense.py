@@ -74,10 +74,18 @@ def plate_of_moments(kernel: Kernel) -> str | None:
     return plate if observed and alike and width < MAX_WIDTH and rows >= FEWER * (width + 1) else None
 
 
-def note_of(kernel: Kernel) -> tuple[str, ...]:
-    """What the plan says of it."""
-    plate = plate_of_moments(kernel)
-    return (f"'{plate}': the fit sees its rows through their mean and covariance alone, taken once",) if plate else ()
+def note_of(kernel: Kernel, accelerated: bool) -> tuple[str, ...]:
+    """What the plan says of it; and how to need fewer steps, where latents are Gaussian and EM is known to be slow."""
+    plate, out = plate_of_moments(kernel), ()
+    if plate:
+        out = (f"'{plate}': the fit sees its rows through their mean and covariance alone, taken once",)
+    slow = [n for i in kernel.integrals if i.is_gaussian and i.has_nodes for n in i.block.names]
+    if slow and kernel.blocks and not accelerated and not any(b.remembers for b in kernel.blocks):
+        names = ", ".join(f"'{n}'" for n in slow)
+        out += (
+            f"EM is slow where rows say little of {names}: accelerate=autoem.accelerate.Anderson() needs fewer steps",
+        )
+    return out
 
 
 def same_law(f: Factor, plate: str) -> bool:

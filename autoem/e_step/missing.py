@@ -207,7 +207,7 @@ class MissingEntries:
         i, j = np.triu_indices(len(moments.first))
         features = jnp.concatenate([moments.first, moments.second[i, j]])
         t, n = shapes
-        return features.reshape(t.shape), jnp.broadcast_to(-moments.count / n.size, n.shape)
+        return features.reshape(t.shape), jnp.broadcast_to(-moments.rows / n.size, n.shape)
 
     def spread_statistics(self, shape: tuple[int, ...], weight: Named, moments: Completed, rows: Rows) -> Array:
         """What the missing entries' covariances add to expected squares, in the shape of the factor's statistics."""

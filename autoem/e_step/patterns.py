@@ -32,7 +32,7 @@ class Completed(NamedTuple):
 
     first: Array
     second: Array
-    count: Array
+    rows: Array
 
 
 def sums_of(x: np.ndarray, seen: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -116,7 +116,8 @@ def backward_alike(swept: Swept, done: Array, dim: int) -> Smoothed:
         covariances = jnp.broadcast_to(fixed, (len(middle), *fixed.shape))
         parts = (head, (means, covariances), last)
         total = head[1].sum(0) + len(middle) * fixed + last[1].sum(0)
-        return Smoothed(*before(swept.start, *start), *map(jnp.concatenate, zip(*parts, strict=True)), total)
+        every = map(jnp.concatenate, zip(*parts, strict=True))
+        return Smoothed(*before(swept.start, *start), *every, total=total)
 
     return jax.lax.cond(done, vectors, lambda _: backward(swept, dim), None)
 
