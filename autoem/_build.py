@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._bundle import Routes, make_bundle, with_passed_on
+from autoem._bundle import Preparation, Routes, make_bundle, with_passed_on
 from autoem._chunks import plan_chunks, spread_rows
 from autoem._condense import note_of
 from autoem._errors import Intractable, PlanError
 from autoem._field_build import cells_by
 from autoem._integrals import Integral
-from autoem._jaxpr import jit_once
 from autoem._local import settled
 from autoem._lower import Kernel
 from autoem._plan import Plan, make_plan, notes_of
+from autoem._programs import jit_once, jit_well
 from autoem._trace import Discovery, Source, trace
 from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.factors import build_factors
@@ -95,10 +95,8 @@ class Build:
 
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
-        self.compiled = jax.jit if large else jit_once  # over many rows it runs long enough to be worth compiling well
-        self._prepare = self.compiled(
-            lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells)
-        )
+        self.compiled = jit_well if large else jit_once  # over many rows it runs long enough to be worth compiling well
+        self._prepare = Preparation(self.program, self.factors, self.compiled)
 
     @property
     def program(self) -> Program:
@@ -109,10 +107,9 @@ class Build:
 
     def plain_bundle(self, source: Source, key: Array) -> Bundle:
         """The data of a call, prepared, in one piece."""
-        data = self.data(source)
-        find = cells_by(self.kernel.treatment)
+        data, find = self.data(source), cells_by(self.kernel.treatment)
         cells = self.routes.of(find, self.program, self.factors, data, key) if self.has_routes else {}
-        return with_passed_on(self.program, self.factors, self._prepare(data, key, cells), data)
+        return self._prepare.whole(data, key, cells)
 
     def whole_bundle(self, source: Source, key: Array) -> Bundle:
         """The same with all the data, for questions to the model itself."""
@@ -122,7 +119,10 @@ class Build:
         """The data of a call, prepared and placed on the devices."""
         if self.kernel.treatment is not None and self.kernel.treatment.needs_data:
             return self.whole_bundle(source, key)
-        return spread_rows(self.plain_bundle(source, key), self.plan.chunks)
+        chunks = self.plan.chunks
+        if chunks is None or chunks.devices == 1 or chunks.main < chunks.rows or source.concrete:
+            return spread_rows(self.plain_bundle(source, key), chunks)
+        return self._prepare.spread(dict(enumerate(source.data)), key, chunks)
 
     @property
     def has_routes(self) -> bool:

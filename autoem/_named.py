@@ -86,7 +86,9 @@ def turned(array: Array, order: Sequence[int], moments: Sequence[Array] = ()) ->
     alike = all(m.ndim < array.ndim or m.shape[0] == 1 for m in moments)
     blocks, rest = divmod(array.shape[0] if array.ndim else 0, TURNED_AT_ONCE)
     simple = array.ndim > 1 and list(order) == [*range(1, array.ndim), 0] and alike
-    if not simple or blocks < 2 or jax.default_backend() != "cpu":
+    if (
+        not simple or blocks < 2 or jax.default_backend() != "cpu" or jax.device_count() > 1
+    ):  # which turn rows of their own
         return standardised(array)
     out = jnp.zeros((*array.shape[1:], array.shape[0]), jax.eval_shape(standardised, array).dtype)
 
@@ -172,7 +174,7 @@ def tall_product(left: Array, right: Array) -> Array:
 
 
 def _tall_forward(left: Array, right: Array):
-    return tall_product(left, right), (left, right)
+    return right.T @ left.T, (left, right)  # in the open, so that it has derivatives of its own
 
 
 def _tall_backward(saved, slope: Array):
@@ -215,7 +217,7 @@ def read_rows(table: Array, index: Array) -> Array:
 
 
 def _read_forward(table: Array, index: Array):
-    return read_rows(table, index), (table, index)
+    return jnp.take(table, index.astype(int), 0, mode="clip"), (table, index)
 
 
 def _read_backward(saved, slope: Array):
