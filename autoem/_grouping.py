@@ -359,4 +359,4 @@ def rows_of(stack: Array, taken: Sequence[int]) -> Array:
     first, count = taken[0], len(taken)
     if list(taken) == list(range(first, first + count)):
         return stack if count == len(stack) else jax.lax.slice_in_dim(stack, first, first + count)
-    return stack.at[np.asarray(taken)].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return jnp.asarray(stack).at[np.asarray(taken)].get(mode="promise_in_bounds", wrap_negative_indices=False)
