@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._bundle import Preparation, make_bundle, with_passed_on
+from autoem._bundle import Preparation, Routes, make_bundle, with_passed_on
 from autoem._chunks import plan_chunks, spread_rows
 from autoem._condense import note_of
 from autoem._errors import Intractable, PlanError
@@ -91,6 +91,7 @@ class Build:
     accelerator: Accelerator | None = None
     prepared: bool = False
     observed: Callable | None = None
+    routes: Routes = dataclasses.field(default_factory=Routes)
 
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
@@ -106,8 +107,8 @@ class Build:
 
     def plain_bundle(self, source: Source, key: Array) -> Bundle:
         """The data of a call, prepared, in one piece."""
-        data = self.data(source)
-        cells = cells_by(self.kernel.treatment)(self.program, self.factors, data, key) if self.has_routes else {}
+        data, find = self.data(source), cells_by(self.kernel.treatment)
+        cells = self.routes.of(find, self.program, self.factors, data, key) if self.has_routes else {}
         return self._prepare.whole(data, key, cells)
 
     def whole_bundle(self, source: Source, key: Array) -> Bundle:
@@ -306,11 +307,13 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
         try_out(kernel, params, shapes)
     accelerator = accelerated(options.accelerate, program, blocks, treatment)
     plan = dataclasses.replace(
-        plan, accelerate=accelerator and accelerator.method, notes=(*plan.notes, *note_of(kernel))
+        plan,
+        accelerate=accelerator and accelerator.method,
+        notes=(*plan.notes, *note_of(kernel, accelerator is not None)),
     )
     return Build(
         plan, kernel, found, source, factors, support_limits(found, source), model_start, sums=sums,
-        mixed=frozenset(mixed), accelerator=accelerator,
+        mixed=frozenset(mixed), accelerator=accelerator, routes=Routes(frozenset(cells)),
     )  # fmt: skip
 
 

@@ -67,10 +67,9 @@ def cells_by(treatment: AbstractTreatment | None) -> Callable[..., dict[str, Arr
     return field_cells if isinstance(treatment, Field) else route_cells
 
 
-def field_cells(program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array) -> dict[str, Array]:
+def field_cells(program: Program, factors: tuple[Factor, ...], values: Mapping) -> dict[str, Array]:
     """The index arrays of such factors in other data."""
     del factors
-    values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
     return {n: jnp.asarray(c) for n, c in field_factors(program, values)[1].items()}
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import ChainMap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -207,7 +208,7 @@ def row_cells(
     states = {
         ("latent", n): np.zeros(v.shape, v.aval.dtype) for (k, n), v in program.full.inputs.items() if k == "latent"
     }
-    ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, {**states, **values})
+    ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, ChainMap(cast(Any, values), states))
     ids = merge_axes(ids, tuple(range(-events, 0))) if events else ids
     ids = ids.reshape((1,) * (len(site.axes) - ids.ndim) + ids.shape)
     ids = np.broadcast_to(ids, site.shape)
