@@ -21,7 +21,7 @@ from jax import Array
 from autoem._errors import ModelError, PlanError
 from autoem._lower import Kernel
 from autoem.ir import Param
-from autoem.m_step.choose import kind_of
+from autoem.m_step.choose import kind_of, part_of_unit
 from autoem.m_step.problem import Bundle
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
 from autoem.treatments import AbstractDrawn
@@ -50,6 +50,8 @@ def free_entries(param: Param, value: np.ndarray) -> np.ndarray:
         return value > 1e-12
     if kind == "real":
         return np.ones(value.shape, bool)
+    if limits := part_of_unit(param.constraint):
+        return (value > limits[0] + BOUNDARY) & (value < limits[1] - BOUNDARY)
     free = np.asarray(to_unconstrained(param, jnp.asarray(value)))
     return np.isfinite(free)
 
@@ -63,7 +65,7 @@ def on_boundary(param: Param, value: np.ndarray) -> np.ndarray:
         return value <= BOUNDARY
     if kind == "positive":
         return value <= 1e-12
-    return np.zeros(value.shape, bool)
+    return ~free_entries(param, value) if part_of_unit(param.constraint) else np.zeros(value.shape, bool)
 
 
 def off_boundary(param: Param, value: Array) -> Array:
