@@ -13,6 +13,7 @@ the first step, `z[-1]` at the last; `z` itself is its path, read by sites that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,7 @@ class Scan:
         self.reader = reader
         self.function, init, xs, length, reverse = msg["args"][:5]
         self.label = getattr(self.function, "__name__", "scan")
+        self.outer = [h for h in _PYRO_STACK if isinstance(h, handlers.reparam)]
         self.reverse = bool(reverse)
         self.refuse(msg)
         self.init, self.tree = jax.tree.flatten(init)
@@ -122,7 +124,9 @@ class Scan:
             xs = [inputs["·x", i] for i in range(len(self.xs))]
             x = jax.tree.unflatten(self.xs_tree, xs[: self.num_inputs])
             given = handlers.condition(data=dict(zip(self.observed, xs[self.num_inputs :], strict=True)))
-            with handlers.block(), handlers.seed(rng_seed=inputs["key", 0]), inner, given:
+            with contextlib.ExitStack() as stack:
+                for handler in (handlers.block(), handlers.seed(rng_seed=inputs["key", 0]), inner, given, *self.outer):
+                    stack.enter_context(handler)
                 new, ys = self.function(jax.tree.unflatten(self.tree, leaves), x)
             out = self.outputs(inner)
             new_leaves, new_tree = jax.tree.flatten(new)
