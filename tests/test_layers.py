@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = """
     _errors _tree _named _jaxpr families
     ir _support _folding _ragged
-    _reader _components
+    _reader _components _scan_checks
     _scan
     _steps
     _source

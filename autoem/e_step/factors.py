@@ -86,10 +86,23 @@ def refuse_random_weights(program: Program, site: Site) -> None:
 
 
 def read_latents(program: Program, site: Site) -> tuple[Latent, ...]:
-    """Latents that the site's density reads, its own first."""
+    """Latents that the site's density reads, its own first.
+
+    Raises:
+        ModelError: one of them is of a step of a scan that no site of the step stands for.
+    """
     own = (site.name,) if site.role == "latent" else ()
     every = program.every_latent
-    return tuple(every[n] for n in (*own, *(p for p in site.parents if p in every)))
+    read = [n for n in (*own, *(p for p in site.parents if p in every))]
+    for name in read:
+        base, chain = program.base_of(name), program.chain_of(program.base_of(name))
+        if chain is not None and not chain.lags[base] and name not in program.sites:
+            raise ModelError(
+                site.name,
+                problem=f"it reads '{base}' of a scan from outside, which no later step reads",
+                mend=f"read '{base}' in the step: put '{site.name}' there, or what it needs into the carry's latent",
+            )
+    return tuple(every[n] for n in read)
 
 
 def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], route: Route | None) -> Factor:
