@@ -151,8 +151,16 @@ def drawn_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     refuse_random_weights(program, site)
     read = {program.base_of(n) for n in continuous_of(program, site)}  # at full shape the graph reads whole paths
     members = tuple(z for n, z in program.continuous.items() if n in read)
+    in_pieces = bool(latents) and bool(program.chains)  # of discrete paths, which full shape does not tell apart
+    if in_pieces and program.half is None:
+        raise ModelError(
+            site.name,
+            problem="it reads a discrete and a continuous latent of a model with a scan, and fails on one cell of each",
+            mend="let the step compute with arrays of any plate size, without z.shape",
+        )
+    graph = program.half if in_pieces and program.half is not None else program.full
     return dataclasses.replace(
-        build_factor(program, site, latents, route), coefficients=(), graph=program.full, compact=False,
+        build_factor(program, site, latents, route), coefficients=(), graph=graph, compact=False,
         family=natural_family(program, site, filled=True)[0], completions=Completions(members, affine=False),
     )  # fmt: skip
 
