@@ -1,7 +1,7 @@
 """What is to be said of an end point because of how its latents were treated.
 
-In: a build and the parameters at the end. Out: sentences, each naming a latent: states that annealing has merged, prior
-mass that a truncated sum leaves out.
+In: a build and the parameters at the end. Out: sentences, each naming a latent: states that annealing has merged,
+mass of the prior or of the posterior that a truncated sum leaves out.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from autoem._build import Build
 from autoem._init import state_spreads, tables_at
 from autoem._jaxpr import jit_once
 from autoem._named import Named
+from autoem._posterior import Posterior
 from autoem._trace import Source
 
 ALIKE = 1e-6  # relative difference of two states' densities below which nothing will tell them apart
@@ -24,7 +26,7 @@ LEFT_OUT = 1e-6  # prior mass beyond a truncated sum that is worth a word
 
 
 def remarks(
-    built: Build, source: Source, params: Mapping[str, Array], truncated: Mapping[str, object], steps: int
+    built: Build, source: Source, params: Mapping[str, Array], truncated: Mapping[str, tuple[int, int]], steps: int
 ) -> tuple[str, ...]:
     """What a user should know of the end point; `truncated` names the latents that are summed over a range only."""
     warmup = built.kernel.warmup
@@ -34,7 +36,9 @@ def remarks(
         return ()
     bundle = built.plain_bundle(source, jax.random.key(0))
     out = merged(built, params, bundle) if warmup else ()
-    return (*out, *(left_out(built, params, bundle, truncated) if truncated else ()))
+    if truncated:
+        out = (*out, *left_out(built, params, bundle, truncated), *cut_off(built, source, params, bundle, truncated))
+    return out
 
 
 def merged(built: Build, params, bundle) -> tuple[str, ...]:
@@ -48,7 +52,7 @@ def merged(built: Build, params, bundle) -> tuple[str, ...]:
     return tuple(f"the states of '{n}' have merged, a saddle point that no step leaves: {mend}" for n in names)
 
 
-def left_out(built: Build, params, bundle, truncated: Mapping[str, object]) -> tuple[str, ...]:
+def left_out(built: Build, params, bundle, truncated: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
     """Truncated latents of which some cell's prior holds more outside the range than may be overlooked."""
     masses = jit_once(lambda p, b: prior_masses(built, p, b, frozenset(truncated)))(dict(params), bundle)
     least = max(LEFT_OUT, 50 * float(jnp.finfo(jnp.result_type(float)).eps))
@@ -62,6 +66,37 @@ def left_out(built: Build, params, bundle, truncated: Mapping[str, object]) -> t
         for n, out in worst.items()
         if out > least
     )
+
+
+def cut_off(built: Build, source: Source, params, bundle, truncated: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    r"""Truncated latents of which some cell's posterior goes on beyond an end of the range.
+
+    With :math:`p_u` the posterior's share of the last state and :math:`r = p_u / p_{u-1} < 1`, at most
+
+    .. math:: \sum_{i > u} p_i \le p_u \, \frac{r}{1 - r}
+
+    lies beyond it where the posterior is log-concave, relative to what lies within; that is a small prior mass too where
+    a datum is an outlier, of which the prior's own tail tells nothing.
+    """
+    treatment = built.kernel.treatment
+    if treatment is not None and not treatment.sums_exactly:
+        return ()
+    marginals, out = Posterior(built, params, bundle, source).marginals, []
+    for name, (low, high) in truncated.items():
+        share = np.asarray(marginals[name])
+        supports = [s.support for s in built.program.sites.values() if built.program.base_of(s.name) == name]
+        ends = [(high, share[..., -1], share[..., -2])] * (not supports[0].startswith("IntegerInterval"))
+        ends += [(low, share[..., 0], share[..., 1])] * (low > 0)
+        for end, last, before in ends:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                beyond = np.where(last < before, last * last / (before - last), np.where(last > 0, 1.0, 0.0)).max()
+            if (most := min(float(beyond), 1.0)) > LEFT_OUT:
+                side = "above" if end == high else "below"
+                out.append(
+                    f"up to {most:.1e} of the posterior mass of a cell of '{name}' lies {side} {end}, and is left out: "
+                    "give Truncated a wider range"
+                )
+    return tuple(out)
 
 
 def range_of(limits) -> str:

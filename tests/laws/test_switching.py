@@ -1,6 +1,6 @@
 """A scan that carries a discrete and a continuous state: against every path of the discrete one, enumerated.
 
-Given a path of classes a linear model is Gaussian, so the likelihood is a sum of Gaussian densities, one a path; and the
+Given a path of classes a linear model is Gaussian, so the likelihood is a sum of Gaussian densities, one a path; the
 joint density of a drawn path is NumPyro's own, summed over the classes.
 """
 
