@@ -15,13 +15,18 @@ import numpy as np
 from jax import Array
 
 from autoem._build import Build
+from autoem._fit import State
 from autoem._init import state_spreads, tables_at
 from autoem._jaxpr import jit_once
-from autoem._named import Named
+from autoem._named import Named, multiply, named
 from autoem._posterior import Posterior
 from autoem._trace import Source
+from autoem.e_step.strategies import Importance
+from autoem.m_step.problem import Bundle
+from autoem.treatments.importance import JointImportance
 
 ALIKE = 1e-6  # relative difference of two states' densities below which nothing will tell them apart
+ENOUGH, SHARE = 30.0, 0.1  # draws of equal weight that weighted ones have to be worth, and as a share of them
 LEFT_OUT = 1e-6  # prior mass beyond a truncated sum that is worth a word
 
 
@@ -75,8 +80,8 @@ def cut_off(built: Build, source: Source, params, bundle, truncated: Mapping[str
 
     .. math:: \sum_{i > u} p_i \le p_u \, \frac{r}{1 - r}
 
-    lies beyond it where the posterior is log-concave, relative to what lies within; that is a small prior mass too where
-    a datum is an outlier, of which the prior's own tail tells nothing.
+    lies beyond it where the posterior is log-concave, relative to what lies within. Of an outlier among the data the
+    prior's own tail tells nothing.
     """
     treatment = built.kernel.treatment
     if treatment is not None and not treatment.sums_exactly:
@@ -113,3 +118,53 @@ def prior_masses(built: Build, params, bundle, names: frozenset[str]) -> dict[st
             table: Named = f.table(cells[f.name], rows).value
             out[f.name] = jnp.min(jax.nn.logsumexp(table.array, axis=table.axes.index(f.name)))
     return {n: jnp.exp(jnp.minimum(v, 0.0)) for n, v in out.items()}
+
+
+def weighted_draws(built: Build, state: State, bundle: Bundle) -> tuple[float, float | None]:
+    """Of importance sampling, the standard error of the log-likelihood and the worth of its draws; else zero and None.
+
+    Of latents beside, with the weights `w` of a cell's draws and the gradient `g` by the log of its integral, by the
+    delta method the variance is the sum over cells of `g^2 (sum w^2 - 1 / S)`.
+    """
+    kernel = built.kernel
+    if isinstance(kernel.treatment, JointImportance):
+        return float(state.e_step.error), float(state.e_step.worth)
+    sampled = [i for i, b in enumerate(kernel.integrals) if b.block.strategy == "importance"]
+    if not sampled:
+        return 0.0, None
+
+    def errors(params, bundle: Bundle) -> tuple[Array, Array]:
+        cells = kernel.problem.cells(params, bundle)
+        integrals = [b.integrate(params, bundle) for b in kernel.integrals]
+
+        def total(values: list[Named]) -> Array:
+            known = [dataclasses.replace(t, value=v) for (t, _), v in zip(integrals, values, strict=True)]
+            return kernel._whole(cells, known, bundle)
+
+        slopes = jax.grad(total)([t.value for t, _ in integrals])
+        variance, least = jnp.zeros(()), jnp.asarray(jnp.inf)
+        for i in sampled:
+            block, found = kernel.integrals[i].block, integrals[i][1]
+            square = (found.weights**2).sum(found.lead)
+            scatter = named(
+                jnp.maximum(square - 1 / found.weights.shape[found.lead], 0), (*block.states, *block.plates)
+            )
+            slope = slopes[i] if (scale := block.scale(bundle.rows)) is None else multiply(slopes[i], scale)
+            variance = variance + multiply(multiply(slope, slope), scatter).array.sum()
+            least = jnp.minimum(least, (1 / square).min())
+        return jnp.sqrt(variance), least
+
+    error, least = jit_once(errors)(dict(state.params), bundle)
+    return float(error), float(least)
+
+
+def few_draws(built: Build, worth: float) -> tuple[str, ...]:
+    """What is to be said of weighted draws that are worth few, in number or as a share of them."""
+    wishes = [z.wish for z in built.program.continuous.values() if isinstance(z.wish, Importance)]
+    count = min(w.num_samples for w in wishes)
+    if worth >= max(ENOUGH, SHARE * count):
+        return ()
+    return (
+        f"the {count:,} draws of importance sampling are worth {worth:.0f} of equal weight, too few to rely on: the "
+        "posterior is far from a t law about its mode; give Importance a larger num_samples, or e_step=MonteCarlo()",
+    )

@@ -75,7 +75,8 @@ class Kernel:
     @property
     def may_fall(self) -> bool:
         """Whether the objective may fall without anything being wrong."""
-        return self.treatment is not None and (self.treatment.noisy or self.treatment.falls)
+        sampled = any(i.block.strategy == "importance" for i in self.integrals)
+        return sampled or (self.treatment is not None and (self.treatment.noisy or self.treatment.falls))
 
     @property
     def warmup(self) -> int:
@@ -90,7 +91,9 @@ class Kernel:
         rules = {i.block.strategy for i in self.integrals} - {"exact"}
         if not rules:
             return "log-likelihood"
-        return "log-likelihood by quadrature" if rules == {"quadrature"} else LAPLACE
+        if "Laplace" in rules:
+            return LAPLACE
+        return "log-likelihood by " + ("importance sampling" if "importance" in rules else "quadrature")
 
     @property
     def in_logs(self) -> Kernel:

@@ -15,11 +15,9 @@ import pytest
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 from numpyro.infer.util import log_density
-from scipy.stats import multivariate_normal
 
 import autoem
 from autoem.e_step import Laplace
-from autoem.m_step import Fixed
 
 Y = jnp.array([0.3, -0.2, 1.0, 0.8, -1.2])
 P, A, Q, R = np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0.9, -0.5]), np.array([0.3, 1.0]), 0.5
