@@ -142,10 +142,13 @@ class Build:
 
     def final(self, params: Params, bundle: Bundle, state: Any) -> tuple[float, float]:
         """The objective of a noisy fit at its end, from draws of its own, and its standard error."""
-        treatment = self.kernel.treatment
-        assert treatment is not None
-        found = jit_once(lambda *a: treatment.final(self.kernel, *a))(params, bundle, state, jax.random.key(60))
+        found = self.final_run(dict(params), bundle, state, jax.random.key(60))
         return float(found[0]), float(found[1])
+
+    @functools.cached_property
+    def final_run(self) -> Callable:
+        """That estimate, compiled once."""
+        return jit_once(self.kernel.final)
 
     def fits(self, source: Source) -> bool:
         """Whether the supports, and the signs of sums, computed from this data are those that the plan was made for."""

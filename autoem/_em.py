@@ -23,7 +23,7 @@ from autoem._plan import Plan
 from autoem._progress import Progress
 from autoem._replay import refuse_misread
 from autoem._result import EMResult, Restarts, make_result
-from autoem._stop import DIVERGED, FELL, INTERRUPTED, Stop
+from autoem._stop import DIVERGED, FELL, INTERRUPTED, LIMIT, RUNNING, SETTLED, Stop
 from autoem._trace import Source
 from autoem._validate import validate
 from autoem._verify import LARGE, shrunken, verify
@@ -33,6 +33,7 @@ from autoem.m_step.problem import Bundle
 from autoem.m_step.strategies import AbstractMStep
 
 ONE_THREAD_UP_TO = 4 << 20  # bytes of the rows: below, one kernel after the other is faster than several at once
+GAIN = 0.02  # nats by which going on with a noisy fit has to raise its estimated objective to be gone on with again
 VMAP_UP_TO = 4_000_000  # entries of the rows times restarts: beyond, restarts run one after the other
 
 
@@ -213,11 +214,53 @@ class EM:
         if kernel.noisy and len(states) > 1:  # the path of each has an error of its own, which grows with its steps
             states = [estimated(built, s, plain) for s in states]
         best = max(range(len(states)), key=lambda i: merit(states[i]))
+        if kernel.noisy and not kernel.treatment.sums_exactly:  # type: ignore[union-attr]
+            states[best] = pursued(built, states[best], plain, self._again(advance, bundle, len(begin) * together))
         if underflowed(built, begin[best], states[best], bundle):
             built.kernel = built.kernel.in_logs
             self._loops.pop(loop)
             return self._fit(built, bundle, begin, key)
         return states[best], Restarts.of(states, best)
+
+    def _again(self, advance: Callable, bundle: Bundle, together: int) -> Callable[[State], State]:
+        """What goes on with one fit, by the program that ran it: for so many at once, or for one."""
+
+        def again(state: State) -> State:
+            with Progress(self.progress, self.stop.max_steps, 1) as bar:
+                if not together:
+                    return run_loop(advance, state, bundle, self.stop, int(state.step) + 1, bar.report)
+                stacked = jax.tree.map(lambda x: jnp.stack([x] * together), state)
+                last = run_loop(advance, stacked, bundle, self.stop, int(state.step) + 1, bar.report)
+            return jax.tree.map(lambda x: x[0], last)
+
+        return again
+
+
+def pursued(built: Build, state: State, bundle: Bundle, again: Callable[[State], State]) -> State:
+    """The end of a noisy fit gone on with from where it settled, as long as that raises the estimated objective.
+
+    What ends a stretch is a path with random error, which hides a drift that is slower. Two ends are compared by the
+    same random numbers: the difference of their estimates is known far better than either. The better one is kept.
+
+    References:
+        Caffo, Jank and Jones 2005, "Ascent-based Monte Carlo expectation-maximization": go on while there is a gain.
+    """
+    best = state
+    if int(state.status) == SETTLED:
+        best = estimated(built, state, bundle)
+    while int(state.status) == SETTLED:
+        unseen = state.history.at[: int(state.step) + 1].set(jnp.nan)  # windows that hold them tell of no rest
+        zero = jnp.zeros_like(state.flat)
+        new = again(state._replace(history=unseen, flat=zero, status=jnp.full_like(state.status, RUNNING)))
+        state = new._replace(history=new.history.at[: int(state.step) + 1].set(state.history[: int(state.step) + 1]))
+        if int(state.status) not in (SETTLED, LIMIT):
+            return state if int(state.status) == INTERRUPTED else best
+        state = estimated(built, state, bundle)
+        gain = float(state.objective - best.objective)
+        best = state if gain > 0 else best
+        if not gain > GAIN:
+            return best._replace(status=jnp.full_like(best.status, SETTLED))
+    return best
 
 
 def estimated(built: Build, state: State, bundle: Bundle) -> State:

@@ -154,6 +154,11 @@ class Kernel:
         """What the E-step remembers before its first step."""
         return None if self.treatment is None else self.treatment.init(self, params, bundle, key)
 
+    def final(self, params: Params, bundle: Bundle, state: Any, key: Array) -> tuple[Array, Array]:
+        """Of a noisy objective, a better estimate at the end, and its standard error."""
+        assert self.treatment is not None
+        return self.treatment.final(self, params, bundle, state, key)
+
     def exactly(self, params: Params, bundle: Bundle, reduce: Reduce = log_sum_exp) -> Expectation:
         """The exact E-step: expected statistics are the gradient of the log-likelihood with respect to the cells.
 
