@@ -245,22 +245,27 @@ def pursued(built: Build, state: State, bundle: Bundle, again: Callable[[State],
     References:
         Caffo, Jank and Jones 2005, "Ascent-based Monte Carlo expectation-maximization": go on while there is a gain.
     """
+    if int(state.status) != SETTLED:
+        return state
     best = state
-    if int(state.status) == SETTLED:
+    try:
         best = estimated(built, state, bundle)
-    while int(state.status) == SETTLED:
-        unseen = state.history.at[: int(state.step) + 1].set(jnp.nan)  # windows that hold them tell of no rest
-        zero = jnp.zeros_like(state.flat)
-        new = again(state._replace(history=unseen, flat=zero, status=jnp.full_like(state.status, RUNNING)))
-        state = new._replace(history=new.history.at[: int(state.step) + 1].set(state.history[: int(state.step) + 1]))
-        if int(state.status) not in (SETTLED, LIMIT):
-            return state if int(state.status) == INTERRUPTED else best
-        state = estimated(built, state, bundle)
-        gain = float(state.objective - best.objective)
-        best = state if gain > 0 else best
-        if not gain > GAIN:
-            return best._replace(status=jnp.full_like(best.status, SETTLED))
-    return best
+        while int(state.status) == SETTLED:
+            old, count = state, int(state.step) + 1
+            unseen = old.history.at[:count].set(jnp.nan)  # windows that hold them tell of no rest
+            running, zero = jnp.full_like(old.status, RUNNING), jnp.zeros_like(old.flat)
+            new = again(old._replace(history=unseen, flat=zero, status=running))
+            state = new._replace(history=new.history.at[:count].set(old.history[:count]))
+            if int(state.status) not in (SETTLED, LIMIT):
+                break
+            state = estimated(built, state, bundle)
+            gain = float(state.objective - best.objective)
+            best = state if gain > 0 else best
+            if not gain > GAIN:
+                break
+    except KeyboardInterrupt:  # what had settled is an end point
+        pass
+    return best._replace(status=jnp.full_like(best.status, SETTLED)) if best.step < state.step else best
 
 
 def estimated(built: Build, state: State, bundle: Bundle) -> State:
