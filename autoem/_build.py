@@ -32,7 +32,7 @@ from autoem.e_step.factors import build_factors
 from autoem.e_step.groups import Block, Joined, build_blocks, partly_seen, with_gaps
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.places import build_layout
-from autoem.e_step.strategies import AbstractEStep, Laplace, MonteCarlo, Quadrature, Truncated, Variational
+from autoem.e_step.strategies import AbstractEStep, Importance, Laplace, MonteCarlo, Quadrature, Truncated, Variational
 from autoem.e_step.tables import Factor
 from autoem.e_step.treatment import AbstractTreatment
 from autoem.ir import Program
@@ -144,10 +144,13 @@ class Build:
 
     def final(self, params: Params, bundle: Bundle, state: Any) -> tuple[float, float]:
         """The objective of a noisy fit at its end, from draws of its own, and its standard error."""
-        treatment = self.kernel.treatment
-        assert treatment is not None
-        found = jit_once(lambda *a: treatment.final(self.kernel, *a))(params, bundle, state, jax.random.key(60))
+        found = self.final_run(dict(params), bundle, state, jax.random.key(60))
         return float(found[0]), float(found[1])
+
+    @functools.cached_property
+    def final_run(self) -> Callable:
+        """That estimate, compiled once."""
+        return jit_once(self.kernel.final)
 
     def fits(self, source: Source) -> bool:
         """Whether the supports, and the signs of sums, computed from this data are those that the plan was made for."""
@@ -253,7 +256,7 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
 def open_to_draws(name: str, options: Options) -> bool:
     """Whether a latent without an exact posterior may be drawn, for all that was asked."""
     wish = options.e_step.get(name) if isinstance(options.e_step, Mapping) else options.e_step
-    return wish is None or isinstance(wish, (Laplace, *DISCRETE))
+    return wish is None or isinstance(wish, (Laplace, Importance, *DISCRETE))
 
 
 def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array, drawn: Mapping[str, str]) -> Build:
@@ -381,7 +384,8 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
         if step is not None and not isinstance(step, AbstractEStep):
             mend = "use autoem.e_step.Exact(), Quadrature(...), Laplace() or another of that module"
             raise PlanError("e_step", problem=f"{step!r} is no E-step strategy", mend=mend)
-    if isinstance(options.e_step, Quadrature | Laplace | Variational | MonteCarlo) and not program.continuous:
+    wide = Quadrature | Laplace | Importance | Variational | MonteCarlo
+    if isinstance(options.e_step, wide) and not program.continuous:
         problem = f"{options.e_step} is for continuous latents, and the model has none"
         raise PlanError("e_step", problem=problem, mend="leave e_step= out", kind="option")
     for name, step in options.e_step.items() if isinstance(options.e_step, Mapping) else ():

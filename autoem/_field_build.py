@@ -81,7 +81,7 @@ def field_factor(program: Program, site: Site, values: Mapping[Any, Any]) -> tup
     factor = build_factor(program, site, latents, None)
     if members:
         family = natural_family(program, site, filled=True)[0]
-        usable = program.half is not None and all(program.compact[z.name] for z in latents)
+        usable = program.half is not None and not program.chains and all(program.compact[z.name] for z in latents)
         factor = dataclasses.replace(
             factor, family=family, graph=program.half if usable else program.full, compact=usable, coefficients=(),
             completions=Completions(members, affine=False),

@@ -117,7 +117,7 @@ def _trace(
 
 def half_compact(source: Source, found: Discovery, discrete: Mapping, hidden: Mapping, outputs: Any) -> Graph | None:
     """The model with its discrete latents compact and its continuous ones at full shape; None where that fails."""
-    if not discrete or not hidden or found.chains:
+    if not discrete or not hidden:
         return None
     inputs = {**full_inputs(found, discrete, compact=True), **full_inputs(found, hidden, compact=False)}
     inputs = {k: v for k, v in inputs.items() if k[0] == "latent" or k[1] not in hidden}
