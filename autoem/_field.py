@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from autoem._lower import Kernel, with_nodes
-from autoem._named import Named
+from autoem._named import Named, made_once
 from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import Step, eliminate
 from autoem.e_step.field import (
@@ -32,6 +32,7 @@ from autoem.e_step.field import (
     expectation,
     expected_table,
     finite,
+    log_probabilities,
     nodes_of,
     over_nodes,
     picked_table,
@@ -39,6 +40,7 @@ from autoem.e_step.field import (
     used_by,
     weight_of,
 )
+from autoem.e_step.field_rows import Own, held, own_of
 from autoem.e_step.layout import Layout, Table
 from autoem.e_step.strategies import MeanField
 from autoem.e_step.tables import Factor
@@ -84,6 +86,11 @@ class Field(AbstractTreatment):
     def last(self) -> Group | None:
         """The group whose last update yields the bound; None where the last goes by cells."""
         return self.groups[-1] if self.groups and not self.groups[-1].cellwise else None
+
+    @functools.cached_property
+    def own(self) -> Own | None:
+        """The simplex of each row's own that is swept with the rows that look it up, where there is no more than that."""
+        return own_of(self.groups, self.blocks, self.by_name)
 
     @functools.cached_property
     def _pieces(self) -> dict[str, tuple[Piece, ...]]:
@@ -132,15 +139,20 @@ class Field(AbstractTreatment):
         def once(_, laws: Laws) -> Laws:
             return self._close(kernel, params, bundle, self.sweep(kernel, params, bundle, laws))
 
+        def many(laws: Laws) -> Laws:
+            if self._fast(bundle):
+                return self._close(kernel, params, bundle, self._settle_rows(kernel, params, bundle, laws, FIRST))
+            return jax.lax.fori_loop(0, FIRST, once, laws)
+
         def again(_, laws: Laws) -> Laws:
             laws = self._close(kernel, params, bundle, laws._replace(natural={**laws.natural, **own}))
-            laws = jax.lax.fori_loop(0, FIRST, once, laws)
+            laws = many(laws)
             for block in shared:
                 laws = self._with_block(block, params, bundle, laws, layout)
             return laws
 
         laws = jax.lax.fori_loop(0, ROUNDS, again, laws) if shared else laws
-        return jax.lax.fori_loop(0, FIRST, once, laws)
+        return many(laws)
 
     def _law(self, group: Group, tables: Sequence[Table], layout: Layout) -> tuple[dict[str, Named], Array]:
         """The law of a group from its expected tables: by piece its marginals, and the entropy in nats."""
@@ -206,6 +218,8 @@ class Field(AbstractTreatment):
         layout = make_layout(kernel.layout, bundle)
         for block in (b for b in self.blocks if b.shared):
             laws = self._with_block(block, params, bundle, laws, layout)
+        if self._fast(bundle):
+            return self._settle_rows(kernel, params, bundle, laws, self.wish.sweeps)
         laws = self.sweep(kernel, params, bundle, laws)
         if self.wish.sweeps == 1:
             return laws
@@ -219,6 +233,41 @@ class Field(AbstractTreatment):
 
         start = (jnp.ones((), int), jnp.asarray(-jnp.inf), laws, jnp.asarray(True))
         return jax.lax.while_loop(lambda c: c[3] & (c[0] < self.wish.sweeps), again, start)[2]
+
+    def _fast(self, bundle: Bundle) -> bool:
+        return self.own is not None and self.own.laid_out(bundle.cells)
+
+    def _settle_rows(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws, most: int) -> Laws:
+        """At most so many sweeps over each row's own simplex and the rows; the law of the simplex after them."""
+        own, last, layout = self.own, self.last, make_layout(kernel.layout, bundle)
+        assert own is not None and last is not None
+        tables = self._tables(kernel, params, bundle, laws, last, [own.factor.name])
+        axes = (*own.route.source, *last.latents)
+        parts = [t.value.to(axes) for t in self._expected(last, tables, laws, layout)]
+        sizes = tuple(own.factor.sizes[a] for a in own.route.source)
+        zero = jnp.zeros((*sizes, kernel.program.every_latent[last.latents[0]].num_states))
+        rows = held(own, sum(parts, start=zero), last, layout)
+        law, name = own.block.law, own.block.name
+
+        def prior(u: Array) -> Array:
+            return self.joint(own.block, u, params, bundle, laws, layout, own.others)
+
+        def again(carry):
+            count, last, natural, _ = carry
+            nodes = jax.tree.map(made_once, law.nodes(natural))
+            seen, log_z = rows.counts(nodes)
+            new = log_z + prior(nodes) + law.entropy(natural)
+
+            def joint(u: Array) -> Array:
+                return prior(u[None]) + (seen * log_probabilities(own.factor, u[None])).sum()
+
+            points = law.points(natural)
+            found = law.solve(points, tuple(jax.grad(joint)(u) for u in points))
+            return count + 1, new, found, new - last > self.wish.tol * jnp.maximum(jnp.abs(new), 1)
+
+        start = (jnp.zeros((), int), jnp.asarray(-jnp.inf), laws.natural[name], jnp.asarray(True))
+        natural = jax.lax.while_loop(lambda c: c[3] & (c[0] < most), again, start)[2]
+        return laws._replace(natural={**laws.natural, name: natural})
 
     def value(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws) -> Array:
         """The bound under given laws, but for constants of the data."""
@@ -257,11 +306,11 @@ class Field(AbstractTreatment):
         return laws._replace(natural={**laws.natural, block.name: law})
 
     def _tables(
-        self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws, group: Group | None = None
+        self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws, group: Group, without: Sequence[str] = ()
     ) -> dict[str, Named]:
-        """Tables of the factors that a group reads, or of all, at the nodes of the blocks."""
+        """Tables of the factors that a group reads at the nodes of the blocks, but for those `without`."""
         filled = with_nodes(bundle, self.nodes(laws))
-        names = dict.fromkeys(p.factor for p in group.pieces) if group else [n for n in self._pieces]
+        names = [n for n in dict.fromkeys(p.factor for p in group.pieces) if n not in without]
         cells = self.cells(kernel, params, filled, names)
         return {n: self.table(self.by_name[n], cells[n], filled) for n in names}
 
@@ -270,7 +319,7 @@ class Field(AbstractTreatment):
         if self.picked(factor):
             return picked_table(factor, bundle.nodes[factor.name], bundle.cells)
         rows = bundle.rows[factor.name]
-        value = factor.table(cells, rows).value
+        value = factor.table(jax.tree.map(made_once, cells) if factor.completions else cells, rows).value
         if factor.is_hidden and factor.family is not None and rows.value is not None:
             axes = rows.value.axes[factor.family.event_dim :]
             fixed = {k: f.to(axes) for k, f in (rows.fixed or {}).items()}
@@ -296,9 +345,9 @@ class Field(AbstractTreatment):
         return laws._replace(shares={**laws.shares, **shares}, entropy={**laws.entropy, group.name: entropy})
 
     def _expected(self, group: Group, tables: Mapping[str, Named], laws: Laws, layout: Layout) -> list[Table]:
-        """The tables of a group's pieces, all other laws as they are."""
+        """The tables of a group's pieces, of the factors whose tables are given; all other laws as they are."""
         out = []
-        for p in group.pieces:
+        for p in (p for p in group.pieces if p.factor in tables):
             others = [laws.shares[o.key] for o in self.pieces_of(p.factor) if o.key != p.key]
             out.append(expected_table(self.by_name[p.factor], p, tables[p.factor], others, layout, group.simple))
         return out
@@ -365,17 +414,20 @@ class Field(AbstractTreatment):
 
     def update_block(self, block: Block, params: Params, bundle: Bundle, laws: Laws, layout: Layout) -> Any:
         """The law of a continuous latent under all others, from slopes of its expected log joint."""
-        slope = jax.grad(lambda u: self.joint(block, u, params, bundle, laws, layout))
+        slope = jax.grad(lambda u: self.joint(block, u[None], params, bundle, laws, layout))
         points = block.law.points(laws.natural[block.name])
         return block.law.solve(points, tuple(slope(u) for u in points))
 
-    def joint(self, block: Block, u: Array, params: Params, bundle: Bundle, laws: Laws, layout: Layout) -> Array:
-        """The expected log joint of a block's factors, where its latent has the values `u`."""
-        points = {**self.node_values(laws), block.name: u[None]}
-        nodes = {n: nodes_of(self.by_name[n], points) for n in block.factors}
+    def joint(
+        self, block: Block, u: Array, params: Params, bundle: Bundle, laws: Laws, layout: Layout, names: Sequence[str] = ()
+    ) -> Array:
+        """The expected log joint of a block's factors, or of some, where its latent has the values `u`, by node."""
+        points = {**self.node_values(laws), block.name: u}
+        names = names or block.factors
+        nodes = {n: nodes_of(self.by_name[n], points) for n in names}
         filled = with_nodes(bundle, nodes)
         values, total = graph_values(filled, params), jnp.zeros(())
-        for name in block.factors:
+        for name in names:
             factor = self.by_name[name]
             table = self.table(factor, () if self.picked(factor) else factor.cells(values, filled.rows[name]), filled)
             total = total + self._expectation(name, table, laws.shares, layout)
@@ -384,7 +436,7 @@ class Field(AbstractTreatment):
     def node_values(self, laws: Laws) -> dict[str, Array]:
         """Equally weighted values of every block, `(nodes, *shape, *event)`."""
         nodes = {b.name: b.law.nodes(laws.natural[b.name]) for b in self.blocks}
-        return jax.lax.optimization_barrier(nodes)  # rows gather them: digammas of rows would be computed anew for each
+        return jax.tree.map(made_once, nodes)  # rows gather them
 
     def nodes(self, laws: Laws) -> dict[str, Any]:
         """For each factor that reads blocks, its nodes and its own latent's values there."""

@@ -25,6 +25,7 @@ from autoem.e_step.completions import Completions
 from autoem.e_step.factors import build_factor, natural_family, read_latents, refuse_random_weights, row_cells
 from autoem.e_step.field import Block, Group, Piece
 from autoem.e_step.field_laws import LAWS, AbstractLaw
+from autoem.e_step.field_rows import padded
 from autoem.e_step.layout import Route
 from autoem.e_step.places import plates_of
 from autoem.e_step.strategies import MeanField
@@ -128,6 +129,7 @@ def with_pick(
     if not np.array_equal(np.broadcast_to(seen, (*site.shape, *m.event)).reshape(expected.shape), expected):
         return factor, {}
     cells = {key: rows.reshape([s for s in site.shape if s > 1])}
+    cells |= {key + n: x for n, x in padded(cells[key], int(np.prod(m.shape, dtype=int))).items()}
     return dataclasses.replace(factor, routes={**factor.routes, m.name: route}), cells
 
 
@@ -363,14 +365,14 @@ def fits(field: Field, block: Block, kernel: Kernel, params: Params, bundle: Bun
 
     def compare(params: Params, bundle: Bundle) -> tuple[Array, Array]:
         layout = make_layout(kernel.layout, bundle)
-        laws = field.init(kernel, params, bundle, jax.random.key(43))
+        laws = field._close(kernel, params, bundle, field.begin(kernel, bundle, jax.random.key(43)))
         natural = field.update_block(block, params, bundle, laws, layout)
         a, b = (block.law.nodes(block.law.start(jax.random.key(i), block.size))[-1] for i in (44, 45))
         if kind_of(block.member.support) == "real":  # far enough apart to tell an exponential from a parabola
             a, b = (2 * jax.random.normal(jax.random.key(i), jnp.shape(a)) for i in (44, 45))
         if block.law.event_dim:
             a, b = (x / x.sum(-1, keepdims=True) for x in (a * jnp.exp(a), b))
-        theirs = [field.joint(block, u, params, bundle, laws, layout) for u in (a, b)]
+        theirs = [field.joint(block, u[None], params, bundle, laws, layout) for u in (a, b)]
         ours = [block.law.value(natural, u).sum() for u in (a, b)]
         apart, eps = theirs[0] - theirs[1], jnp.finfo(theirs[0].dtype).eps
         rounding = 64 * eps * (jnp.abs(theirs[0]) + jnp.abs(theirs[1]))

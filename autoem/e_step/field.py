@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._named import Named, contract, multiply, named, union
+from autoem._named import Named, contract, made_once, multiply, named, union
 from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import eliminate
 from autoem.e_step.field_laws import AbstractLaw
@@ -223,10 +223,19 @@ def cell_law(group: Group, scores: Named, layout: Layout) -> tuple[dict[str, Nam
 def picked_table(factor: Factor, nodes: Mapping[str, Array], cells: Mapping[str, Array]) -> Named:
     """The expected log probabilities of a discrete latent whose probabilities are a cell of a simplex, by index."""
     assert factor.completions is not None
+    (member,) = factor.completions.members
+    route = factor.routes[member.name]
+    scores = made_once(log_probabilities(factor, nodes[member.name]))
+    return Named(scores[cells[route.site]], (*route.source, factor.name))
+
+
+def log_probabilities(factor: Factor, nodes: Array) -> Array:
+    """Expected log probabilities of such a latent by cell of the simplex, `(cells, states)`, over nodes of it."""
+    assert factor.completions is not None
     (member,), family = factor.completions.members, factor._family
-    route, x = factor.routes[member.name], nodes[member.name]
-    eta = family.natural({family.args[0]: x.reshape(-1, int(np.prod(member.shape, dtype=int)), *member.event)})[0]
-    return finite(Named(eta.mean(0)[cells[route.site]], (*route.source, factor.name)))
+    x = nodes.reshape(-1, int(np.prod(member.shape, dtype=int)), *member.event)
+    eta = family.natural({family.args[0]: x})[0].mean(0)
+    return finite(Named(eta, ("", factor.name))).array
 
 
 def nodes_of(f: Factor, points: Mapping[str, Array]) -> tuple[dict[str, Array], Named | None]:
