@@ -49,6 +49,7 @@ from autoem.m_step.problem import Bundle, Params, graph_values, make_layout
 
 FIRST = 10  # sweeps over each row's own latents, at the start, before anything that all rows share is updated
 ROUNDS = 5  # of them, each of which begins those latents afresh
+AFRESH, MANY_ROUNDS, RISE = 20, 20, 3e-4  # the same where sweeps are cheap, for as long as a round raises the bound so much
 HALVINGS = 12  # of a step towards the new laws of cells that read one another, before the old ones are kept
 
 
@@ -134,25 +135,32 @@ class Field(AbstractTreatment):
         if not shared and not any(g.cellwise for g in self.groups):
             return laws
         own = {b.name: laws.natural[b.name] for b in self.blocks if not b.shared}
-        layout = make_layout(kernel.layout, bundle)
+        layout, fast = make_layout(kernel.layout, bundle), self._fast(bundle)
 
         def once(_, laws: Laws) -> Laws:
             return self._close(kernel, params, bundle, self.sweep(kernel, params, bundle, laws))
 
-        def many(laws: Laws) -> Laws:
-            if self._fast(bundle):
-                return self._close(kernel, params, bundle, self._settle_rows(kernel, params, bundle, laws, FIRST))
-            return jax.lax.fori_loop(0, FIRST, once, laws)
+        def many(laws: Laws) -> tuple[Laws, Array]:
+            if fast:
+                laws = self._settle_rows(kernel, params, bundle, laws, AFRESH)
+                laws, total = self._closed(kernel, params, bundle, laws)
+                return laws, total + self.value(kernel, params, bundle, laws)
+            return jax.lax.fori_loop(0, FIRST, once, laws), jnp.asarray(jnp.inf)
 
-        def again(_, laws: Laws) -> Laws:
+        def again(carry):
+            count, last, laws, _ = carry
             laws = self._close(kernel, params, bundle, laws._replace(natural={**laws.natural, **own}))
-            laws = many(laws)
+            laws, bound = many(laws)
             for block in shared:
                 laws = self._with_block(block, params, bundle, laws, layout)
-            return laws
+            going = (count < ROUNDS) | (bound - last > RISE * jnp.abs(bound))
+            return count + 1, bound, laws, going
 
-        laws = jax.lax.fori_loop(0, ROUNDS, again, laws) if shared else laws
-        return many(laws)
+        if shared:
+            start = (jnp.ones((), int), jnp.asarray(-jnp.inf), laws, jnp.asarray(True))
+            most = MANY_ROUNDS if fast else ROUNDS
+            laws = jax.lax.while_loop(lambda c: c[3] & (c[0] <= most), again, start)[2]
+        return many(laws)[0]
 
     def _law(self, group: Group, tables: Sequence[Table], layout: Layout) -> tuple[dict[str, Named], Array]:
         """The law of a group from its expected tables: by piece its marginals, and the entropy in nats."""
