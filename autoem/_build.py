@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from autoem._bundle import make_bundle, with_passed_on
-from autoem._chunks import plan_chunks, spread_rows
+from autoem._chunks import plan_chunks, shardings, spread_data, spread_rows
 from autoem._condense import note_of
 from autoem._errors import Intractable, PlanError
 from autoem._field_build import cells_by
@@ -95,9 +95,11 @@ class Build:
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
         self.compiled = jax.jit if large else jit_once  # over many rows it runs long enough to be worth compiling well
-        self._prepare = self.compiled(
-            lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells)
-        )
+        self._prepare = self.compiled(self._make_bundle)
+        self._prepare_spread = None
+
+    def _make_bundle(self, data: dict[int, Array], key: Array, cells: dict[str, Array]) -> Bundle:
+        return make_bundle(self.program, self.factors, data, key, cells)
 
     @property
     def program(self) -> Program:
@@ -120,7 +122,14 @@ class Build:
         """The data of a call, prepared and placed on the devices."""
         if self.kernel.treatment is not None and self.kernel.treatment.needs_data:
             return self.whole_bundle(source, key)
-        return spread_rows(self.plain_bundle(source, key), self.plan.chunks)
+        chunks = self.plan.chunks
+        if chunks is None or chunks.devices == 1 or chunks.main < chunks.rows or source.concrete:
+            return spread_rows(self.plain_bundle(source, key), chunks)
+        data = spread_data(dict(enumerate(source.data)), chunks)
+        if self._prepare_spread is None:
+            out = shardings(jax.eval_shape(self._prepare, data, key, {}), chunks)
+            self._prepare_spread = self.compiled(self._make_bundle, out_shardings=out)
+        return spread_rows(with_passed_on(self.program, self.factors, self._prepare_spread(data, key, {}), data), chunks)
 
     @property
     def has_routes(self) -> bool:

@@ -188,9 +188,9 @@ QUICK = {
 }
 
 
-def jit_once(function: Callable) -> Callable:
+def jit_once(function: Callable, **options: Any) -> Callable:
     """`jax.jit` for a program that runs about once: compiled fast rather than well."""
-    return jax.jit(function, compiler_options=QUICK if jax.default_backend() == "cpu" else None)
+    return jax.jit(function, compiler_options=QUICK if jax.default_backend() == "cpu" else None, **options)
 
 
 # kernels one after the other: over small data the waking of threads costs more than what they do

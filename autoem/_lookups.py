@@ -54,11 +54,12 @@ def refuse_far_indices(built: Build, source: Source) -> None:
         DataError: an index lies outside, in a row that counts; names the site, the argument, the index and its row.
     """
     graph = built.program.full
-    found = built.reading.setdefault("lookups", lookups(built.program))
+    if "lookups" not in built.reading:
+        built.reading["lookups"] = lookups(built.program)
     inputs = {("data", i): x for i, x in enumerate(source.data)} if not source.concrete else {}
     known: dict[Variable, np.ndarray] = {}
-    for lookup in found:
-        outside = lookup.outside(on_host(graph, lookup.index, inputs, known))
+    for lookup in built.reading["lookups"]:
+        outside = lookup.outside(on_host(graph, lookup.index, inputs, known, built.reading))
         if outside.any():
             refuse_if_read(built, source, lookup, outside, inputs)
 
@@ -143,8 +144,13 @@ def clamps(equation: Equation) -> bool:
     return not said
 
 
-def on_host(graph: Graph, atom: Atom, inputs: Mapping[Any, Any], known: dict[Variable, np.ndarray]) -> np.ndarray:
-    """A value of the graph that depends on the data alone, in NumPy where its primitives are simple."""
+def on_host(
+    graph: Graph, atom: Atom, inputs: Mapping[Any, Any], known: dict[Variable, np.ndarray], compiled: dict
+) -> np.ndarray:
+    """A value of the graph that depends on the data alone, in NumPy where its primitives are simple.
+
+    What is not simple is `compiled`, once for a structure: a second fit must not wait for the compiler.
+    """
     if isinstance(atom, Constant):
         return np.asarray(atom.value)
     by_variable = {v: inputs[k] for k, v in graph.inputs.items() if k in inputs}
@@ -153,8 +159,9 @@ def on_host(graph: Graph, atom: Atom, inputs: Mapping[Any, Any], known: dict[Var
                 for a in equation.inputs]  # fmt: skip
         value = simple(equation, args)
         if value is None:
-            values = {k: jnp.asarray(v) for k, v in inputs.items()}
-            known[atom] = np.asarray(jit_once(lambda d: graph.evaluate_atoms([atom], d))(values)[0])
+            if ("index", atom) not in compiled:
+                compiled["index", atom] = jit_once(lambda d: graph.evaluate_atoms([atom], d)[0])
+            known[atom] = np.asarray(compiled["index", atom]({k: jnp.asarray(v) for k, v in inputs.items()}))
             return known[atom]
         known[equation.outputs[0]] = value
     return known[atom] if atom in known else np.asarray(by_variable[atom])
@@ -253,7 +260,7 @@ def far_index(built: Build, source: Source, site: str, lookup: Lookup, outside, 
     graph = built.program.full
     read = outside & rows if rows.shape == outside.shape else outside
     first = tuple(int(i) for i in np.argwhere(read if read.any() else outside)[0])
-    parts = lookup.parts(on_host(graph, lookup.index, inputs, {}))[first]
+    parts = lookup.parts(on_host(graph, lookup.index, inputs, {}, built.reading))[first]
     which = next(j for j, last in enumerate(lookup.last) if not 0 <= parts[j] <= last)
     axis, operand = lookup.axes[which], shape_of(graph.equations[lookup.number].inputs[0])
     size = operand[axis]

@@ -104,6 +104,9 @@ def refuse_partly_missing(name: str, events: int, arrays: list[np.ndarray]) -> N
 def check_finite(name: str, value: np.ndarray, hidden: np.ndarray, events: int) -> None:
     if value.dtype.kind != "f":
         return
+    with np.errstate(all="ignore"):
+        if np.isfinite(value.sum()):  # one look at large data: a sum is finite only if all of its terms are
+            return
     bad = ~np.isfinite(value)
     per_row = bad.any(tuple(range(bad.ndim - events, bad.ndim))) if events else bad
     wrong = np.broadcast_to(per_row, hidden.shape) & ~hidden
@@ -131,6 +134,8 @@ def counted(count: int) -> str:
 
 def check_support(name: str, record: Record, value: np.ndarray, hidden: np.ndarray, events: int) -> None:
     support = record.base.support
+    if support in (constraints.real, constraints.real_vector):  # `check_finite` has looked already
+        return
     try:
         inside = np.asarray(host_constraint(support, record)(value))
     except (TypeError, ValueError, AttributeError, jax.errors.JAXTypeError):
@@ -175,10 +180,6 @@ def host_constraint(support: Any, record: Record):
         if isinstance(low, Tracer):
             return lambda x: np.ones(np.shape(x), bool)
         return lambda x: (x >= low) & (x % 1 == 0)
-    if support is constraints.real:
-        return lambda x: ~np.isnan(x)
-    if support is constraints.real_vector:
-        return lambda x: ~np.isnan(x).any(-1)
     if support is constraints.boolean:
         return lambda x: (x == 0) | (x == 1)
     if low_high_integer(support):
