@@ -160,6 +160,8 @@ class Field(AbstractTreatment):
             start = (jnp.ones((), int), jnp.asarray(-jnp.inf), laws, jnp.asarray(True))
             most = MANY_ROUNDS if fast else ROUNDS
             laws = jax.lax.while_loop(lambda c: c[3] & (c[0] <= most), again, start)[2]
+            if fast:
+                return laws  # the first E-step goes on from here
         return many(laws)[0]
 
     def _law(self, group: Group, tables: Sequence[Table], layout: Layout) -> tuple[dict[str, Named], Array]:
@@ -227,9 +229,10 @@ class Field(AbstractTreatment):
         for block in (b for b in self.blocks if b.shared):
             laws = self._with_block(block, params, bundle, laws, layout)
         if self._fast(bundle):
-            return self._settle_rows(kernel, params, bundle, laws, self.wish.sweeps)
+            return self._settle_rows(kernel, params, bundle, laws, self.wish.sweeps or AFRESH)
         laws = self.sweep(kernel, params, bundle, laws)
-        if self.wish.sweeps == 1:
+        most = self.wish.sweeps or 1
+        if most == 1:
             return laws
 
         def again(carry):
@@ -240,7 +243,7 @@ class Field(AbstractTreatment):
             return count + 1, new, self.sweep(kernel, params, bundle, laws), going
 
         start = (jnp.ones((), int), jnp.asarray(-jnp.inf), laws, jnp.asarray(True))
-        return jax.lax.while_loop(lambda c: c[3] & (c[0] < self.wish.sweeps), again, start)[2]
+        return jax.lax.while_loop(lambda c: c[3] & (c[0] < most), again, start)[2]
 
     def _fast(self, bundle: Bundle) -> bool:
         return self.own is not None and self.own.laid_out(bundle.cells)

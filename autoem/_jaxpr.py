@@ -193,6 +193,14 @@ def jit_once(function: Callable, **options: Any) -> Callable:
     return jax.jit(function, compiler_options=QUICK if jax.default_backend() == "cpu" else None, **options)
 
 
+LARGE = 1_000_000  # numbers that a program goes over again and again, beyond which it is worth compiling well
+
+
+def jit_loop(function: Callable, size: int) -> Callable:
+    """`jax.jit` for a loop over `size` numbers that runs about once."""
+    return jax.jit(function) if size > LARGE else jit_once(function)
+
+
 # kernels one after the other: over small data the waking of threads costs more than what they do
 IN_TURN = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
