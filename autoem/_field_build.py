@@ -17,7 +17,8 @@ from jax import Array
 
 from autoem._bundle import route_cells
 from autoem._errors import ModelError, PlanError
-from autoem._field import Field, Laws
+from autoem._field import Field
+from autoem._field_tables import Laws
 from autoem._jaxpr import jit_once
 from autoem._local import moved_start
 from autoem._lower import Kernel
@@ -365,7 +366,7 @@ def settled_laws(field: Field, kernel: Kernel, params: Params, bundle: Bundle) -
 
 
 def fits(field: Field, blocks: Sequence[Block], kernel: Kernel, params: Params, bundle: Bundle) -> list[bool]:
-    """For each of some blocks, whether the law found by slopes reproduces the log joint at points that it has not seen."""
+    """For each of some blocks, whether the law found by slopes reproduces the log joint at unseen points."""
 
     def compare(params: Params, bundle: Bundle) -> list[Array]:
         laws = field._close(kernel, params, bundle, field.begin(kernel, bundle, jax.random.key(43)))

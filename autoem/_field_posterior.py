@@ -16,7 +16,8 @@ from jax import Array
 
 from autoem._build import Build
 from autoem._errors import PlanError
-from autoem._field import Field, Laws
+from autoem._field import Field
+from autoem._field_tables import Laws
 from autoem._jaxpr import jit_loop, jit_once
 from autoem._posterior import Marginals, Posterior
 from autoem._trace import Source

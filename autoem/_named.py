@@ -177,8 +177,8 @@ def looked_up(table: Named, axis: str, index: Named) -> Named:
 def made_once(x: Array) -> Array:
     """`x` as an array of its own, not computed anew for every row that reads it.
 
-    A compiler would put what makes a small table into the loop of the gather that reads it, and undoes a plain barrier; it
-    does not look through a choice between two branches.
+    A compiler would put what makes a small table into the loop of the gather that reads it, and undoes a plain barrier;
+    it does not look through a choice between two branches.
     """
     if not x.size:
         return x

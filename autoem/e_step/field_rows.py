@@ -1,7 +1,7 @@
 r"""Sweeps over each row's own simplex and the classes that look it up, held as the simplex's law alone.
 
-Where the rows of a class `z` find their probabilities in a cell of a simplex, `z ~ Categorical(theta[doc])`, and all else
-that `z` reads stands still, two laws alternate. With :math:`t_c = \exp \mathrm{E}[\log \theta_c]` and `w_r` the
+Where the rows of a class `z` find their probabilities in a cell of a simplex, `z ~ Categorical(theta[doc])`, and all
+else that `z` reads stands still, two laws alternate. With :math:`t_c = \exp \mathrm{E}[\log \theta_c]` and `w_r` the
 exponential of the other factors' expected tables, the law of a row is :math:`q_r \propto t_{c(r)} w_r`, so that a cell
 needs of all its rows only the counts
 
@@ -17,13 +17,15 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from autoem._named import made_once
 from autoem.e_step.field import Block, Group, log_probabilities
 from autoem.e_step.layout import Layout, Route
 from autoem.e_step.tables import Factor
@@ -44,8 +46,10 @@ def padded(cells: np.ndarray, number: int) -> dict[str, np.ndarray]:
     ranked, out, start = ranked[: int((count > 0).sum())], {}, 0
     share = 0.0 if count.max(initial=0) * len(ranked) <= WASTE * flat.size else 1 / WASTE
     while start < len(ranked):
-        length = count[ranked[start]]
-        end = start + int(np.searchsorted(-count[ranked[start:]], -share * length, side="right" if share == 0 else "left"))
+        length = int(count[ranked[start]])
+        end = start + int(
+            np.searchsorted(-count[ranked[start:]], -share * length, side="right" if share == 0 else "left")
+        )
         mine = ranked[start : max(end, start + 1)]
         at = np.arange(length)
         rows = order[np.minimum(first[mine, None] + at, flat.size - 1)]
@@ -143,3 +147,27 @@ def held(own: Own, table: Array, group: Group, layout: Layout) -> Held:
         buckets.append((cells[f"{route.site}{CELLS}{i}"], there, jnp.take(count, rows, mode="fill", fill_value=0.0)))
         i += 1
     return Held(own, table, count, (count * top).sum(), tuple(buckets), cells[route.site].ravel())
+
+
+def settled(rows: Held, natural: Any, prior: Callable[[Array], Array], most: int, tol: float) -> Any:
+    """The law of the simplex after at most so many sweeps, or once one raises the bound by less than `tol` of itself.
+
+    `prior` is the expected log density of the block's other factors at nodes of it.
+    """
+    law, factor = rows.own.block.law, rows.own.factor
+
+    def again(carry):
+        count, last, natural, _ = carry
+        nodes = made_once(law.nodes(natural))
+        seen, log_z = rows.counts(nodes)
+        new = log_z + prior(nodes) + law.entropy(natural)
+
+        def joint(u: Array) -> Array:
+            return prior(u[None]) + (seen * log_probabilities(factor, u[None])).sum()
+
+        points = law.points(natural)
+        found = law.solve(points, tuple(jax.grad(joint)(u) for u in points))
+        return count + 1, new, found, new - last > tol * jnp.maximum(jnp.abs(new), 1)
+
+    start = (jnp.zeros((), int), jnp.asarray(-jnp.inf), natural, jnp.asarray(True))
+    return jax.lax.while_loop(lambda c: c[3] & (c[0] < most), again, start)[2]

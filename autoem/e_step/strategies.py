@@ -274,8 +274,8 @@ class MeanField(AbstractEStep):
 
     Args:
         sweeps: how often all groups are updated in one E-step, at most; at least 1. The next E-step goes on from there.
-            None: 20 where a simplex of each row's own and the classes that look it up are all that is swept, which costs
-            little beside the rest (topics); 1 elsewhere.
+            None: 20 where a simplex of each row's own and the classes that look it up are all that is swept, which
+            costs little beside the rest (topics); 1 elsewhere.
         tol: an E-step ends once a sweep raises the ELBO by less than `tol` of itself.
 
     References:

@@ -83,3 +83,16 @@ def test_a_fit_rises_and_its_documents_are_those_of_scikit_learn():
     peer.components_, digamma = natural, jax.scipy.special.digamma
     peer.exp_dirichlet_component_ = np.exp(digamma(natural) - digamma(natural.sum(1, keepdims=True)))
     np.testing.assert_allclose(posterior.mean["theta"], peer.transform(table), atol=2e-3)
+
+
+def test_a_site_of_many_parents_is_refused_with_the_size_of_its_table():
+    """Sixteen chains' worth of states, 4 to the 16th, twenty rows of eight bytes: 640 GiB."""
+
+    def model(y):
+        level = numpyro.param("level", jnp.arange(4.0))
+        with numpyro.plate("rows", len(y)):
+            total = sum(level[numpyro.sample(f"z{i}", dist.Categorical(jnp.ones(4) / 4))] for i in range(16))
+            numpyro.sample("y", dist.Normal(total, 1.0), obs=y)
+
+    with pytest.raises(autoem.PlanError, match=r"'y'.*every joint state.*4 x 4 x .*which needs 640"):
+        autoem.EM(model, e_step=MeanField(), progress=False).plan(np.zeros(20))
