@@ -140,7 +140,7 @@ class Build:
         if not self.prepared:
             treatment.prepare(self.kernel, params, bundle, key)
             self.prepared = True
-        return jit_once(self.kernel.init_e_step)(params, bundle, jax.random.fold_in(key, number))
+        return self.kernel.begun(params, bundle, jax.random.fold_in(key, number))
 
     def final(self, params: Params, bundle: Bundle, state: Any) -> tuple[float, float]:
         """The objective of a noisy fit at its end, from draws of its own, and its standard error."""

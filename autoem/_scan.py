@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from numpyro import handlers
+from numpyro.primitives import _PYRO_STACK
 
 from autoem._errors import DataError, ModelError
 from autoem._folding import dtype_of, folded, only_of, reads, shape_of
