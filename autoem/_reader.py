@@ -344,6 +344,8 @@ def outputs_of(
         else:
             out[name, "elem"] = r.base.log_prob(r.value)
             out[name, "value"] = jnp.asarray(r.value)
+        if isinstance(r.base, dist.Delta):
+            out[name, "arg:v"] = jnp.asarray(r.base.v)
         family = family_of(r.base)
         if isinstance(family, Family):
             for arg in (*family.args, *family.fixed):

@@ -109,9 +109,10 @@ def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     sizes = {p.name: p.size for p in program.plates.values()}
     steps = {t for c in program.chains if c.lag for t in (c.time, c.bulk)}
     times = tuple(a for a in kept if a in steps)
+    alone = site.role == "parameter" and not latents  # a prior that reads latents is summed over them with the rest
     return Factor(
-        site, latents, site.role == "latent", kept, plates, route, family, params, site.role == "parameter", sizes,
-        graph, usable, direct, coefficients or (), times,
+        site, latents, site.role == "latent", kept, plates, route, family, params, alone, sizes, graph,
+        usable, direct, coefficients or (), times,
     )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def completed_factor(
     plates = frozenset(site.plates) if latents or site.scaled or not affine else frozenset()
     return dataclasses.replace(
         factor, own=False, kept=tuple(a for a in site.axes if a in plates), plates=plates, coefficients=(),
-        family=family, graph=program.graph if usable else program.full, compact=usable,
+        family=family, graph=program.graph if usable else program.full, compact=usable, is_prior=False,
         completions=Completions(members, affine),
     )  # fmt: skip
 
@@ -139,7 +140,7 @@ def drawn_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     read = {program.base_of(n) for n in continuous_of(program, site)}  # at full shape the graph reads whole paths
     members = tuple(z for n, z in program.continuous.items() if n in read)
     return dataclasses.replace(
-        build_factor(program, site, latents, route), coefficients=(), graph=program.full, compact=False,
+        build_factor(program, site, latents, route), coefficients=(), graph=program.full, compact=False, is_prior=False,
         family=natural_family(program, site, filled=True)[0], completions=Completions(members, affine=False),
     )  # fmt: skip
 
