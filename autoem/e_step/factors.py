@@ -123,9 +123,10 @@ def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     sizes = {p.name: p.size for p in program.plates.values()}
     steps = {t for c in program.chains if c.lag for t in (c.time, c.bulk)}
     times = tuple(a for a in kept if a in steps)
+    alone = site.role == "parameter" and not latents  # a prior that reads latents is summed over them with the rest
     return Factor(
-        site, latents, site.role == "latent", kept, plates, route, family, params, site.role == "parameter", sizes,
-        graph, usable, direct, coefficients or (), times,
+        site, latents, site.role == "latent", kept, plates, route, family, params, alone, sizes, graph,
+        usable, direct, coefficients or (), times,
     )  # fmt: skip
 
 
@@ -142,7 +143,7 @@ def completed_factor(
     plates = frozenset(site.plates) if latents or site.scaled or not affine else frozenset()
     return dataclasses.replace(
         factor, own=False, kept=tuple(a for a in site.axes if a in plates), plates=plates, coefficients=(),
-        family=family, graph=program.graph if usable else program.full, compact=usable,
+        family=family, graph=program.graph if usable else program.full, compact=usable, is_prior=False,
         completions=Completions(members, affine),
     )  # fmt: skip
 
@@ -161,7 +162,7 @@ def drawn_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
         )
     graph = program.half if in_pieces and program.half is not None else program.full
     return dataclasses.replace(
-        build_factor(program, site, latents, route), coefficients=(), graph=graph, compact=False,
+        build_factor(program, site, latents, route), coefficients=(), graph=graph, compact=False, is_prior=False,
         family=natural_family(program, site, filled=True)[0], completions=Completions(members, affine=False),
     )  # fmt: skip
 
