@@ -283,7 +283,7 @@ def loop(equation: Equation, env: dict[Variable, Any]) -> None:
         if not several:
             return new
         runs = still(stacks)  # of loops side by side, those that ended stay as they are
-        return [kept_where(runs, *x, len(c) > 1) for *x, c in zip(new, stacks, classes, strict=True)]
+        return [kept_where(runs, a, b, len(c) > 1) for a, b, c in zip(new, stacks, classes, strict=True)]
 
     last = jax.lax.while_loop(lambda stacks: still(stacks).any(), step, packed(start, classes, env))
     end = unpacked(carried, last)
@@ -348,9 +348,8 @@ def together(atoms: Sequence[Atom], env: dict[Variable, Any]) -> tuple[Any, bool
     """Values as a stack, and whether it is one: a value that all share stays as it is."""
     if len({identity(a) for a in atoms}) == 1:
         return whole(atoms[0], env), False
-    constants = [a.value for a in atoms if isinstance(a, Constant)]
-    if len(constants) == len(atoms):
-        return np.stack(constants), True
+    if all(isinstance(a, Constant) for a in atoms):
+        return np.stack([a.value for a in atoms if isinstance(a, Constant)]), True
     rows = [env[a] if isinstance(a, Variable) else a.value for a in atoms]
     sources: dict[int, tuple[Array | None, list[int], list[int]]] = {}  # a stack, which of its rows, and where they go
     for place, row in enumerate(rows):

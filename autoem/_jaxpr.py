@@ -158,12 +158,11 @@ class Graph:
         """The same of any values of the graph; some may be given, in `env` or among the inputs."""
         given = {**{v: x for v, x in values.items() if isinstance(v, Variable)}, **(env or {})}
         env = dict(given)
-        for key, var in self.inputs.items():
-            if key in values:
-                env[var] = values[key]
 
         def read(atom):
-            return atom.value if isinstance(atom, Constant) else env[atom]
+            if isinstance(atom, Constant):
+                return atom.value
+            return env[atom] if atom in env else values[self.keys[atom]]
 
         for eqn in self.slice(atoms, given):
             env.update(zip(eqn.outputs, eqn.apply([read(a) for a in eqn.inputs]), strict=True))

@@ -24,6 +24,7 @@ from jax.sharding import SingleDeviceSharding
 from autoem._grouping import grouped, spec
 
 KEPT = 256  # programs that are kept, the last used ones
+LARGE = 1_000_000  # numbers that a program goes over again and again, beyond which it is worth compiling well
 CONSTANTS_UP_TO = 4 << 20  # bytes of constants in a program, beyond which its text is too long to compare
 
 # one-shot programs: what compiling saves by optimising them is less than what it costs
@@ -177,3 +178,8 @@ def jit_once(function: Callable, **placed: Any) -> Program:
 def jit_small(function: Callable) -> Program:
     """`jax.jit` for a program whose every kernel is small, compiled to run in one thread."""
     return Program(function, IN_TURN)
+
+
+def jit_loop(function: Callable, size: int) -> Program:
+    """`jax.jit` for a loop over `size` numbers that runs about once."""
+    return jit_well(function) if size > LARGE else jit_once(function)

@@ -22,7 +22,7 @@ from autoem._errors import ModelError, PlanError
 from autoem._lower import Kernel
 from autoem._programs import jit_once, jit_well
 from autoem.ir import Param
-from autoem.m_step.choose import kind_of
+from autoem.m_step.choose import kind_of, part_of_unit
 from autoem.m_step.problem import Bundle
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
 from autoem.treatments import AbstractDrawn
@@ -52,6 +52,8 @@ def free_entries(param: Param, value: np.ndarray) -> np.ndarray:
         return value > 1e-12
     if kind == "real":
         return np.ones(value.shape, bool)
+    if limits := part_of_unit(param.constraint):
+        return (value > limits[0] + BOUNDARY) & (value < limits[1] - BOUNDARY)
     return np.isfinite(np.asarray(jit_once(lambda v: to_unconstrained(param, v))(value)))
 
 
@@ -64,7 +66,7 @@ def on_boundary(param: Param, value: np.ndarray) -> np.ndarray:
         return value <= BOUNDARY
     if kind == "positive":
         return value <= 1e-12
-    return np.zeros(value.shape, bool)
+    return ~free_entries(param, value) if part_of_unit(param.constraint) else np.zeros(value.shape, bool)
 
 
 def off_boundary(param: Param, value: Array) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from autoem._jaxpr import Graph, Variable
-from autoem._named import Named, add, contract, contract_sum, looked_up, multiply, named, union
+from autoem._named import Named, add, contract, contract_sum, looked_up, multiply, named, turned, union
 from autoem.e_step.completions import NODES, Completions
 from autoem.e_step.elimination import Route, Table
 from autoem.e_step.regression import squared_residuals
@@ -329,17 +329,13 @@ class Factor:
         if self.own or rows.ready:
             return value
         batch = value.axes[: len(value.axes) - events]
-        array = value.array
-        if rows.centre is not None and rows.spread is not None:
-            centre, spread = rows.centre, rows.spread
-            if not events:
-                centre, spread = (named(m, self.site.axes).to(batch) for m in (centre, spread))
-            array = (as_float(array) - centre) / spread
+        moments = () if rows.centre is None or rows.spread is None else (rows.centre, rows.spread)
+        if not events:
+            moments = tuple(named(m, self.site.axes).to(batch) for m in moments)
         size = dict(zip(self.site.axes, self.site.shape, strict=True))
         order = sorted(batch, key=lambda a: (a in self.kept, size[a]))
         names = value.axes[len(batch) :]
-        moved = jnp.transpose(array, [value.axes.index(a) for a in (*names, *order)])
-        return Named(moved, (*names, *order))
+        return Named(turned(value.array, [value.axes.index(a) for a in (*names, *order)], moments), (*names, *order))
 
     def _direct_table(self, cells: Array, rows: Rows) -> Named:
         value = named(cells, self.cell_axes)
