@@ -233,10 +233,10 @@ def run_loop(loop: Loop, state: State, bundle: Bundle, stop: Stop, first: int, r
             began = time.perf_counter()
             limit = min(limit + span, end)
             state = jax.block_until_ready(loop.advance(state, bundle, limit))
-            if loop.judge is not None and limit == end:
-                return jax.block_until_ready(loop.judge(state, bundle))
             if not np.any(np.asarray(state.status) == RUNNING):
                 return state
+            if loop.judge is not None and limit == end:
+                return jax.block_until_ready(loop.judge(state, bundle))
             spent = time.perf_counter() - began
             report(state)
             span = int(np.clip(span * SECONDS_BETWEEN_LOOKS / max(spent, 1e-6), 1, 10 * span))
