@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro.distributions as dist
 
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._jaxpr import Constant, Graph
+from autoem._on_host import on_host
 from autoem._reader import NOT_CONCRETE, Reader, Record, outputs_of
 from autoem._scan import is_discrete
 from autoem._source import Discovery, Source, line_in, model_name
@@ -133,7 +133,7 @@ def refuse_point_masses(reader: Reader, full: Graph, hidden: Mapping[str, Contin
 
 def half_compact(source: Source, found: Discovery, discrete: Mapping, hidden: Mapping, outputs: Any) -> Graph | None:
     """The model with its discrete latents compact and its continuous ones at full shape; None where that fails."""
-    if not discrete or not hidden or found.chains:
+    if not discrete or not hidden:
         return None
     inputs = {**full_inputs(found, discrete, compact=True), **full_inputs(found, hidden, compact=False)}
     inputs = {k: v for k, v in inputs.items() if k[0] == "latent" or k[1] not in hidden}
@@ -265,8 +265,8 @@ def read_latents(found: Discovery, source: Source) -> dict[str, Latent]:
             raise PlanError(
                 name, problem=f"its support depends on the parameter {bad}", mend="fix the support in the model's text"
             )
-        values = {("data", i): jnp.asarray(x) for i, x in enumerate(source.data) if ("data", i) in needs}
-        low, high = (np.asarray(v) for v in found.graph.evaluate([(name, "low"), (name, "high")], values))
+        values = {("data", i): x for i, x in enumerate(source.data) if ("data", i) in needs}
+        low, high = (on_host(found.graph, found.graph.outputs[name, end], values, {}, {}) for end in ("low", "high"))
         states = enumerate_states(name, int(low.min()), int(high.max()), tuple(r.fn.event_shape))
         batch = tuple(getattr(r, "batch_shape", r.fn.batch_shape))
         axes = r.axes[: len(batch)]
