@@ -188,3 +188,13 @@ def test_a_latent_that_nothing_reads_is_refused():
 
     with pytest.raises(autoem.PlanError, match="no observed site reads it"):
         autoem.EM(model, progress=False).plan(Y)
+
+
+def test_counts_of_a_gaussian_process_are_differentiated_three_times():
+    """Laplace's correction differentiates the density forwards, twice; the M-step's derivative comes on top."""
+
+    def model(y):
+        f = numpyro.sample("f", dist.MultivariateNormal(jnp.zeros(4), positive("a") * (jnp.eye(4) + 0.5)))
+        numpyro.sample("y", dist.Poisson(jnp.exp(f)).to_event(1), obs=y)
+
+    assert "Laplace" in str(autoem.EM(model, progress=False).plan(np.array([1, 2, 0, 4])))
