@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._bundle import make_bundle, with_passed_on
+from autoem._bundle import Preparation, Routes, make_bundle, with_passed_on
 from autoem._chunks import plan_chunks, spread_rows
 from autoem._condense import note_of
 from autoem._errors import Intractable, PlanError
 from autoem._field_build import cells_by
 from autoem._integrals import Integral
-from autoem._jaxpr import jit_once
 from autoem._local import settled
 from autoem._lower import Kernel
 from autoem._plan import Plan, make_plan, notes_of
+from autoem._programs import jit_once, jit_well
 from autoem._trace import Discovery, Source, trace
 from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.factors import build_factors
@@ -91,13 +91,12 @@ class Build:
     accelerator: Accelerator | None = None
     prepared: bool = False
     observed: Callable | None = None
+    routes: Routes = dataclasses.field(default_factory=Routes)
 
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
-        self.compiled = jax.jit if large else jit_once  # over many rows it runs long enough to be worth compiling well
-        self._prepare = self.compiled(
-            lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells)
-        )
+        self.compiled = jit_well if large else jit_once  # over many rows it runs long enough to be worth compiling well
+        self._prepare = Preparation(self.program, self.factors, self.compiled)
 
     @property
     def program(self) -> Program:
@@ -108,9 +107,9 @@ class Build:
 
     def plain_bundle(self, source: Source, key: Array) -> Bundle:
         """The data of a call, prepared, in one piece."""
-        data = self.data(source)
-        cells = cells_by(self.kernel.treatment)(self.program, self.factors, data, key) if self.has_routes else {}
-        return with_passed_on(self.program, self.factors, self._prepare(data, key, cells), data)
+        data, find = self.data(source), cells_by(self.kernel.treatment)
+        cells = self.routes.of(find, self.program, self.factors, data, key) if self.has_routes else {}
+        return self._prepare.whole(data, key, cells)
 
     def whole_bundle(self, source: Source, key: Array) -> Bundle:
         """The same with all the data, for questions to the model itself."""
@@ -120,7 +119,10 @@ class Build:
         """The data of a call, prepared and placed on the devices."""
         if self.kernel.treatment is not None and self.kernel.treatment.needs_data:
             return self.whole_bundle(source, key)
-        return spread_rows(self.plain_bundle(source, key), self.plan.chunks)
+        chunks = self.plan.chunks
+        if chunks is None or chunks.devices == 1 or chunks.main < chunks.rows or source.concrete:
+            return spread_rows(self.plain_bundle(source, key), chunks)
+        return self._prepare.spread(dict(enumerate(source.data)), key, chunks)
 
     @property
     def has_routes(self) -> bool:
@@ -138,7 +140,7 @@ class Build:
         if not self.prepared:
             treatment.prepare(self.kernel, params, bundle, key)
             self.prepared = True
-        return jit_once(self.kernel.init_e_step)(params, bundle, jax.random.fold_in(key, number))
+        return self.kernel.begun(params, bundle, jax.random.fold_in(key, number))
 
     def final(self, params: Params, bundle: Bundle, state: Any) -> tuple[float, float]:
         """The objective of a noisy fit at its end, from draws of its own, and its standard error."""
@@ -308,11 +310,13 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
         try_out(kernel, params, shapes)
     accelerator = accelerated(options.accelerate, program, blocks, treatment)
     plan = dataclasses.replace(
-        plan, accelerate=accelerator and accelerator.method, notes=(*plan.notes, *note_of(kernel))
+        plan,
+        accelerate=accelerator and accelerator.method,
+        notes=(*plan.notes, *note_of(kernel, accelerator is not None)),
     )
     return Build(
         plan, kernel, found, source, factors, support_limits(found, source), model_start, sums=sums,
-        mixed=frozenset(mixed), accelerator=accelerator,
+        mixed=frozenset(mixed), accelerator=accelerator, routes=Routes(frozenset(cells)),
     )  # fmt: skip
 
 

@@ -17,9 +17,9 @@ from jax import Array
 from autoem._build import Build
 from autoem._fit import State
 from autoem._init import state_spreads, tables_at
-from autoem._jaxpr import jit_once
 from autoem._named import Named, multiply, named
 from autoem._posterior import Posterior
+from autoem._programs import jit_once
 from autoem._trace import Source
 from autoem.e_step.strategies import Importance
 from autoem.m_step.problem import Bundle

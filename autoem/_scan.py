@@ -13,6 +13,7 @@ the first step, `z[-1]` at the last; `z` itself is its path, read by sites that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from numpyro import handlers
+from numpyro.primitives import _PYRO_STACK
 
 from autoem._errors import DataError, ModelError
 from autoem._folding import dtype_of, folded, only_of, reads, shape_of
@@ -62,6 +64,7 @@ class Scan:
         self.reader = reader
         self.function, init, xs, length, reverse = msg["args"][:5]
         self.label = getattr(self.function, "__name__", "scan")
+        self.outer = [h for h in _PYRO_STACK if isinstance(h, handlers.reparam)]
         self.reverse = bool(reverse)
         refuse_around(self.label)
         self.init, self.tree = jax.tree.flatten(init)
@@ -90,7 +93,9 @@ class Scan:
             xs = [inputs["·x", i] for i in range(len(self.xs))]
             x = jax.tree.unflatten(self.xs_tree, xs[: self.num_inputs])
             given = handlers.condition(data=dict(zip(self.observed, xs[self.num_inputs :], strict=True)))
-            with handlers.block(), handlers.seed(rng_seed=inputs["key", 0]), inner, given:
+            with contextlib.ExitStack() as stack:
+                for handler in (handlers.block(), handlers.seed(rng_seed=inputs["key", 0]), inner, given, *self.outer):
+                    stack.enter_context(handler)
                 new, ys = self.function(jax.tree.unflatten(self.tree, leaves), x)
             out = self.outputs(inner)
             new_leaves, new_tree = jax.tree.flatten(new)
@@ -166,8 +171,11 @@ class Scan:
             if i in path:
                 raise ModelError(
                     self.label,
-                    problem="what the step carries depends on latents of any number of steps back",
-                    mend="carry the latents of the last step or two; make a running quantity a state of the chain",
+                    problem="what the step carries is computed from what it carried, and so from latents of any number "
+                    "of steps back",
+                    mend="carry sampled values alone: sample a running quantity, as Normal(phi * x, q) in place of "
+                    "phi * x + q * e; and of a vector that shifts its entries carry each entry by itself, "
+                    "(x, *earlier[:-1]) in place of jnp.concatenate",
                 )
             if i not in lags:
                 older = [lag(k[1], (*path, i)) for k in needs[i] if k[0] == "·carry" and k[1] in decided]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import ChainMap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -122,9 +123,10 @@ def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     sizes = {p.name: p.size for p in program.plates.values()}
     steps = {t for c in program.chains if c.lag for t in (c.time, c.bulk)}
     times = tuple(a for a in kept if a in steps)
+    alone = site.role == "parameter" and not latents  # a prior that reads latents is summed over them with the rest
     return Factor(
-        site, latents, site.role == "latent", kept, plates, route, family, params, site.role == "parameter", sizes,
-        graph, usable, direct, coefficients or (), times,
+        site, latents, site.role == "latent", kept, plates, route, family, params, alone, sizes, graph,
+        usable, direct, coefficients or (), times,
     )  # fmt: skip
 
 
@@ -141,7 +143,7 @@ def completed_factor(
     plates = frozenset(site.plates) if latents or site.scaled or not affine else frozenset()
     return dataclasses.replace(
         factor, own=False, kept=tuple(a for a in site.axes if a in plates), plates=plates, coefficients=(),
-        family=family, graph=program.graph if usable else program.full, compact=usable,
+        family=family, graph=program.graph if usable else program.full, compact=usable, is_prior=False,
         completions=Completions(members, affine),
     )  # fmt: skip
 
@@ -160,7 +162,7 @@ def drawn_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
         )
     graph = program.half if in_pieces and program.half is not None else program.full
     return dataclasses.replace(
-        build_factor(program, site, latents, route), coefficients=(), graph=graph, compact=False,
+        build_factor(program, site, latents, route), coefficients=(), graph=graph, compact=False, is_prior=False,
         family=natural_family(program, site, filled=True)[0], completions=Completions(members, affine=False),
     )  # fmt: skip
 
@@ -228,7 +230,7 @@ def row_cells(
     states = {
         ("latent", n): np.zeros(v.shape, v.aval.dtype) for (k, n), v in program.full.inputs.items() if k == "latent"
     }
-    ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, {**states, **values})
+    ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, ChainMap(cast(Any, values), states))
     ids = merge_axes(ids, tuple(range(-events, 0))) if events else ids
     ids = ids.reshape((1,) * (len(site.axes) - ids.ndim) + ids.shape)
     ids = np.broadcast_to(ids, site.shape)

@@ -308,6 +308,8 @@ class MeanField(AbstractEStep):
 
     Args:
         sweeps: how often all groups are updated in one E-step, at most; at least 1. The next E-step goes on from there.
+            None: 20 where a simplex of each row's own and the classes that look it up are all that is swept, which
+            costs little beside the rest (topics); 1 elsewhere.
         tol: an E-step ends once a sweep raises the ELBO by less than `tol` of itself.
 
     References:
@@ -316,13 +318,13 @@ class MeanField(AbstractEStep):
         graphs".
     """
 
-    sweeps: int = 1
+    sweeps: int | None = None
     tol: float = 1e-6
 
     approximate = True
 
     def __post_init__(self):
-        if not isinstance(self.sweeps, int) or self.sweeps < 1:
+        if self.sweeps is not None and (not isinstance(self.sweeps, int) or self.sweeps < 1):
             raise ValueError(f"MeanField(sweeps={self.sweeps!r}): sweeps must be a whole number, at least 1")
         if not self.tol >= 0:
             raise ValueError(f"MeanField(tol={self.tol!r}): tol must not be negative")
