@@ -24,6 +24,7 @@ from autoem._field_build import cells_by
 from autoem._integrals import Integral
 from autoem._local import settled
 from autoem._lower import Kernel
+from autoem._options import Options
 from autoem._plan import Plan, make_plan, notes_of
 from autoem._programs import jit_once, jit_well
 from autoem._trace import Discovery, Source, trace
@@ -48,27 +49,6 @@ from autoem.treatments import drawn_treatment, treatment_of, try_out
 from autoem.treatments.discrete import STRATEGIES as DISCRETE
 
 LARGE = 1_000_000  # entries of the data from which their preparation is compiled well rather than fast
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Options:
-    """What the user asked of the derivation."""
-
-    e_step: AbstractEStep | Mapping[str, AbstractEStep] | None = None
-    m_step: AbstractMStep | Mapping[str, AbstractMStep] | None = None
-    latent: tuple[str, ...] = ()
-    maximize: tuple[str, ...] = ()
-    missing: str = "error"
-    accelerate: AbstractAcceleration | None = None
-
-    @property
-    def given(self) -> dict[str, Any]:
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        return {n: v for n, v in vars(self).items() if v != defaults[n]}
-
-    def truncated(self) -> dict[str, tuple[int, int]]:
-        asked = self.e_step.items() if isinstance(self.e_step, Mapping) else ()
-        return {n: (s.low, s.high) for n, s in asked if isinstance(s, Truncated)}
 
 
 @dataclasses.dataclass(eq=False)

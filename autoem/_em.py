@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._build import Build, Options
+from autoem._build import Build
 from autoem._check import Report, run_checks
 from autoem._condense import condensed
 from autoem._derive import derive
@@ -18,6 +18,7 @@ from autoem._errors import DataError, ModelError, PlanError
 from autoem._fit import Loop, State, compile_loop, ended, initial_state, run_loop
 from autoem._init import given_start, starts
 from autoem._lower import Kernel, disagree
+from autoem._options import Options
 from autoem._plan import Plan
 from autoem._programs import jit_once
 from autoem._progress import Progress

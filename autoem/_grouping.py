@@ -338,9 +338,9 @@ def together(atoms: Sequence[Atom], env: dict[Variable, Any]) -> tuple[Any, bool
     if len({identity(a) for a in atoms}) == 1:
         return whole(atoms[0], env), False
     if all(isinstance(a, Constant) for a in atoms):
-        return np.stack([a.value for a in atoms]), True
+        return np.stack([a.value for a in atoms if isinstance(a, Constant)]), True
     rows = [env[a] if isinstance(a, Variable) else a.value for a in atoms]
-    sources: dict[int, tuple[Array, list[int], list[int]]] = {}  # a stack, which of its rows, and where they go
+    sources: dict[int, tuple[Array | None, list[int], list[int]]] = {}  # a stack, which of its rows, and where they go
     for place, row in enumerate(rows):
         stack = row.stack if isinstance(row, Row) else None
         _, taken, places = sources.setdefault(id(stack), (stack, [], []))

@@ -31,6 +31,7 @@ LAYERS = """
     _integrals
     _local
     _chunks _render accelerate
+    _options
     _alternatives
     _plan
     _lower
