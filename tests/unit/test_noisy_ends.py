@@ -72,7 +72,7 @@ def hardly_told(y):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_a_slow_climb_is_not_taken_for_rest(seed):
-    """The exact log-likelihood where four draws a step end, against its maximum; a first rest is up to 0.35 below it."""
+    """The exact log-likelihood where four draws a step end, against its maximum; a first rest is up to 0.35 below."""
     exact = autoem.EM(hardly_told, tol=1e-12, max_steps=5000, progress=False)
     best = exact.run(KEY, SLOW).log_likelihood
     e_step = MonteCarlo(num_draws=2, num_chains=2, warmup=50)
