@@ -34,7 +34,7 @@ from autoem.e_step.factors import build_factors
 from autoem.e_step.groups import Block, Joined, build_blocks, partly_seen, with_gaps
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.places import build_layout
-from autoem.e_step.strategies import AbstractEStep, Importance, Laplace, Truncated
+from autoem.e_step.strategies import Importance, Laplace
 from autoem.e_step.tables import Factor
 from autoem.e_step.treatment import AbstractTreatment
 from autoem.ir import Program

@@ -24,7 +24,7 @@ from autoem.passes.classify import nearest
 from autoem.treatments.discrete import STRATEGIES as DISCRETE
 
 if TYPE_CHECKING:
-    from autoem._build import Options
+    from autoem._options import Options
 
 
 def refuse_unknown_sites(program: Program, options: Options) -> None:
