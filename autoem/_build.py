@@ -28,12 +28,13 @@ from autoem._options import Options
 from autoem._plan import Plan, make_plan, notes_of
 from autoem._programs import jit_once, jit_well
 from autoem._trace import Discovery, Source, trace
+from autoem._wishes import refuse_unknown_sites
 from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.factors import build_factors
 from autoem.e_step.groups import Block, Joined, build_blocks, partly_seen, with_gaps
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.places import build_layout
-from autoem.e_step.strategies import AbstractEStep, Importance, Laplace, MonteCarlo, Quadrature, Truncated, Variational
+from autoem.e_step.strategies import Importance, Laplace
 from autoem.e_step.tables import Factor
 from autoem.e_step.treatment import AbstractTreatment
 from autoem.ir import Program
@@ -43,7 +44,7 @@ from autoem.m_step.mixed_signs import mixed_signs
 from autoem.m_step.problem import Bundle, Params, Problem
 from autoem.m_step.strategies import AbstractMStep
 from autoem.m_step.superposition import Superposition
-from autoem.passes.classify import classify, continuous_latents, nearest
+from autoem.passes.classify import classify, continuous_latents
 from autoem.treatments import drawn_treatment, treatment_of, try_out
 from autoem.treatments.discrete import STRATEGIES as DISCRETE
 
@@ -346,39 +347,3 @@ def with_wishes(program: Program, options: Options, drawn: Collection[str] = ())
 def asked(program: Program, options: Options) -> dict[str, AbstractMStep | None]:
     wish = options.m_step
     return {n: wish.get(n) if isinstance(wish, Mapping) else wish for n in program.params}
-
-
-def refuse_unknown_sites(program: Program, options: Options) -> None:
-    """Raise where a strategy is given for something that the model does not have."""
-    for option, wish, names in (
-        ("e_step", options.e_step, {**program.latents, **program.continuous}),
-        ("m_step", options.m_step, program.params),
-    ):
-        for name in wish if isinstance(wish, Mapping) else ():
-            if name not in names:
-                kind = "latent" if option == "e_step" else "parameter"
-                problem = f"{option}= names it, but the model has no such {kind}"
-                raise PlanError(name, problem=problem, mend=nearest(name, names))
-    steps = options.e_step.values() if isinstance(options.e_step, Mapping) else [options.e_step]
-    for step in steps:
-        if step is not None and not isinstance(step, AbstractEStep):
-            mend = "use autoem.e_step.Exact(), Quadrature(...), Laplace() or another of that module"
-            raise PlanError("e_step", problem=f"{step!r} is no E-step strategy", mend=mend)
-    wide = Quadrature | Laplace | Importance | Variational | MonteCarlo
-    if isinstance(options.e_step, wide) and not program.continuous:
-        problem = f"{options.e_step} is for continuous latents, and the model has none"
-        raise PlanError("e_step", problem=problem, mend="leave e_step= out", kind="option")
-    for name, step in options.e_step.items() if isinstance(options.e_step, Mapping) else ():
-        if isinstance(step, (Truncated, *DISCRETE)) and name in program.continuous:
-            mend = f'EM(model, e_step={{"{name}": autoem.e_step.Quadrature()}}), or leave e_step out'
-            what = "a range of whole numbers" if isinstance(step, Truncated) else str(step)
-            raise PlanError(name, problem=f"{what} is for discrete latents; this one is not", mend=mend)
-        if getattr(step, "approximate", False) and name not in program.continuous:
-            mend = f'EM(model, e_step={{"{name}": autoem.e_step.Exact()}})'
-            what = type(step).__name__
-            raise PlanError(name, problem=f"{what} is for continuous latents; this one is summed", mend=mend)
-    steps = options.m_step.values() if isinstance(options.m_step, Mapping) else [options.m_step]
-    for step in steps:
-        if step is not None and not isinstance(step, AbstractMStep):
-            mend = "use autoem.m_step.ClosedForm(), Augmented(), Newton(), Gradient(...) or Fixed()"
-            raise PlanError("m_step", problem=f"{step!r} is no M-step strategy", mend=mend)

@@ -37,6 +37,7 @@ LAYERS = """
     _lower
     _condense
     _bundle treatments
+    _wishes
     _field_tables
     _field
     _field_build

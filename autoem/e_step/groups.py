@@ -21,7 +21,7 @@ from autoem.e_step.levels import cells_of, find_levels
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.missing import MissingEntries, patterns_of
 from autoem.e_step.nested import NestedBlock
-from autoem.e_step.places import plates_of
+from autoem.e_step.places import plates_of, scale_of
 from autoem.e_step.tables import Factor
 from autoem.ir import Continuous, Latent, Program, at_lag
 from autoem.passes.gaussian import Group, latent_groups
@@ -304,6 +304,7 @@ def local_block(
     shape = tuple(s for a, s in zip(members[0].axes, members[0].shape, strict=True) if not a.startswith("#"))
     own = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
     found = {f.name: index[f.name, read_by(f)[0].name] for f in parts}
+    refuse_heavier(program, members, plates, parts, found, values)
     routed = frozenset(n for n, ids in found.items() if not at_home(ids, own, factors[n].site.plates, plates))
     sizes = {p.name: p.size for p in program.plates.values()}
     pieces, order = find_pieces(program, members, parts, values)
@@ -311,6 +312,32 @@ def local_block(
         members, discrete, parts, plates, shape, routed, sizes, f"{group.refusal} (site '{group.at}')", pieces
     )
     return block, {**order, **{index_name(factors[n], members[0]): found[n] for n in routed}}
+
+
+def refuse_heavier(
+    program: Program,
+    members: Sequence[Continuous],
+    plates: tuple[str, ...],
+    factors: Sequence[Factor],
+    cells: Mapping[str, np.ndarray],
+    values: Mapping[Any, Any],
+) -> None:
+    """Raise where a cell counts more often than a row that reads it: it would be integrated so many times."""
+    sizes = {p.name: p.size for p in program.plates.values()}
+
+    def weight(name: str, axes: Sequence[str]) -> np.ndarray:
+        if (name, "scale") not in program.full.outputs:
+            return np.ones([sizes[a] for a in axes])
+        value = scale_of(program.full.evaluate([(name, "scale")], values)[0], program.sites[name])
+        value = value.sum(a for a in value.axes if a not in axes)
+        return np.broadcast_to(np.asarray(value.to(tuple(axes))), [sizes[a] for a in axes])
+
+    if not any((m.name, "scale") in program.full.outputs for m in members):
+        return
+    theirs = np.max([weight(m.name, plates) for m in members], 0).ravel()
+    for f in factors:
+        if (weight(f.name, f.site.plates) < theirs[cells[f.name]] * (1 - 1e-6)).any():
+            refuse_scaled(program, [g for g in factors if g.is_hidden])
 
 
 def at_home(ids: np.ndarray, own: np.ndarray, plates: Sequence[str], of_cells: Sequence[str]) -> bool:

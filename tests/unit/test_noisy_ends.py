@@ -51,3 +51,31 @@ def test_an_interrupt_while_going_on_keeps_what_had_settled(broken_off):
     assert result.status.startswith("settled") and result.converged and len(broken_off) == 1
     assert result.num_steps == len(result.history) - 1 < broken_off[0]
     assert np.all(np.isfinite(result.history))
+
+
+PAIRS = np.repeat(np.arange(30), 2)
+RNG = np.random.default_rng(3)
+SLOW = 1.0 + 0.4 * RNG.normal(size=30)[PAIRS] + 1.5 * RNG.normal(size=60)
+
+
+def hardly_told(y):
+    """Effects that the noise all but hides: EM climbs slowly."""
+    mu = numpyro.param("mu", 0.0)
+    between = numpyro.param("between", 2.0, constraint=constraints.positive)
+    within = numpyro.param("within", 1.0, constraint=constraints.positive)
+    with numpyro.plate("groups", 30):
+        u = numpyro.sample("u", dist.Normal(0, between))
+    with numpyro.plate("rows", 60):
+        numpyro.sample("y", dist.Normal(mu + u[PAIRS], within), obs=y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_slow_climb_is_not_taken_for_rest(seed):
+    """The exact log-likelihood where four draws a step end, against its maximum; a first rest is up to 0.35 below."""
+    exact = autoem.EM(hardly_told, tol=1e-12, max_steps=5000, progress=False)
+    best = exact.run(KEY, SLOW).log_likelihood
+    e_step = MonteCarlo(num_draws=2, num_chains=2, warmup=50)
+    result = autoem.EM(hardly_told, e_step=e_step, init="model", progress=False).run(jax.random.key(seed), SLOW)
+    held = autoem.EM(hardly_told, init=dict(result.params), max_steps=0, progress=False).run(KEY, SLOW)
+    assert 0 <= best - held.log_likelihood < 0.15
