@@ -99,6 +99,11 @@ class Graph:
         return {v: i for i, eqn in enumerate(self.equations) for v in eqn.outputs}
 
     @functools.cached_property
+    def known(self) -> dict[Any, Any]:
+        """What was found out about the graph, kept for the next who asks."""
+        return {}
+
+    @functools.cached_property
     def keys(self) -> dict[Variable, Key]:
         """Names of the inputs."""
         return {v: k for k, v in self.inputs.items()}
@@ -149,8 +154,9 @@ class Graph:
         """Outputs `keys` given the inputs they need; traceable, so it may stand under `vmap`, `vjp` or `jit`."""
         return self.evaluate_atoms([self.outputs[k] for k in keys], values)
 
-    def evaluate_atoms(self, atoms: Sequence[Atom], values: Mapping[Key, Any], env=None) -> list[Any]:
-        given = dict(env or {})
+    def evaluate_atoms(self, atoms: Sequence[Atom], values: Mapping[Any, Any], env=None) -> list[Any]:
+        """The same of any values of the graph; some may be given, in `env` or among the inputs."""
+        given = {**{v: x for v, x in values.items() if isinstance(v, Variable)}, **(env or {})}
         env = dict(given)
 
         def read(atom):

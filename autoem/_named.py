@@ -207,6 +207,18 @@ def looked_up(table: Named, axis: str, index: Named) -> Named:
     return Named(read_rows(rows, numbers), (*index.axes, *rest))
 
 
+def made_once(x: Array) -> Array:
+    """`x` as an array of its own, not computed anew for every row that reads it.
+
+    A compiler would put what makes a small table into the loop of the gather that reads it, and undoes a plain barrier;
+    it does not look through a choice between two branches.
+    """
+    if not x.size:
+        return x
+    first = x.ravel()[0]
+    return jax.lax.cond(first == first, lambda y: y, lambda y: y + first, x)  # not a number stays so
+
+
 READ_AT_ONCE = 4096  # rows whose derivatives are summed one by one; sums of sums keep the digits of single precision
 
 

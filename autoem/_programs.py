@@ -24,6 +24,7 @@ from jax.sharding import SingleDeviceSharding
 from autoem._grouping import grouped, spec
 
 KEPT = 256  # programs that are kept, the last used ones
+LARGE = 1_000_000  # numbers that a program goes over again and again, beyond which it is worth compiling well
 CONSTANTS_UP_TO = 4 << 20  # bytes of constants in a program, beyond which its text is too long to compare
 
 # one-shot programs: what compiling saves by optimising them is less than what it costs
@@ -84,7 +85,7 @@ class Program:
             lowered = [traced.lower()]
         else:
             quick = QUICK if self._on_cpu else None  # before and after a loop, arrays are but put together and cut
-            options = [self._options] if len(parts) == 1 else [quick, self._options, quick]
+            options: list[dict[str, Any] | None] = [self._options] if len(parts) == 1 else [quick, self._options, quick]
             lowered = [lower(part, of_part) for part, of_part in zip(parts, options, strict=True)]
 
         def finish() -> Callable:
@@ -115,7 +116,7 @@ def shared(key: tuple) -> tuple[Future, bool]:
     return program, is_new
 
 
-def lower(part: Any, options: Mapping[str, Any] | None) -> Any:
+def lower(part: Any, options: dict[str, Any] | None) -> Any:
     """A closed jaxpr, lowered."""
     return jax.jit(jex.jaxpr_as_fun(part), compiler_options=options).trace(*map(spec, part.in_avals)).lower()
 
@@ -177,3 +178,8 @@ def jit_once(function: Callable, **placed: Any) -> Program:
 def jit_small(function: Callable) -> Program:
     """`jax.jit` for a program whose every kernel is small, compiled to run in one thread."""
     return Program(function, IN_TURN)
+
+
+def jit_loop(function: Callable, size: int) -> Program:
+    """`jax.jit` for a loop over `size` numbers that runs about once."""
+    return jit_well(function) if size > LARGE else jit_once(function)

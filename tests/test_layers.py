@@ -20,7 +20,7 @@ LAYERS = """
     _programs
     families _on_host
     ir _support _folding _ragged
-    _reader _components
+    _reader _components _scan_checks
     _scan
     _steps
     _source
@@ -31,11 +31,13 @@ LAYERS = """
     _integrals
     _local
     _chunks _render accelerate
+    _options
     _alternatives
     _plan
     _lower
     _condense
     _bundle treatments
+    _field_tables
     _field
     _field_build
     _build
