@@ -80,6 +80,7 @@ class Scan:
         if self.length < 1:
             raise DataError(self.label, problem="the sequence is empty", mend="pass at least one step", kind="scan")
         self.compact = reader.compact
+        self.found: dict[int, tuple[dict, dict]] = {}
         reader.given.update({(self.time, "carry", i): v for i, v in enumerate(self.init)})
         reader.given.update({(self.time, "x", i): v for i, v in enumerate(self.xs)})
 
@@ -331,23 +332,21 @@ class Scan:
 
     def values(self, lag: int) -> tuple[dict, dict]:
         """What the body reads at the steps `lag` before each later step: fixed values, and values along time."""
+        if lag in self.found:  # each leaf of a register asks for all those before it
+            return self.found[lag]
         start, stop = self.lag - lag, self.length - lag
         fixed: dict = {}
         varying: dict = {("·x", i): v[start:stop] for i, v in enumerate(self.xs)}
         varying |= {("·carry", i): v[start:stop] for i, v in enumerate(self.entering) if v is not None}
         for name in self.shapes:
             (fixed if self.is_compact(name) else varying)["latent", name] = self.latent(name, lag)
-        for i, oldest in self.states.items():
-            if lag + oldest <= self.lag:
-                value = self.carried(i, lag + 1)
-                (fixed if value[1] else varying)["·carry", i] = value[0][0] if value[1] else value[0]
+        keys = [("·carry", i) for i, oldest in self.states.items() if lag + oldest <= self.lag]
+        left = self.evaluate(keys, *self.values(lag + 1), self.lag - lag - 1) if keys else []
+        for key, value in zip(keys, left, strict=True):  # with a leading axis, of size one where all steps are alike
+            same = value.shape[0] == 1 and self.compact
+            (fixed if same else varying)[key] = value[0] if same else value
+        self.found[lag] = fixed, varying
         return fixed, varying
-
-    def carried(self, i: int, lag: int) -> tuple[Any, bool]:
-        """Leaf `i` as it left the steps `lag` back, with a leading axis; whether that is the same at all steps."""
-        fixed, varying = self.values(lag)
-        value = self.evaluate([("·carry", i)], fixed, varying, self.lag - lag)[0]
-        return value, value.shape[0] == 1 and self.compact
 
     @functools.cached_property
     def heads(self) -> list[tuple[Body, dict]]:
