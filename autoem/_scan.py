@@ -81,11 +81,18 @@ class Scan:
             raise DataError(self.label, problem="the sequence is empty", mend="pass at least one step", kind="scan")
         self.compact = reader.compact
         self.found: dict[int, tuple[dict, dict]] = {}
+        self.traced: dict[tuple, Body] = {}
         reader.given.update({(self.time, "carry", i): v for i, v in enumerate(self.init)})
         reader.given.update({(self.time, "x", i): v for i, v in enumerate(self.xs)})
 
     def trace(self, carry: Sequence[Any], latents: Mapping[str, Any]) -> Body:
         """The body as a graph of what it carries, its inputs and the latents, whose shapes are given."""
+        known = (len(latents), *((v.shape, v.dtype) for v in map(shape_of, carry)))
+        if known not in self.traced:  # the first steps of a register are many, and mostly of the same shapes
+            self.traced[known] = self._trace(carry, latents)
+        return self.traced[known]
+
+    def _trace(self, carry: Sequence[Any], latents: Mapping[str, Any]) -> Body:
         kept: list[Any] = []
 
         def run(inputs: dict) -> dict:
