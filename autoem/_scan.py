@@ -30,7 +30,7 @@ from autoem._errors import DataError, ModelError
 from autoem._folding import dtype_of, folded, only_of, reads, shape_of
 from autoem._jaxpr import Graph, trace_graph
 from autoem._reader import Reader, Record, outputs_of
-from autoem._scan_checks import conditioned, refuse_around, refuse_lists
+from autoem._scan_checks import REGISTER, conditioned, refuse_around, refuse_lists
 from autoem._support import bounds
 from autoem.ir import at_lag, at_step
 
@@ -182,8 +182,7 @@ class Scan:
                     problem="what the step carries is computed from what it carried, and so from latents of any number "
                     "of steps back",
                     mend="carry sampled values alone: sample a running quantity, as Normal(phi * x, q) in place of "
-                    "phi * x + q * e; and of a vector that shifts its entries carry each entry by itself, "
-                    "(x, *earlier[:-1]) in place of jnp.concatenate",
+                    f"phi * x + q * e; and of {REGISTER}",
                 )
             if i not in lags:
                 older = [lag(k[1], (*path, i)) for k in needs[i] if k[0] == "·carry" and k[1] in decided]
