@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._bundle import make_bundle, with_passed_on
-from autoem._chunks import plan_chunks, shardings, spread_data, spread_rows
+from autoem._bundle import Preparation, make_bundle, with_passed_on
+from autoem._chunks import plan_chunks, spread_rows
 from autoem._condense import note_of
 from autoem._errors import Intractable, PlanError
 from autoem._field_build import cells_by
 from autoem._integrals import Integral
-from autoem._jaxpr import jit_once
 from autoem._local import settled
 from autoem._lower import Kernel
 from autoem._plan import Plan, make_plan, notes_of
+from autoem._programs import jit_once, jit_well
 from autoem._trace import Discovery, Source, trace
 from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.factors import build_factors
@@ -94,12 +94,8 @@ class Build:
 
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
-        self.compiled = jax.jit if large else jit_once  # over many rows it runs long enough to be worth compiling well
-        self._prepare = self.compiled(self._make_bundle)
-        self._prepare_spread = None
-
-    def _make_bundle(self, data: dict[int, Array], key: Array, cells: dict[str, Array]) -> Bundle:
-        return make_bundle(self.program, self.factors, data, key, cells)
+        self.compiled = jit_well if large else jit_once  # over many rows it runs long enough to be worth compiling well
+        self._prepare = Preparation(self.program, self.factors, self.compiled)
 
     @property
     def program(self) -> Program:
@@ -112,7 +108,7 @@ class Build:
         """The data of a call, prepared, in one piece."""
         data = self.data(source)
         cells = cells_by(self.kernel.treatment)(self.program, self.factors, data, key) if self.has_routes else {}
-        return with_passed_on(self.program, self.factors, self._prepare(data, key, cells), data)
+        return self._prepare.whole(data, key, cells)
 
     def whole_bundle(self, source: Source, key: Array) -> Bundle:
         """The same with all the data, for questions to the model itself."""
@@ -125,11 +121,7 @@ class Build:
         chunks = self.plan.chunks
         if chunks is None or chunks.devices == 1 or chunks.main < chunks.rows or source.concrete:
             return spread_rows(self.plain_bundle(source, key), chunks)
-        data = spread_data(dict(enumerate(source.data)), chunks)
-        if self._prepare_spread is None:
-            out = shardings(jax.eval_shape(self._prepare, data, key, {}), chunks)
-            self._prepare_spread = self.compiled(self._make_bundle, out_shardings=out)
-        return spread_rows(with_passed_on(self.program, self.factors, self._prepare_spread(data, key, {}), data), chunks)
+        return self._prepare.spread(dict(enumerate(source.data)), key, chunks)
 
     @property
     def has_routes(self) -> bool:

@@ -7,11 +7,14 @@ on as it stands.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
+from autoem._chunks import Chunks, shardings, spread_data, spread_rows
 from autoem._jaxpr import Variable
 from autoem._named import Named
 from autoem.e_step.factors import TURN_UP_TO, build_factors, prepare
@@ -28,6 +31,30 @@ def route_cells(program: Program, factors: tuple[Factor, ...], data: Mapping, ke
     cells.update(build_blocks(program, known, values)[1])
     cells.update(with_gaps(program, known, values)[2])
     return {n: jnp.asarray(c) for n, c in cells.items()}
+
+
+class Preparation:
+    """`make_bundle` for one structure, compiled by `compiled` at the first call."""
+
+    def __init__(self, program: Program, factors: tuple[Factor, ...], compiled: Callable):
+        self._program, self._factors, self._compiled = program, factors, compiled
+        self._whole = compiled(self._make)
+        self._spread = None
+
+    def whole(self, data: Mapping[int, Array], key: Array, cells: Mapping[str, Array]) -> Bundle:
+        """The data in one piece."""
+        return with_passed_on(self._program, self._factors, self._whole(data, key, cells), data)
+
+    def spread(self, data: Mapping[int, Any], key: Array, chunks: Chunks) -> Bundle:
+        """The data over all devices, each of which prepares rows of its own."""
+        placed = spread_data(data, chunks)
+        if self._spread is None:
+            out = shardings(jax.eval_shape(self._make, placed, key, {}), chunks)
+            self._spread = self._compiled(self._make, out_shardings=out)
+        return spread_rows(with_passed_on(self._program, self._factors, self._spread(placed, key, {}), placed), chunks)
+
+    def _make(self, data: Mapping[int, Array], key: Array, cells: Mapping[str, Array]) -> Bundle:
+        return make_bundle(self._program, self._factors, data, key, cells)
 
 
 def make_bundle(program: Program, factors: tuple[Factor, ...], data: Mapping[int, Array], key: Array, cells) -> Bundle:

@@ -331,7 +331,7 @@ def check_refit(em: EM, call: Call, result: EMResult, key: Array) -> Check:
         drawn = simulate(em.model, result.params, jax.random.fold_in(key, 1), call)
         again = copy.copy(em)
         again.model, again.init, again.restarts, again.progress = observing(em.model), dict(result.params), 1, False
-        again._builds, again._loops = {}, {}
+        again._builds, again._loops, again._batches = {}, {}, {}
         refit = again.run(key, drawn, *call.args, **call.kwargs)
     except (ModelError, PlanError, DataError, NotImplementedError) as error:
         return not_tried(name, f"NumPyro cannot draw data of this kind ({type(error).__name__}: {error})")

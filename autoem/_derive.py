@@ -29,9 +29,9 @@ from autoem._bundle import make_bundle, with_passed_on
 from autoem._errors import ModelError, PlanError
 from autoem._field import Field
 from autoem._field_build import FieldWish, field_factors, field_of, settled_laws
-from autoem._jaxpr import jit_once
 from autoem._lower import Kernel, with_nodes
 from autoem._plan import MEMORY_LIMIT, Cost, LatentRow, Plan, human, notes_of, parameter_rows, unread
+from autoem._programs import jit_once
 from autoem.e_step.elimination import eliminate
 from autoem.e_step.groups import partly_seen
 from autoem.e_step.places import build_layout

@@ -15,8 +15,8 @@ from jax import Array
 
 from autoem._build import Build
 from autoem._init import state_spreads, tables_at
-from autoem._jaxpr import jit_once
 from autoem._named import Named
+from autoem._programs import jit_once
 from autoem._trace import Source
 
 ALIKE = 1e-6  # relative difference of two states' densities below which nothing will tell them apart

@@ -19,9 +19,9 @@ from autoem._bundle import route_cells
 from autoem._errors import ModelError, PlanError
 from autoem._field import Field
 from autoem._field_tables import Laws
-from autoem._jaxpr import jit_once
 from autoem._local import moved_start
 from autoem._lower import Kernel
+from autoem._programs import jit_once
 from autoem.e_step.completions import Completions
 from autoem.e_step.factors import build_factor, natural_family, read_latents, refuse_random_weights, row_cells
 from autoem.e_step.field import Block, Group, Piece

@@ -18,8 +18,8 @@ from autoem._build import Build
 from autoem._errors import PlanError
 from autoem._field import Field
 from autoem._field_tables import Laws
-from autoem._jaxpr import jit_loop, jit_once
 from autoem._posterior import Marginals, Posterior
+from autoem._programs import jit_loop, jit_once
 from autoem._trace import Source
 from autoem.e_step.field import Group
 from autoem.e_step.layout import Table

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from autoem._errors import Intractable, PlanError
-from autoem._jaxpr import jit_once
+from autoem._programs import jit_once
 from autoem.e_step.conjugate import FORMS, AbstractForm, Conjugate, anchor_of
 from autoem.e_step.laplace import LaplaceCells
 from autoem.e_step.local import Cells, LocalBlock, Points

@@ -9,8 +9,7 @@ weight of zero or `jnp.where(seen, b[index], 0)` pass.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,26 +21,13 @@ from numpyro.distributions import biject_to
 
 from autoem._build import Build
 from autoem._errors import DataError
-from autoem._jaxpr import Atom, Constant, Equation, Graph, Variable, jit_once
+from autoem._jaxpr import Atom, Constant, Equation, Graph, Variable, fills
+from autoem._on_host import on_host
+from autoem._programs import jit_once
 from autoem._trace import Source
 from autoem.ir import Program
 
 FIELDS = ("elem", "scale")
-HOST: dict[str, Callable[..., np.ndarray]] = {
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "max": np.maximum,
-    "min": np.minimum,
-    "select_n": lambda which, *cases: np.choose(np.asarray(which, int), cases),
-    "copy": np.asarray,
-}
 
 
 def refuse_far_indices(built: Build, source: Source) -> None:
@@ -134,59 +120,12 @@ def clamps(equation: Equation) -> bool:
     if name != "gather":
         return False
     if params["mode"] == GatherScatterMode.FILL_OR_DROP:
-        fill = params["fill_value"]
-        whole = fill is not None and not isinstance(fill, bool) and fill in (-(2**31), 2**31 - 1, 2**32 - 1)
-        return fill is None or whole or (isinstance(fill, float) and math.isnan(fill))
+        return not fills(params)
     numbers = params["dimension_numbers"]
     said = params["mode"] == GatherScatterMode.CLIP and set(numbers.start_index_map) <= set(
         numbers.collapsed_slice_dims
     )
     return not said
-
-
-def on_host(
-    graph: Graph, atom: Atom, inputs: Mapping[Any, Any], known: dict[Variable, np.ndarray], compiled: dict
-) -> np.ndarray:
-    """A value of the graph that depends on the data alone, in NumPy where its primitives are simple.
-
-    What is not simple is `compiled`, once for a structure: a second fit must not wait for the compiler.
-    """
-    if isinstance(atom, Constant):
-        return np.asarray(atom.value)
-    by_variable = {v: inputs[k] for k, v in graph.inputs.items() if k in inputs}
-    for equation in graph.slice([atom], known):
-        args = [np.asarray(a.value if isinstance(a, Constant) else known.get(a, by_variable.get(a)))
-                for a in equation.inputs]  # fmt: skip
-        value = simple(equation, args)
-        if value is None:
-            if ("index", atom) not in compiled:
-                compiled["index", atom] = jit_once(lambda d: graph.evaluate_atoms([atom], d)[0])
-            known[atom] = np.asarray(compiled["index", atom]({k: jnp.asarray(v) for k, v in inputs.items()}))
-            return known[atom]
-        known[equation.outputs[0]] = value
-    return known[atom] if atom in known else np.asarray(by_variable[atom])
-
-
-def simple(equation: Equation, args: list[np.ndarray]) -> np.ndarray | None:
-    """One equation in NumPy, or None where it is not among the few that indices are made with."""
-    name, params, shape = equation.primitive.name, equation.params, equation.outputs[0].shape
-    if name in HOST:
-        return HOST[name](*args)
-    if name == "convert_element_type":
-        with np.errstate(invalid="ignore"):  # NaN in a row that a mask takes out
-            return args[0].astype(params["new_dtype"])
-    if name in ("reshape", "squeeze", "expand_dims") and len(args) == 1:
-        return args[0].reshape(shape)
-    if name == "broadcast_in_dim" and len(args) == 1:
-        at = dict(zip(params["broadcast_dimensions"], args[0].shape, strict=True))
-        return np.broadcast_to(args[0].reshape([at.get(d, 1) for d in range(len(shape))]), shape)
-    if name == "concatenate":
-        return np.concatenate(args, params["dimension"])
-    if name == "slice":
-        strides = params["strides"] or (1,) * len(shape)
-        parts = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-        return args[0][tuple(slice(*p) for p in parts)]
-    return None
 
 
 def refuse_if_read(built: Build, source: Source, lookup: Lookup, outside: np.ndarray, inputs: Mapping) -> None:

@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from autoem._chunks import Chunks, device_mesh, resized, row_specs, slice_named, slice_rows
 from autoem._integrals import Integral
-from autoem._jaxpr import LARGE, jit_once
 from autoem._named import Named
+from autoem._programs import LARGE, jit_once, jit_well
 from autoem.e_step.along_time import ChainStep
 from autoem.e_step.chains import robust
 from autoem.e_step.completions import NODES
@@ -160,7 +160,7 @@ class Kernel:
 
     @functools.cached_property
     def _beginnings(self) -> tuple[Callable, Callable]:
-        return jit_once(self.init_e_step), jax.jit(self.init_e_step)
+        return jit_once(self.init_e_step), jit_well(self.init_e_step)
 
     def exactly(self, params: Params, bundle: Bundle, reduce: Reduce = log_sum_exp) -> Expectation:
         """The exact E-step: expected statistics are the gradient of the log-likelihood with respect to the cells.

@@ -198,8 +198,11 @@ class Scan:
             if i in path:
                 raise ModelError(
                     self.label,
-                    problem="what the step carries depends on latents of any number of steps back",
-                    mend="carry the latents of the last step or two; make a running quantity a state of the chain",
+                    problem="what the step carries is computed from what it carried, and so from latents of any number "
+                    "of steps back",
+                    mend="carry sampled values alone: sample a running quantity, as Normal(phi * x, q) in place of "
+                    "phi * x + q * e; and of a vector that shifts its entries carry each entry by itself, "
+                    "(x, *earlier[:-1]) in place of jnp.concatenate",
                 )
             if i not in lags:
                 older = [lag(k[1], (*path, i)) for k in needs[i] if k[0] == "·carry" and k[1] in decided]

@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._jaxpr import Constant, Graph
+from autoem._on_host import on_host
 from autoem._reader import NOT_CONCRETE, Reader, Record, outputs_of
 from autoem._scan import is_discrete
 from autoem._source import Discovery, Source, line_in, model_name
@@ -249,8 +249,8 @@ def read_latents(found: Discovery, source: Source) -> dict[str, Latent]:
             raise PlanError(
                 name, problem=f"its support depends on the parameter {bad}", mend="fix the support in the model's text"
             )
-        values = {("data", i): jnp.asarray(x) for i, x in enumerate(source.data) if ("data", i) in needs}
-        low, high = (np.asarray(v) for v in found.graph.evaluate([(name, "low"), (name, "high")], values))
+        values = {("data", i): x for i, x in enumerate(source.data) if ("data", i) in needs}
+        low, high = (on_host(found.graph, found.graph.outputs[name, end], values, {}, {}) for end in ("low", "high"))
         states = enumerate_states(name, int(low.min()), int(high.max()), tuple(r.fn.event_shape))
         batch = tuple(getattr(r, "batch_shape", r.fn.batch_shape))
         axes = r.axes[: len(batch)]

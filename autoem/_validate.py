@@ -19,6 +19,7 @@ from autoem._build import Build
 from autoem._errors import DataError
 from autoem._jaxpr import Variable
 from autoem._lookups import place, refuse_far_indices
+from autoem._programs import jit_once
 from autoem._trace import Record, Source
 
 OPEN = (dist.Beta, dist.BetaProportion, dist.Dirichlet, dist.Kumaraswamy)  # of shares strictly between 0 and 1
@@ -66,7 +67,7 @@ def host_values(built: Build, keys: list, source: Source) -> dict[Any, np.ndarra
             rest.append(key)
     if rest:
         data = {("data", i): jnp.asarray(x) for i, x in enumerate(source.data)} if not source.concrete else {}
-        built.observed = built.observed or jax.jit(lambda d: graph.evaluate(rest, d))
+        built.observed = built.observed or jit_once(lambda d: graph.evaluate(rest, d))
         out.update(zip(rest, map(np.asarray, built.observed(data)), strict=True))
     return out
 
@@ -78,6 +79,9 @@ def check_site(name: str, record: Record, value, mask, source: Source, missing: 
         hidden = hidden | ~np.broadcast_to(np.asarray(mask, bool), hidden.shape)
     if missing == "marginalize":
         refuse_partly_missing(name, events, source_value(name, value, source))
+    if isinstance(record.base, dist.IntervalCensoredDistribution):  # pairs of bounds, of which one may be infinite
+        check_finite(name, np.where(np.isinf(value), 0.0, value), hidden, events)
+        return
     check_finite(name, value, hidden, events)
     check_support(name, record, value, hidden, events)
     check_edges(name, record, value, hidden, events)

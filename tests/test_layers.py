@@ -15,7 +15,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = """
-    _errors _tree _named _jaxpr families
+    _errors _tree _named _jaxpr
+    _grouping
+    _programs
+    families _on_host
     ir _support _folding _ragged
     _reader _components
     _scan

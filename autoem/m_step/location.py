@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from autoem._programs import jit_once
 from autoem.families import Location
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.counting import fit, latex_name
@@ -157,7 +158,7 @@ def vector_mean_applies(problem, use: Use, name: str, form: Linear, params: Para
         return False
     tags = np.arange(1.0, loc.size + 1).reshape(np.shape(params[name]))
     given = {("param", n): v for n, v in params.items()} | {("param", name): tags}
-    seen = np.asarray(jax.jit(lambda g: use.factor.argument(use.key[1], g, 1))(given))
+    seen = np.asarray(jit_once(lambda g: use.factor.argument(use.key[1], g, 1))(given))
     return bool((np.sort(seen.ravel()) == tags.ravel()).all())
 
 
@@ -243,7 +244,7 @@ def untied(block: LeastSquares, params: Params) -> np.ndarray | None:
               for f in factors}  # fmt: skip
     if len(shapes) > 1:
         return None
-    reads = np.any(np.asarray(jax.jit(jax.jacobian(coefficients))(flat)), axis=1)  # (cells, entries)
+    reads = np.any(np.asarray(jit_once(jax.jacobian(coefficients))(flat)), axis=1)  # (cells, entries)
     return components(np.asarray(reads))
 
 

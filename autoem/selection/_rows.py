@@ -17,8 +17,8 @@ import numpy as np
 from jax import Array
 
 from autoem._errors import DataError, PlanError
-from autoem._jaxpr import jit_once
 from autoem._per_datum import datum_plate, per_datum
+from autoem._programs import jit_once
 from autoem._result import EMResult
 from autoem._source import path_name
 from autoem.selection._batch import Call, fit_many, plain

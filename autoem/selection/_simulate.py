@@ -22,7 +22,7 @@ from autoem._check import Call as Derived
 from autoem._check import observing, simulate
 from autoem._em import EM
 from autoem._errors import DataError, ModelError, PlanError
-from autoem._jaxpr import jit_once
+from autoem._programs import jit_once
 from autoem._result import EMResult
 from autoem.ir import Program
 
@@ -124,7 +124,7 @@ def with_draws(result: EMResult, drawn: Mapping[str, Array], restarts: int | Non
     if sites != sorted(drawn):
         problem = f"it observes {sites}, and the data are drawn for {sorted(drawn)}"
         raise PlanError(result.plan.program.name, problem=problem, mend="name the observed sites alike", kind="model")
-    em.model, em.progress, em._builds, em._loops = observing(em.model), False, {}, {}
+    em.model, em.progress, em._builds, em._loops, em._batches = observing(em.model), False, {}, {}, {}
     em.restarts = em.restarts if restarts is None else restarts
     if isinstance(em.init, Mapping):
         em.init = {n: v for n, v in em.init.items() if n in result.params}
