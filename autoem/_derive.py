@@ -16,7 +16,6 @@ from jax import Array
 
 from autoem._build import (
     Build,
-    Options,
     accelerated,
     asked,
     build,
@@ -30,6 +29,7 @@ from autoem._errors import ModelError, PlanError
 from autoem._field import Field
 from autoem._field_build import FieldWish, field_factors, field_of, settled_laws
 from autoem._lower import Kernel, with_nodes
+from autoem._options import Options
 from autoem._plan import MEMORY_LIMIT, Cost, LatentRow, Plan, human, notes_of, parameter_rows, unread
 from autoem._programs import jit_once
 from autoem.e_step.elimination import eliminate

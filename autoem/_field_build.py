@@ -69,10 +69,9 @@ def cells_by(treatment: AbstractTreatment | None) -> Callable[..., dict[str, Arr
     return field_cells if isinstance(treatment, Field) else route_cells
 
 
-def field_cells(program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array) -> dict[str, Array]:
+def field_cells(program: Program, factors: tuple[Factor, ...], values: Mapping) -> dict[str, Array]:
     """The index arrays of such factors in other data."""
     del factors
-    values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
     return {n: jnp.asarray(c) for n, c in field_factors(program, values)[1].items()}
 
 
@@ -84,7 +83,7 @@ def field_factor(program: Program, site: Site, values: Mapping[Any, Any]) -> tup
     factor = build_factor(program, site, latents, None)
     if members:
         family = natural_family(program, site, filled=True)[0]
-        usable = program.half is not None and all(program.compact[z.name] for z in latents)
+        usable = program.half is not None and not program.chains and all(program.compact[z.name] for z in latents)
         factor = dataclasses.replace(
             factor, family=family, graph=program.half if usable else program.full, compact=usable, coefficients=(),
             completions=Completions(members, affine=False),

@@ -20,6 +20,7 @@ from autoem._lower import Kernel
 from autoem._programs import Program, jit_once, jit_small, jit_well
 from autoem._stop import CONVERGED, DIVERGED, FELL, INTERRUPTED, LIMIT, ROUNDED, RUNNING, SETTLED, Stop
 from autoem.accelerate import Accelerator
+from autoem.e_step.treatment import Expectation
 from autoem.m_step.problem import Bundle, Params
 
 SECONDS_BETWEEN_LOOKS = 0.25
@@ -83,11 +84,7 @@ def em_step(
     was spent on it tells nothing of convergence. Nor does a small gain by an extrapolation, which may have gone too
     far: a plain step follows it, and tells.
     """
-    if last:  # what the next M-step would read is not worked out
-        likelihood, prior = kernel.objective(state.params, bundle)[1]
-        statistics, e_step = {}, state.e_step
-    else:
-        likelihood, prior, statistics, e_step = kernel.expect(state.params, bundle, state.e_step)
+    likelihood, prior, statistics, e_step = evaluated(kernel, state, bundle, last)
     value = likelihood + prior
     eps = jnp.finfo(value.dtype).eps
     size = jnp.maximum(jnp.abs(value), 1.0)
@@ -146,6 +143,14 @@ def em_step(
         e_step=e_step,
         ahead=ahead,
     )
+
+
+def evaluated(kernel: Kernel, state: State, bundle: Bundle, last: bool) -> Expectation:
+    """The E-step; at the `last` point without what an M-step would read."""
+    if not last:
+        return kernel.expect(state.params, bundle, state.e_step)
+    likelihood, prior = kernel.objective(state.params, bundle)[1]
+    return Expectation(likelihood, prior, {}, state.e_step)
 
 
 def settled(history: Array, step: Array, tolerance: Array) -> Array:

@@ -338,9 +338,9 @@ def together(atoms: Sequence[Atom], env: dict[Variable, Any]) -> tuple[Any, bool
     if len({identity(a) for a in atoms}) == 1:
         return whole(atoms[0], env), False
     if all(isinstance(a, Constant) for a in atoms):
-        return np.stack([a.value for a in atoms]), True
+        return np.stack([a.value for a in atoms if isinstance(a, Constant)]), True
     rows = [env[a] if isinstance(a, Variable) else a.value for a in atoms]
-    sources: dict[int, tuple[Array, list[int], list[int]]] = {}  # a stack, which of its rows, and where they go
+    sources: dict[int, tuple[Array | None, list[int], list[int]]] = {}  # a stack, which of its rows, and where they go
     for place, row in enumerate(rows):
         stack = row.stack if isinstance(row, Row) else None
         _, taken, places = sources.setdefault(id(stack), (stack, [], []))
@@ -354,9 +354,11 @@ def together(atoms: Sequence[Atom], env: dict[Variable, Any]) -> tuple[Any, bool
     return rows_of(jnp.concatenate(parts) if len(parts) > 1 else parts[0], list(order)), True
 
 
-def rows_of(stack: Array, taken: Sequence[int]) -> Array:
+def rows_of(stack: Array | np.ndarray, taken: Sequence[int]) -> Array | np.ndarray:
     """Some rows of a stack, in an order."""
     first, count = taken[0], len(taken)
     if list(taken) == list(range(first, first + count)):
         return stack if count == len(stack) else jax.lax.slice_in_dim(stack, first, first + count)
+    if isinstance(stack, np.ndarray):
+        return stack[np.asarray(taken)]
     return stack.at[np.asarray(taken)].get(mode="promise_in_bounds", wrap_negative_indices=False)

@@ -99,6 +99,11 @@ class Graph:
         return {v: i for i, eqn in enumerate(self.equations) for v in eqn.outputs}
 
     @functools.cached_property
+    def known(self) -> dict[Any, Any]:
+        """What was found out about the graph, kept for the next who asks."""
+        return {}
+
+    @functools.cached_property
     def keys(self) -> dict[Variable, Key]:
         """Names of the inputs."""
         return {v: k for k, v in self.inputs.items()}
@@ -149,15 +154,15 @@ class Graph:
         """Outputs `keys` given the inputs they need; traceable, so it may stand under `vmap`, `vjp` or `jit`."""
         return self.evaluate_atoms([self.outputs[k] for k in keys], values)
 
-    def evaluate_atoms(self, atoms: Sequence[Atom], values: Mapping[Key, Any], env=None) -> list[Any]:
-        given = dict(env or {})
+    def evaluate_atoms(self, atoms: Sequence[Atom], values: Mapping[Any, Any], env=None) -> list[Any]:
+        """The same of any values of the graph; some may be given, in `env` or among the inputs."""
+        given = {**{v: x for v, x in values.items() if isinstance(v, Variable)}, **(env or {})}
         env = dict(given)
-        for key, var in self.inputs.items():
-            if key in values:
-                env[var] = values[key]
 
         def read(atom):
-            return atom.value if isinstance(atom, Constant) else env[atom]
+            if isinstance(atom, Constant):
+                return atom.value
+            return env[atom] if atom in env else values[self.keys[atom]]
 
         for eqn in self.slice(atoms, given):
             env.update(zip(eqn.outputs, eqn.apply([read(a) for a in eqn.inputs]), strict=True))

@@ -77,7 +77,8 @@ class Kernel:
     @property
     def may_fall(self) -> bool:
         """Whether the objective may fall without anything being wrong."""
-        return self.treatment is not None and (self.treatment.noisy or self.treatment.falls)
+        sampled = any(i.block.strategy == "importance" for i in self.integrals)
+        return sampled or (self.treatment is not None and (self.treatment.noisy or self.treatment.falls))
 
     @property
     def warmup(self) -> int:
@@ -92,7 +93,9 @@ class Kernel:
         rules = {i.block.strategy for i in self.integrals} - {"exact"}
         if not rules:
             return "log-likelihood"
-        return "log-likelihood by quadrature" if rules == {"quadrature"} else LAPLACE
+        if "Laplace" in rules:
+            return LAPLACE
+        return "log-likelihood by " + ("importance sampling" if "importance" in rules else "quadrature")
 
     @property
     def in_logs(self) -> Kernel:
@@ -152,6 +155,11 @@ class Kernel:
     def init_e_step(self, params: Params, bundle: Bundle, key: Array) -> Any:
         """What the E-step remembers before its first step."""
         return None if self.treatment is None else self.treatment.init(self, params, bundle, key)
+
+    def final(self, params: Params, bundle: Bundle, state: Any, key: Array) -> tuple[Array, Array]:
+        """Of a noisy objective, a better estimate at the end, and its standard error."""
+        assert self.treatment is not None
+        return self.treatment.final(self, params, bundle, state, key)
 
     def begun(self, params: Params, bundle: Bundle, key: Array) -> Any:
         """The same by a compiled program, made once for all fits."""

@@ -67,6 +67,39 @@ def arranged(x: Named, axes: Sequence[str]) -> Named:
     return Named(x.to(order), order)
 
 
+TURNED_AT_ONCE = 128  # rows, whose lines of the cache are all still there when their second column is read
+
+
+def turned(array: Array, order: Sequence[int], moments: Sequence[Array] = ()) -> Array:
+    """`array`, less the first of `moments` and divided by the second where they are given, with its axes in `order`.
+
+    Where long rows become columns, that is done in blocks that fit the cache: the CPU's compiler reads column by column
+    from the start to the end, which takes five times as long.
+    """
+
+    def standardised(x: Array) -> Array:
+        if moments:
+            x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
+            x = (x - moments[0]) / moments[1]
+        return jnp.transpose(x, order)
+
+    alike = all(m.ndim < array.ndim or m.shape[0] == 1 for m in moments)
+    blocks, rest = divmod(array.shape[0] if array.ndim else 0, TURNED_AT_ONCE)
+    simple = array.ndim > 1 and list(order) == [*range(1, array.ndim), 0] and alike
+    if (
+        not simple or blocks < 2 or jax.default_backend() != "cpu" or jax.device_count() > 1
+    ):  # which turn rows of their own
+        return standardised(array)
+    out = jnp.zeros((*array.shape[1:], array.shape[0]), jax.eval_shape(standardised, array).dtype)
+
+    def put(out: Array, start, size: int) -> Array:
+        block = standardised(jax.lax.dynamic_slice_in_dim(array, start, size))
+        return jax.lax.dynamic_update_slice_in_dim(out, block, start, out.ndim - 1)
+
+    out = jax.lax.fori_loop(0, blocks, lambda i, out: put(out, i * TURNED_AT_ONCE, TURNED_AT_ONCE), out)
+    return put(out, blocks * TURNED_AT_ONCE, rest) if rest else out
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
     """A contraction of two factors as `left @ right`: rows and columns of the result have names."""

@@ -24,9 +24,8 @@ from jax.sharding import SingleDeviceSharding
 from autoem._grouping import grouped, spec
 
 KEPT = 256  # programs that are kept, the last used ones
+LARGE = 1_000_000  # numbers that a program goes over again and again, beyond which it is worth compiling well
 CONSTANTS_UP_TO = 4 << 20  # bytes of constants in a program, beyond which its text is too long to compare
-
-LARGE = 1_000_000  # numbers that a loop goes over again and again, beyond which it is worth compiling well
 
 # one-shot programs: what compiling saves by optimising them is less than what it costs
 QUICK = {
@@ -86,7 +85,7 @@ class Program:
             lowered = [traced.lower()]
         else:
             quick = QUICK if self._on_cpu else None  # before and after a loop, arrays are but put together and cut
-            options = [self._options] if len(parts) == 1 else [quick, self._options, quick]
+            options: list[dict[str, Any] | None] = [self._options] if len(parts) == 1 else [quick, self._options, quick]
             lowered = [lower(part, of_part) for part, of_part in zip(parts, options, strict=True)]
 
         def finish() -> Callable:
@@ -117,7 +116,7 @@ def shared(key: tuple) -> tuple[Future, bool]:
     return program, is_new
 
 
-def lower(part: Any, options: Mapping[str, Any] | None) -> Any:
+def lower(part: Any, options: dict[str, Any] | None) -> Any:
     """A closed jaxpr, lowered."""
     return jax.jit(jex.jaxpr_as_fun(part), compiler_options=options).trace(*map(spec, part.in_avals)).lower()
 
@@ -182,5 +181,5 @@ def jit_small(function: Callable) -> Program:
 
 
 def jit_loop(function: Callable, size: int) -> Program:
-    """A loop over `size` numbers that runs about once."""
+    """`jax.jit` for a loop over `size` numbers that runs about once."""
     return jit_well(function) if size > LARGE else jit_once(function)

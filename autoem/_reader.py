@@ -21,6 +21,7 @@ from numpyro.primitives import Messenger
 from autoem._errors import DataError, ModelError
 from autoem._support import bounds
 from autoem.families import Family, family_of
+from autoem.families.densities import log_density
 
 CATEGORIES = (dist.CategoricalProbs, dist.CategoricalLogits)  # their density reads the value as an index
 BOUNDS = ("lower_bound", "upper_bound")
@@ -342,8 +343,10 @@ def outputs_of(
         if r.auxiliary:
             out[name, "elem"] = jnp.asarray(r.base.log_factor)
         else:
-            out[name, "elem"] = r.base.log_prob(r.value)
+            out[name, "elem"] = log_density(r.base, r.value)
             out[name, "value"] = jnp.asarray(r.value)
+        if isinstance(r.base, dist.Delta):
+            out[name, "arg:v"] = jnp.asarray(r.base.v)
         family = family_of(r.base)
         if isinstance(family, Family):
             for arg in (*family.args, *family.fixed):

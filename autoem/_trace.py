@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._jaxpr import Constant, Graph
@@ -87,6 +88,7 @@ def _trace(
     reader, full = source.read(full_inputs(found, {**latents, **hidden}, compact=False), outputs)
     unused = unused_arguments(found, full, source)
     refuse_unobserved(model, reader, unused)
+    refuse_point_masses(reader, full, hidden)
     graph, compact = full, dict.fromkeys({**latents, **hidden, **strands}, False)
     if latents or hidden:
         try:
@@ -115,9 +117,23 @@ def _trace(
     return check(program), found, source
 
 
+def refuse_point_masses(reader: Reader, full: Graph, hidden: Mapping[str, Continuous]) -> None:
+    """Refuse a value that was seen exactly of a continuous latent: a point has no density that could be integrated."""
+    for name, r in reader.records.items():
+        if r.observed and (name, "arg:v") in full.outputs and isinstance(r.base, dist.Delta):
+            of = [k[1] for k in full.needs((name, "arg:v")) if k[0] == "latent" and k[1] in hidden]
+            if of:
+                raise ModelError(
+                    name,
+                    problem=f"it is a Delta of the continuous latent '{of[0]}', and a point has no density",
+                    mend="observe the law itself where the value is seen, numpyro.sample(..., obs=y), and elsewhere "
+                    f"what is known: Bernoulli(({of[0]} < limit) * 1.0) seen as 1, or LeftCensoredDistribution",
+                )
+
+
 def half_compact(source: Source, found: Discovery, discrete: Mapping, hidden: Mapping, outputs: Any) -> Graph | None:
     """The model with its discrete latents compact and its continuous ones at full shape; None where that fails."""
-    if not discrete or not hidden or found.chains:
+    if not discrete or not hidden:
         return None
     inputs = {**full_inputs(found, discrete, compact=True), **full_inputs(found, hidden, compact=False)}
     inputs = {k: v for k, v in inputs.items() if k[0] == "latent" or k[1] not in hidden}

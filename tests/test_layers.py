@@ -20,7 +20,7 @@ LAYERS = """
     _programs
     families _on_host
     ir _support _folding _ragged
-    _reader _components
+    _reader _components _scan_checks
     _scan
     _steps
     _source
@@ -31,6 +31,7 @@ LAYERS = """
     _integrals
     _local
     _chunks _render accelerate
+    _options
     _alternatives
     _plan
     _lower

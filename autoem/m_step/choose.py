@@ -63,6 +63,19 @@ def _bounds(constraint) -> tuple:
     return low, high
 
 
+def part_of_unit(constraint) -> tuple[float, float] | None:
+    """The bounds of a constraint to a part of the unit interval, as of a recombination fraction; None of any other."""
+    low, high = _bounds(getattr(constraint, "base_constraint", constraint))
+    if (
+        isinstance(low, int | float)
+        and isinstance(high, int | float)
+        and 0 <= low < high <= 1
+        and (low, high) != (0, 1)
+    ):
+        return float(low), float(high)
+    return None
+
+
 def on_circle(constraint) -> bool:
     """Whether the constraint is that of an angle."""
     return _bounds(getattr(constraint, "base_constraint", constraint)) == (-math.pi, math.pi)
@@ -91,7 +104,8 @@ def choose(
         if isinstance(wish, Fixed):
             continue
         kind = "angle" if on_circle(param.constraint) else kind_of(param.constraint)
-        asked = Asked(name, kind, tuple(uses_of(name, factors)), problem, params, bundle, (mixed or {}).get(name, ""))
+        uses, told = tuple(uses_of(name, factors)), (mixed or {}).get(name, "")
+        asked = Asked(name, kind, uses, problem, params, bundle, told, part_of_unit(param.constraint))
         if not asked.uses and param.prior is None:
             continue  # nothing observed depends on it: it stays where it is
         refuse_unconstrained(asked)

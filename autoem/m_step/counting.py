@@ -32,20 +32,23 @@ from autoem.passes.link import Declined, Linear, Monomial
 class Count(AbstractBlock):
     """Normalised expected counts.
 
-    `kind` is 'simplex', 'unit' (the parameter is a probability), 'log-odds' or 'log-weights' (it is real).
+    `kind` is 'simplex', 'unit' (the parameter is a probability), 'log-odds' or 'log-weights' (it is real). A
+    probability kept between `limits` goes to the nearer one where its share lies beyond, since `Q` is concave in it.
     """
 
     uses: tuple[Use, ...] = ()
     kind: str = "simplex"
+    limits: tuple[float, float] | None = None
 
     source = "Dempster, Laird and Rubin 1977"
 
     @property
     def update(self) -> str:
         a, b = "E[count]", "E[count of the complement]"
+        kept = f", kept within {self.limits[0]:g} ... {self.limits[1]:g}" if self.limits else ""
         return {
             "simplex": f"{a} / sum {a}",
-            "unit": f"{a} / ({a} + {b})",
+            "unit": f"{a} / ({a} + {b}){kept}",
             "log-odds": f"log {a} - log {b}",
             "log-weights": f"log({a} / sum {a})",
         }[self.kind]
@@ -73,6 +76,10 @@ class Count(AbstractBlock):
         else:
             total = a + b
             new = a / jnp.where(total > 0, total, 1)
+            if self.limits:
+                low, high = self.limits
+                edge = 16 * jnp.finfo(old.dtype).eps * (high - low)  # inside, where free coordinates are finite
+                new = jnp.clip(new, low + edge, high - edge)
             if self.kind == "log-odds":
                 tiny = jnp.finfo(old.dtype).tiny
                 new = jnp.log(jnp.maximum(a, tiny)) - jnp.log(jnp.maximum(b, tiny))

@@ -34,7 +34,8 @@ T = TypeVar("T")
 class Asked:
     """The question that every rule answers: a parameter, its places, and the point at which links are read.
 
-    `mixed` says, where it is known, what of the rates that are sums in the parameter may be negative.
+    `mixed` says, where it is known, what of the rates that are sums in the parameter may be negative; `limits` are the
+    bounds of a probability that is kept to a part of the unit interval.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Asked:
     params: Params
     bundle: Bundle
     mixed: str = ""
+    limits: tuple[float, float] | None = None
 
     def read(self, question: Callable[[Params, Bundle], T]) -> T:
         """Ask about a link under abstract evaluation: nothing is computed, only what JAX traces."""
@@ -69,6 +71,7 @@ def abstractly(question: Callable[[Params, Bundle], T], params: Params, bundle: 
 def count_rule(asked: Asked) -> AbstractBlock:
     """Normalised expected counts."""
     kinds = {"simplex": ["simplex"], "unit": ["unit"], "real": ["log-odds", "log-weights"]}.get(asked.kind)
+    kinds = ["unit"] if asked.limits else kinds
     if kinds is None:
         raise Declined("it is not a probability")
     prior = prior_of(asked.name, asked.problem.factors)
@@ -82,7 +85,7 @@ def count_rule(asked: Asked) -> AbstractBlock:
     for kind in kinds:
         try:
             asked.at_each(lambda use, p, b, kind=kind: accept_count(asked, use, kind, p, b))
-            return Count((asked.name,), asked.problem, why(asked, "counted"), asked.uses, kind)
+            return Count((asked.name,), asked.problem, why(asked, "counted"), asked.uses, kind, asked.limits)
         except Declined as declined:
             reasons.append(str(declined))
     raise Declined(reasons[0])
@@ -275,6 +278,8 @@ def nearest_reason(asked: Asked, reasons: Mapping[Callable, str]) -> str:
             return f"it enters {use.factor.site.distribution} of '{use.factor.name}': {use.factor.direct}"
     if not asked.uses:
         return "nothing observed depends on it: the mode of its prior"
+    if asked.kind == "other" and not asked.limits:
+        return f"no closed form keeps it within its constraint, {asked.problem.params[asked.name].constraint}"
     preferred = PREFERRED.get(asked.kind)
     reason = reasons.get(preferred, "") if preferred else ""
     if not reason:

@@ -74,6 +74,7 @@ def fit_many(em: EM, calls: Sequence[Call], rng_key: Array, also: Sequence[Param
         bundles = [built.plain_bundle(source, keys[i]) for i, source in zip(members, sources, strict=True)]
         begin = starts_of(em, built, sources, bundles, keys[np.asarray(members)], also)
         stacked = len(members) > 1 and stackable(bundles) and entries(bundles[0]) * len(begin[0]) <= VMAP_UP_TO
+        stacked &= built.kernel.treatment is None  # which remembers something of each data set
         together &= stacked
         best = in_batches(em, built, bundles, begin) if stacked else in_turn(em, built, sources, begin, keys)
         for i, state in zip(members, best, strict=True):
