@@ -32,11 +32,13 @@ LARGE = 64.0  # from here on four terms of Stirling's remainder are exact in dou
 def log_density(base: Any, value: Any) -> Array:
     """The log density of `base` at `value`, of the batch shape that NumPyro's own has."""
     if isinstance(base, ZeroInflatedProbs) and held(base.base_dist):
-        inside = jnp.log1p(-base.gate) + log_density(base.base_dist, value)
-        return jnp.where(value == 0, jnp.log(base.gate + jnp.exp(inside)), inside)
+        gate = jnp.asarray(base.gate)
+        inside = jnp.log1p(-gate) + log_density(base.base_dist, value)
+        return jnp.where(value == 0, jnp.log(gate + jnp.exp(inside)), inside)
     if isinstance(base, dist.MixtureSameFamily) and held(base.component_distribution) and base.event_dim == 0:
+        weights: Any = base.mixing_distribution
         each = log_density(base.component_distribution, jnp.expand_dims(value, -1))
-        return jax.nn.logsumexp(jax.nn.log_softmax(base.mixing_distribution.logits) + each, axis=-1)
+        return jax.nn.logsumexp(jax.nn.log_softmax(jnp.asarray(weights.logits)) + each, axis=-1)
     form = held(base)
     return form(base, jnp.asarray(value, jnp.result_type(float))) if form else base.log_prob(value)
 
