@@ -30,6 +30,8 @@ def is_boolean(value: Any) -> bool:
 
 def marked(eqn, inputs: Sequence[Known], outputs: Sequence[Known]) -> list[Known]:
     """The outputs of an equation with what is certain of them."""
+    if not inputs:  # a range of numbers
+        return list(outputs)
     return [dataclasses.replace(out, **certain(eqn, inputs, (eqn, i), out.value)) for i, out in enumerate(outputs)]
 
 
