@@ -16,23 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._bundle import make_bundle, with_passed_on
+from autoem._bundle import Preparation, Routes, make_bundle, with_passed_on
 from autoem._chunks import plan_chunks, spread_rows
 from autoem._condense import note_of
 from autoem._errors import Intractable, PlanError
 from autoem._field_build import cells_by
 from autoem._integrals import Integral
-from autoem._jaxpr import jit_once
 from autoem._local import settled
 from autoem._lower import Kernel
+from autoem._options import Options
 from autoem._plan import Plan, make_plan, notes_of
+from autoem._programs import jit_once, jit_well
 from autoem._trace import Discovery, Source, trace
 from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.factors import build_factors
 from autoem.e_step.groups import Block, Joined, build_blocks, partly_seen, with_gaps
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.places import build_layout
-from autoem.e_step.strategies import AbstractEStep, Laplace, MonteCarlo, Quadrature, Truncated, Variational
+from autoem.e_step.strategies import AbstractEStep, Importance, Laplace, MonteCarlo, Quadrature, Truncated, Variational
 from autoem.e_step.tables import Factor
 from autoem.e_step.treatment import AbstractTreatment
 from autoem.ir import Program
@@ -47,27 +48,6 @@ from autoem.treatments import drawn_treatment, treatment_of, try_out
 from autoem.treatments.discrete import STRATEGIES as DISCRETE
 
 LARGE = 1_000_000  # entries of the data from which their preparation is compiled well rather than fast
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Options:
-    """What the user asked of the derivation."""
-
-    e_step: AbstractEStep | Mapping[str, AbstractEStep] | None = None
-    m_step: AbstractMStep | Mapping[str, AbstractMStep] | None = None
-    latent: tuple[str, ...] = ()
-    maximize: tuple[str, ...] = ()
-    missing: str = "error"
-    accelerate: AbstractAcceleration | None = None
-
-    @property
-    def given(self) -> dict[str, Any]:
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        return {n: v for n, v in vars(self).items() if v != defaults[n]}
-
-    def truncated(self) -> dict[str, tuple[int, int]]:
-        asked = self.e_step.items() if isinstance(self.e_step, Mapping) else ()
-        return {n: (s.low, s.high) for n, s in asked if isinstance(s, Truncated)}
 
 
 @dataclasses.dataclass(eq=False)
@@ -91,13 +71,12 @@ class Build:
     accelerator: Accelerator | None = None
     prepared: bool = False
     observed: Callable | None = None
+    routes: Routes = dataclasses.field(default_factory=Routes)
 
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
-        self.compiled = jax.jit if large else jit_once  # over many rows it runs long enough to be worth compiling well
-        self._prepare = self.compiled(
-            lambda data, key, cells: make_bundle(self.program, self.factors, data, key, cells)
-        )
+        self.compiled = jit_well if large else jit_once  # over many rows it runs long enough to be worth compiling well
+        self._prepare = Preparation(self.program, self.factors, self.compiled)
 
     @property
     def program(self) -> Program:
@@ -108,9 +87,9 @@ class Build:
 
     def plain_bundle(self, source: Source, key: Array) -> Bundle:
         """The data of a call, prepared, in one piece."""
-        data = self.data(source)
-        cells = cells_by(self.kernel.treatment)(self.program, self.factors, data, key) if self.has_routes else {}
-        return with_passed_on(self.program, self.factors, self._prepare(data, key, cells), data)
+        data, find = self.data(source), cells_by(self.kernel.treatment)
+        cells = self.routes.of(find, self.program, self.factors, data, key) if self.has_routes else {}
+        return self._prepare.whole(data, key, cells)
 
     def whole_bundle(self, source: Source, key: Array) -> Bundle:
         """The same with all the data, for questions to the model itself."""
@@ -120,7 +99,10 @@ class Build:
         """The data of a call, prepared and placed on the devices."""
         if self.kernel.treatment is not None and self.kernel.treatment.needs_data:
             return self.whole_bundle(source, key)
-        return spread_rows(self.plain_bundle(source, key), self.plan.chunks)
+        chunks = self.plan.chunks
+        if chunks is None or chunks.devices == 1 or chunks.main < chunks.rows or source.concrete:
+            return spread_rows(self.plain_bundle(source, key), chunks)
+        return self._prepare.spread(dict(enumerate(source.data)), key, chunks)
 
     @property
     def has_routes(self) -> bool:
@@ -138,14 +120,17 @@ class Build:
         if not self.prepared:
             treatment.prepare(self.kernel, params, bundle, key)
             self.prepared = True
-        return jit_once(self.kernel.init_e_step)(params, bundle, jax.random.fold_in(key, number))
+        return self.kernel.begun(params, bundle, jax.random.fold_in(key, number))
 
     def final(self, params: Params, bundle: Bundle, state: Any) -> tuple[float, float]:
         """The objective of a noisy fit at its end, from draws of its own, and its standard error."""
-        treatment = self.kernel.treatment
-        assert treatment is not None
-        found = jit_once(lambda *a: treatment.final(self.kernel, *a))(params, bundle, state, jax.random.key(60))
+        found = self.final_run(dict(params), bundle, state, jax.random.key(60))
         return float(found[0]), float(found[1])
+
+    @functools.cached_property
+    def final_run(self) -> Callable:
+        """That estimate, compiled once."""
+        return jit_once(self.kernel.final)
 
     def fits(self, source: Source) -> bool:
         """Whether the supports, and the signs of sums, computed from this data are those that the plan was made for."""
@@ -251,7 +236,7 @@ def build(model: Callable, args: tuple, kwargs: dict, options: Options, key: Arr
 def open_to_draws(name: str, options: Options) -> bool:
     """Whether a latent without an exact posterior may be drawn, for all that was asked."""
     wish = options.e_step.get(name) if isinstance(options.e_step, Mapping) else options.e_step
-    return wish is None or isinstance(wish, (Laplace, *DISCRETE))
+    return wish is None or isinstance(wish, (Laplace, Importance, *DISCRETE))
 
 
 def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array, drawn: Mapping[str, str]) -> Build:
@@ -305,11 +290,13 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
         try_out(kernel, params, shapes)
     accelerator = accelerated(options.accelerate, program, blocks, treatment)
     plan = dataclasses.replace(
-        plan, accelerate=accelerator and accelerator.method, notes=(*plan.notes, *note_of(kernel))
+        plan,
+        accelerate=accelerator and accelerator.method,
+        notes=(*plan.notes, *note_of(kernel, accelerator is not None)),
     )
     return Build(
         plan, kernel, found, source, factors, support_limits(found, source), model_start, sums=sums,
-        mixed=frozenset(mixed), accelerator=accelerator,
+        mixed=frozenset(mixed), accelerator=accelerator, routes=Routes(frozenset(cells)),
     )  # fmt: skip
 
 
@@ -377,7 +364,8 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
         if step is not None and not isinstance(step, AbstractEStep):
             mend = "use autoem.e_step.Exact(), Quadrature(...), Laplace() or another of that module"
             raise PlanError("e_step", problem=f"{step!r} is no E-step strategy", mend=mend)
-    if isinstance(options.e_step, Quadrature | Laplace | Variational | MonteCarlo) and not program.continuous:
+    wide = Quadrature | Laplace | Importance | Variational | MonteCarlo
+    if isinstance(options.e_step, wide) and not program.continuous:
         problem = f"{options.e_step} is for continuous latents, and the model has none"
         raise PlanError("e_step", problem=problem, mend="leave e_step= out", kind="option")
     for name, step in options.e_step.items() if isinstance(options.e_step, Mapping) else ():

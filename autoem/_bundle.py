@@ -7,27 +7,120 @@ on as it stands.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from autoem._chunks import Chunks, shardings, spread_data, spread_rows
+from autoem._errors import DataError
 from autoem._jaxpr import Variable
 from autoem._named import Named
 from autoem.e_step.factors import TURN_UP_TO, build_factors, prepare
 from autoem.e_step.groups import build_blocks, with_gaps
 from autoem.e_step.places import build_layout
-from autoem.e_step.tables import Factor, log_density_constant
+from autoem.e_step.tables import Factor, Rows, log_density_constant
 from autoem.ir import Program
 from autoem.m_step.problem import Bundle
 
+REMEMBERED = 64 * 2**20  # bytes of the data up to which their routes are kept for the next call
 
-def route_cells(program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array) -> dict[str, Array]:
-    values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
+
+class Watched(Mapping):
+    """Data and key of a call as inputs of a graph; `read` holds the names of those that were looked at."""
+
+    def __init__(self, data: Mapping[int, Array], key: Array):
+        self.given = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
+        self.read: set[Any] = set()
+
+    def __getitem__(self, name: Any) -> Array:
+        self.read.add(name)
+        return self.given[name]
+
+    def __iter__(self) -> Iterator:
+        return iter(self.given)
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.given
+
+
+@dataclasses.dataclass(eq=False)
+class Routes:
+    """Cells that rows read, with the data that told so: the next call finds them again if these are the same.
+
+    `names` are those of the cells that the plan was made with.
+    """
+
+    names: frozenset[str] | None = None
+    told: dict[int, np.ndarray] | None = None
+    cells: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+    def of(self, find: Callable, program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array):
+        """The cells of a call's data.
+
+        Raises:
+            DataError: latents nest, or are crossed, in another way than in the data that the plan was made for.
+        """
+        if self.told is not None and all(agree(x, data[i]) for i, x in self.told.items()):
+            return self.cells
+        values = Watched(data, key)
+        cells = find(program, factors, values)
+        if self.names is not None and cells.keys() != self.names:
+            problem = (
+                "rows read their latents by other indices than those that the plan was made for: they nest otherwise"
+            )
+            mend = "a new EM(model) for these data"
+            raise DataError("the data", problem=problem, mend=mend, kind="argument")
+        numbers = [n[1] for n in values.read if n[0] == "data"]
+        small = sum(data[i].nbytes for i in numbers) <= REMEMBERED
+        # copies, since an array of NumPy may be written to before the next call
+        self.told = {i: np.array(data[i]) for i in numbers} if small and ("key", 0) not in values.read else None
+        self.cells = cells
+        return cells
+
+
+def agree(a: np.ndarray, b: Array) -> bool:
+    """Whether arrays hold the same numbers, and NaN in the same places."""
+    other = np.asarray(b)
+    return a.shape == other.shape and np.array_equal(a, other, equal_nan=a.dtype.kind == "f")
+
+
+def route_cells(program: Program, factors: tuple[Factor, ...], values: Mapping) -> dict[str, Array]:
+    """The cells of every site whose rows find them through the model's data flow."""
     known, cells = build_factors(program, values)
     cells.update(build_blocks(program, known, values)[1])
     cells.update(with_gaps(program, known, values)[2])
     return {n: jnp.asarray(c) for n, c in cells.items()}
+
+
+class Preparation:
+    """`make_bundle` for one structure, compiled by `compiled` at the first call."""
+
+    def __init__(self, program: Program, factors: tuple[Factor, ...], compiled: Callable):
+        self._program, self._factors, self._compiled = program, factors, compiled
+        self._whole = compiled(self._make)
+        self._spread = None
+
+    def whole(self, data: Mapping[int, Array], key: Array, cells: Mapping[str, Array]) -> Bundle:
+        """The data in one piece."""
+        return with_passed_on(self._program, self._factors, self._whole(data, key, cells), data)
+
+    def spread(self, data: Mapping[int, Any], key: Array, chunks: Chunks) -> Bundle:
+        """The data over all devices, each of which prepares rows of its own."""
+        placed = spread_data(data, chunks)
+        if self._spread is None:
+            out = shardings(jax.eval_shape(self._make, placed, key, {}), chunks)
+            self._spread = self._compiled(self._make, out_shardings=out)
+        return spread_rows(with_passed_on(self._program, self._factors, self._spread(placed, key, {}), placed), chunks)
+
+    def _make(self, data: Mapping[int, Array], key: Array, cells: Mapping[str, Array]) -> Bundle:
+        return make_bundle(self._program, self._factors, data, key, cells)
 
 
 def make_bundle(program: Program, factors: tuple[Factor, ...], data: Mapping[int, Array], key: Array, cells) -> Bundle:
@@ -37,12 +130,23 @@ def make_bundle(program: Program, factors: tuple[Factor, ...], data: Mapping[int
     layout = build_layout(program, values, cells)
     constant = jnp.zeros(())
     for f in factors:
-        part = log_density_constant(f, rows[f.name])
-        constant = constant if part is None else constant + part.array.sum()
+        constant = constant + whole_constant(f, rows[f.name])
     passed = passed_on(program, factors)
     rows = {n: dataclasses.replace(r, value=None) if n in passed else r for n, r in rows.items()}
     kept = {i: data[i] for i in data_of_cells(program, factors)} if data else {}
     return Bundle(kept, key, rows, layout.scales, dict(cells), constant)
+
+
+def whole_constant(f: Factor, rows: Rows) -> Array | float:
+    """`log h(x)` of a site, summed over its rows; the spread's part of it once for all, where every row counts once."""
+    spread = rows.spread if rows.mask is None and rows.weight is None else None
+    part = log_density_constant(f, rows if spread is None else dataclasses.replace(rows, spread=None))
+    if part is None:
+        return 0.0
+    if spread is None:
+        return part.array.sum()
+    times = part.array.size if f._family.event_dim else part.array.size / spread.size
+    return part.array.sum() - times * jnp.log(spread).sum()
 
 
 def passed_on(program: Program, factors: tuple[Factor, ...]) -> dict[str, int]:

@@ -25,6 +25,7 @@ from autoem._field import Field
 from autoem._field_posterior import FieldPosterior
 from autoem._lower import with_nodes
 from autoem._posterior import Posterior
+from autoem._programs import jit_once
 from autoem._result import EMResult
 from autoem._stderr import free_entries, move
 from autoem._trace import Source
@@ -245,7 +246,7 @@ def summed(built: Build, params, bundle: Bundle) -> tuple[float, float, int]:
             values["latent", n] = jnp.asarray(z.states)[row[at]].reshape(z.shape + z.states.shape[1:])
         return sum(site_density(built, f, values) for f in built.kernel.likelihood_factors)
 
-    brute = float(jax.jit(lambda rows: jax.nn.logsumexp(jax.lax.map(density, rows)))(flat))
+    brute = float(jit_once(lambda rows: jax.nn.logsumexp(jax.lax.map(density, rows)))(flat))
     posterior = FieldPosterior if isinstance(built.kernel.treatment, Field) else Posterior
     return posterior(built, params, bundle).total, brute, len(flat)
 
@@ -258,11 +259,11 @@ def check_m_step(built: Build, params, bundle: Bundle) -> list[Check]:
     """After a block's closed form the gradient of `Q` in the block's free coordinates is zero."""
     kernel = built.kernel
     state = built.e_state(params, bundle, jax.random.key(0), 0)
-    statistics = jax.jit(dataclasses.replace(kernel, chunks=None).expect)(params, bundle, state).statistics
+    statistics = jit_once(dataclasses.replace(kernel, chunks=None).expect)(params, bundle, state).statistics
     checks, current = [], dict(params)
     bundle = with_nodes(bundle, statistics.get(NODES, {}))
     for block in kernel.blocks:
-        solve = jax.jit(lambda p, s, b, block=block: block.solve(p, s, b, block.init(p))[0])
+        solve = jit_once(lambda p, s, b, block=block: block.solve(p, s, b, block.init(p))[0])
         current.update(solve(current, statistics, bundle))
         if block.strategy != CLOSED_FORM or not block.maximises:
             continue
@@ -275,8 +276,8 @@ def check_m_step(built: Build, params, bundle: Bundle) -> list[Check]:
                 return kernel.problem.q(moved, statistics, bundle, touched)
 
             free = free_entries(param, np.asarray(current[n]))
-            slope = np.asarray(jax.jit(jax.grad(objective))(jnp.zeros(free.shape)))[free]
-            size = abs(float(kernel.problem.q(current, statistics, bundle, touched))) + 1
+            value, slopes = jit_once(jax.value_and_grad(objective))(jnp.zeros(free.shape))
+            slope, size = np.asarray(slopes)[free], abs(float(value)) + 1
             worst = float(np.abs(slope).max()) if slope.size else 0.0
             checks.append(
                 Check(
@@ -306,7 +307,7 @@ def check_stationary(built: Build, result: EMResult, key: Array) -> Check:
             return kernel.objective({**result.params, n: move(param, result.params[n], shift)}, bundle)[0]
 
         zero, one = jnp.zeros(free.shape), jnp.ones(free.shape)
-        slope, bend = jax.jit(lambda z, o, f=objective: jax.jvp(jax.grad(f), (z,), (o,)))(zero, one)
+        slope, bend = jit_once(lambda z, o, f=objective: jax.jvp(jax.grad(f), (z,), (o,)))(zero, one)
         # a slope in units of the curvature's root is a distance in standard errors
         slope, bend = np.asarray(slope)[free], np.abs(np.asarray(bend)[free])
         worst = max(worst, float((np.abs(slope) / np.sqrt(bend + 1)).max()) if slope.size else 0.0)
@@ -328,10 +329,11 @@ def check_refit(em: EM, call: Call, result: EMResult, key: Array) -> Check:
     if why := no_simulation(call.built, result):
         return not_tried(name, why)
     try:
-        drawn = simulate(em.model, result.params, jax.random.fold_in(key, 1), call)
+        once = jax.random.fold_in(key, 1)
+        drawn = jit_once(lambda p, k: simulate(em.model, p, k, call))(dict(result.params), once)
         again = copy.copy(em)
         again.model, again.init, again.restarts, again.progress = observing(em.model), dict(result.params), 1, False
-        again._builds, again._loops = {}, {}
+        again._builds, again._loops, again._batches = {}, {}, {}
         refit = again.run(key, drawn, *call.args, **call.kwargs)
     except (ModelError, PlanError, DataError, NotImplementedError) as error:
         return not_tried(name, f"NumPyro cannot draw data of this kind ({type(error).__name__}: {error})")

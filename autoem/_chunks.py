@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -85,17 +86,33 @@ def spread_rows(bundle: Bundle, chunks: Chunks | None) -> Bundle:
     """Place the rows on their devices, keeping aside the few that do not divide evenly."""
     if chunks is None or (chunks.devices == 1 and chunks.main == chunks.rows):
         return bundle
-    main = {n: slice_rows(r, chunks.plate, 0, chunks.main) for n, r in bundle.rows.items()}
-    tail = None
+    main, tail = bundle.rows, None
     if chunks.main < chunks.rows:
+        main = {n: slice_rows(r, chunks.plate, 0, chunks.main) for n, r in bundle.rows.items()}
         tail = {n: slice_rows(r, chunks.plate, chunks.main, chunks.rows - chunks.main) for n, r in bundle.rows.items()}
+    bundle = dataclasses.replace(bundle, rows=main, tail=tail)
+    return jax.tree.map(jax.device_put, bundle, shardings(bundle, chunks))
+
+
+def shardings(bundle: Bundle, chunks: Chunks) -> Bundle:
+    """Where each array of a bundle lies: its rows spread over the devices, all else on every one."""
     mesh = device_mesh(chunks.devices)
-    specs = row_specs(main, chunks.plate)
-    main = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), main, specs)
-    everywhere = NamedSharding(mesh, P())
-    rest = dataclasses.replace(bundle, rows={}, tail=tail)
-    rest = jax.tree.map(lambda x: jax.device_put(x, everywhere), rest)
-    return dataclasses.replace(rest, rows=main)
+    rest = jax.tree.map(lambda _: NamedSharding(mesh, P()), dataclasses.replace(bundle, rows={}))
+    rows = jax.tree.map(lambda s: NamedSharding(mesh, s), row_specs(bundle.rows, chunks.plate))
+    return dataclasses.replace(rest, rows=rows)
+
+
+def spread_data(data: Mapping[int, Any], chunks: Chunks) -> dict[int, Array]:
+    """Data of a call on the devices, so that each prepares rows of its own."""
+    mesh = device_mesh(chunks.devices)
+
+    def spread(x) -> Array:
+        along = np.ndim(x) > 0 and np.shape(x)[0] == chunks.rows
+        if isinstance(x, Array) and jax.default_backend() == "cpu":
+            x = np.asarray(x)  # a view, slices of which need no copy either
+        return jax.device_put(x, NamedSharding(mesh, P("rows") if along else P()))
+
+    return {i: spread(x) for i, x in data.items()}
 
 
 def plan_chunks(program: Program, problem: Problem, layout: Layout, params: Params, bundle: Bundle) -> Chunks | None:

@@ -30,6 +30,7 @@ from autoem._named import Named
 from autoem.e_step.completions import simplex
 from autoem.e_step.gaussian import GaussianBlock
 from autoem.e_step.layout import Table
+from autoem.e_step.missing import MissingEntries
 from autoem.e_step.tables import Factor, Rows
 from autoem.m_step.problem import Bundle, Params
 
@@ -73,10 +74,18 @@ def plate_of_moments(kernel: Kernel) -> str | None:
     return plate if observed and alike and width < MAX_WIDTH and rows >= FEWER * (width + 1) else None
 
 
-def note_of(kernel: Kernel) -> tuple[str, ...]:
-    """What the plan says of it."""
-    plate = plate_of_moments(kernel)
-    return (f"'{plate}': the fit sees its rows through their mean and covariance alone, taken once",) if plate else ()
+def note_of(kernel: Kernel, accelerated: bool) -> tuple[str, ...]:
+    """What the plan says of it; and how to need fewer steps, where latents are Gaussian and EM is known to be slow."""
+    plate, out = plate_of_moments(kernel), ()
+    if plate:
+        out = (f"'{plate}': the fit sees its rows through their mean and covariance alone, taken once",)
+    slow = [n for i in kernel.integrals if i.is_gaussian and i.has_nodes for n in i.block.names]
+    if slow and kernel.blocks and not accelerated and not any(b.remembers for b in kernel.blocks):
+        names = ", ".join(f"'{n}'" for n in slow)
+        out += (
+            f"EM is slow where rows say little of {names}: accelerate=autoem.accelerate.Anderson() needs fewer steps",
+        )
+    return out
 
 
 def same_law(f: Factor, plate: str) -> bool:
@@ -104,20 +113,21 @@ def condensed(kernel: Kernel, bundle: Bundle) -> tuple[Kernel, Bundle]:
     """The kernel and its data with few rows for many, where that changes nothing; as they came where it would."""
     plate = plate_of_moments(kernel)
     if plate is None:
-        return kernel, bundle
+        return kernel, with_sums(kernel, bundle)
     integral = kernel.integrals[0]
     names = [f.name for f in integral.factors if not f.is_hidden]
     tables = {n: table_of(bundle.rows[n], plate) for n in names}
     if any(t is None for t in tables.values()) or any(lies_along(r, plate) for r in bundle.rows.values()):
         return kernel, bundle
     columns = [t for t in tables.values() if t is not None]
-    few = points(np.concatenate([c.reshape(len(c), -1) for c in columns], 1))
+    together = [c.reshape(-1, c.shape[-1]) for c in columns]
+    few = points(together[0] if len(together) == 1 else np.concatenate(together))
     rows, start = dict(bundle.rows), 0
     for name, table in zip(names, columns, strict=True):
         value = bundle.rows[name].value
         assert value is not None
-        width = int(np.prod(table.shape[1:], dtype=int))
-        own = few[:, start : start + width].reshape(len(few), *table.shape[1:])
+        width = int(np.prod(table.shape[:-1], dtype=int))
+        own = few[:, start : start + width].reshape(len(few), *table.shape[:-1])
         start += width
         at = value.axes.index(plate)
         array = jnp.asarray(np.moveaxis(own, 0, at), value.array.dtype)
@@ -126,12 +136,21 @@ def condensed(kernel: Kernel, bundle: Bundle) -> tuple[Kernel, Bundle]:
     return shrunk(kernel, plate, len(few), times), dataclasses.replace(bundle, rows=rows)
 
 
+def with_sums(kernel: Kernel, bundle: Bundle) -> Bundle:
+    """The data with sums over the rows of every pattern of missing entries, where a fit needs no more of them."""
+    if kernel.treatment is not None or kernel.chunks:
+        return bundle
+    blocks = [i.block for i in kernel.integrals if isinstance(i.block, MissingEntries)]
+    taken = [b.taken(bundle.rows[b.factor.name], bundle.cells) for b in blocks]
+    return dataclasses.replace(bundle, cells={k: v for part in (bundle.cells, *taken) for k, v in part.items()})
+
+
 def table_of(rows: Rows, plate: str) -> np.ndarray | None:
-    """What a site observes, row by row."""
+    """What a site observes, its rows last."""
     value = rows.value
     if value is None or plate not in value.axes:
         return None
-    return np.moveaxis(np.asarray(value.array, float), value.axes.index(plate), 0)
+    return np.moveaxis(np.asarray(value.array, float), value.axes.index(plate), -1)
 
 
 def lies_along(rows: Rows, plate: str) -> bool:
@@ -141,16 +160,16 @@ def lies_along(rows: Rows, plate: str) -> bool:
 
 
 def points(x: np.ndarray) -> np.ndarray:
-    """Rows of equal weight, one more than `x` has columns, of the same mean and covariance as the rows of `x`."""
-    mean = x.mean(0)
-    off = x - mean
-    covariance = off.T @ off / len(x)
+    """Rows of equal weight, one more than `x` has lines, of the same mean and covariance as the columns of `x`."""
+    mean = x.mean(1)
+    off = x - mean[:, None]
+    covariance = off @ off.T / x.shape[1]
     try:
         root = np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:  # columns that are constant, or sums of others
         size, directions = np.linalg.eigh(covariance)
         root = directions * np.sqrt(np.maximum(size, 0))
-    return mean + simplex(x.shape[1]) @ root.T
+    return mean + simplex(len(x)) @ root.T
 
 
 def shrunk(kernel: Kernel, plate: str, count: int, times: float) -> Kernel:

@@ -16,7 +16,6 @@ from jax import Array
 
 from autoem._build import (
     Build,
-    Options,
     accelerated,
     asked,
     build,
@@ -29,9 +28,10 @@ from autoem._bundle import make_bundle, with_passed_on
 from autoem._errors import ModelError, PlanError
 from autoem._field import Field
 from autoem._field_build import FieldWish, field_factors, field_of, settled_laws
-from autoem._jaxpr import jit_once
 from autoem._lower import Kernel, with_nodes
+from autoem._options import Options
 from autoem._plan import MEMORY_LIMIT, Cost, LatentRow, Plan, human, notes_of, parameter_rows, unread
+from autoem._programs import jit_once
 from autoem.e_step.elimination import eliminate
 from autoem.e_step.groups import partly_seen
 from autoem.e_step.places import build_layout
@@ -188,6 +188,17 @@ def measured(kernel: Kernel, field: Field, params: Params, shapes: Bundle) -> Co
 
     itemsize = jax.eval_shape(run, dict(params), shapes).dtype.itemsize
     sizes = [s.entries for s in steps] or [0]
+    widest = max(read, key=lambda n: read[n], default="")
+    if read and (needed := read[widest] * itemsize) > MEMORY_LIMIT:
+        site = field.by_name[widest]
+        states = " x ".join(str(z.num_states) for z in site.latents)
+        raise PlanError(
+            widest,
+            problem=f"mean field takes expectations over a table of every joint state of what it reads, {states}, "
+            f"which needs {human(needed)}",
+            mend="let the site read fewer latents or states: several sites that each read a few of them, or latents "
+            "with fewer states",
+        )
     order = (
         *(g.name for g in field.groups[:-1]),
         *(b.name for b in field.blocks),

@@ -17,11 +17,11 @@ from jax import Array
 
 from autoem._build import Build
 from autoem._errors import PlanError
-from autoem._jaxpr import jit_once
 from autoem._lower import with_nodes
 from autoem._moments import completed, in_order
 from autoem._named import Named
 from autoem._posterior import CONTINUOUS, Marginals, Posterior
+from autoem._programs import jit_once
 from autoem._trace import Source
 from autoem.e_step.elimination import Table
 from autoem.e_step.reductions import log_sum_exp, maximum

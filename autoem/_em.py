@@ -10,20 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._build import Build, Options
+from autoem._build import Build
 from autoem._check import Report, run_checks
 from autoem._condense import condensed
 from autoem._derive import derive
 from autoem._errors import DataError, ModelError, PlanError
-from autoem._fit import State, compile_loop, ended, initial_state, run_loop
+from autoem._fit import Loop, State, compile_loop, ended, initial_state, run_loop
 from autoem._init import given_start, starts
-from autoem._jaxpr import jit_once
-from autoem._lower import disagree
+from autoem._lower import Kernel, disagree
+from autoem._options import Options
 from autoem._plan import Plan
+from autoem._programs import jit_once
 from autoem._progress import Progress
 from autoem._replay import refuse_misread
 from autoem._result import EMResult, Restarts, make_result
-from autoem._stop import DIVERGED, FELL, INTERRUPTED, Stop
+from autoem._stop import DIVERGED, FELL, INTERRUPTED, LIMIT, RUNNING, SETTLED, Stop
 from autoem._trace import Source
 from autoem._validate import validate
 from autoem._verify import LARGE, shrunken, verify
@@ -33,6 +34,9 @@ from autoem.m_step.problem import Bundle
 from autoem.m_step.strategies import AbstractMStep
 
 ONE_THREAD_UP_TO = 4 << 20  # bytes of the rows: below, one kernel after the other is faster than several at once
+APART_FROM = 50_000  # entries of the rows: beyond, a last step without an M-step is worth a program of its own
+BESIDE_UP_TO = 1_000_000  # entries of the data: beyond, preparing them once more costs more than is gained
+GAIN = 0.02  # nats by which going on with a noisy fit has to raise its estimated objective to be gone on with again
 VMAP_UP_TO = 4_000_000  # entries of the rows times restarts: beyond, restarts run one after the other
 
 
@@ -105,7 +109,8 @@ class EM:
         self.options = Options(e_step, m_step, tuple(names[0]), tuple(names[1]), missing, accelerate)
         self.stop = Stop(tol, patience, max_steps)
         self._builds: dict[tuple, Build] = {}
-        self._loops: dict[tuple, Callable] = {}
+        self._loops: dict[tuple, Loop] = {}
+        self._batches: dict[tuple, Callable] = {}
 
     def __repr__(self) -> str:
         return f"EM({getattr(self.model, '__name__', self.model)})"
@@ -136,7 +141,7 @@ class EM:
             ModelError, PlanError, DataError: as `plan`. Numerical failure is no error: see `EMResult.status`.
         """
         rng_key = as_key(rng_key)
-        built, source = self._derive(args, kwargs)
+        built, source = self._derive(args, kwargs, rng_key)
         bundle = built.bundle(source, rng_key)
         begin, notes = starts(built, source, bundle, self.init, self.restarts, rng_key)
         state = self._fit(built, bundle, begin, rng_key)
@@ -152,8 +157,8 @@ class EM:
         built, source = self._derive(args, kwargs)
         return run_checks(self, built, source, rng_key, args, kwargs)
 
-    def _derive(self, args: tuple, kwargs: dict) -> tuple[Build, Source]:
-        """The derivation for arguments of this structure, made once."""
+    def _derive(self, args: tuple, kwargs: dict, fitted_with: Array | None = None) -> tuple[Build, Source]:
+        """The derivation for arguments of this structure, made once; the loop is begun where it is to be fitted."""
         drop_nan = self.options.missing == "marginalize"
         source = Source(self.model, args, kwargs, self.options.truncated(), drop_nan)
         for concrete in (False, *({True} & {b.source.concrete for b in self._builds.values()})):
@@ -164,6 +169,8 @@ class EM:
                 return built, source
         built = derive(self.model, args, kwargs, self.options, jax.random.key(0))
         validate(built, built.source, self.options.missing)
+        if fitted_with is not None:
+            self._begin(built, fitted_with)
         small = self._small(built) or built
         built.alike = verify(small)
         if built.program.chains:
@@ -185,39 +192,106 @@ class EM:
             return None
         return small if set(small.program.sites) == set(built.program.sites) else None
 
+    def _loop(self, built: Build, kernel: Kernel, bundle: Bundle, count: int) -> tuple[Loop, bool, tuple]:
+        """The compiled loop for `count` starts, whether they run together in it, and its key in `_loops`."""
+        leaves = jax.tree.leaves(bundle.rows)
+        together = count > 1 and sum(x.size for x in leaves) * count <= VMAP_UP_TO
+        loop = (id(built), together, kernel is built.kernel)
+        if loop not in self._loops:
+            small = sum(x.nbytes for x in leaves) * (count if together else 1) <= ONE_THREAD_UP_TO
+            apart = kernel.treatment is None and sum(x.size for x in leaves) > APART_FROM
+            self._loops[loop] = compile_loop(kernel, self.stop, together, small, apart, built.accelerator)
+        return self._loops[loop], together, loop
+
+    def _begin(self, built: Build, key: Array) -> None:
+        """Have the loop compiled beside what comes before it: the verification and the search for a start."""
+        if built.kernel.treatment is not None or sum(np.size(x) for x in built.source.data) > BESIDE_UP_TO:
+            return
+        kernel, bundle = condensed(built.kernel, built.bundle(built.source, key))
+        loop, together, _ = self._loop(built, kernel, bundle, self.restarts)
+        state = initial_state(kernel, built.start(built.source, key), self.stop, None, built.accelerator)
+        loop.advance.prepare(stacked([state] * self.restarts) if together else state, bundle, first_steps(bundle))
+
     def _fit(self, built: Build, bundle: Bundle, begin: list[dict[str, Array]], key: Array) -> tuple[State, Restarts]:
         """Run every start to its end; the best state, and all end points."""
         plain = bundle
         kernel, bundle = condensed(built.kernel, bundle)
-        entries = sum(x.size for x in jax.tree.leaves(bundle.rows))
-        together = len(begin) > 1 and entries * len(begin) <= VMAP_UP_TO
-        loop = (id(built), together, kernel is built.kernel)
-        if loop not in self._loops:
-            read = sum(x.nbytes for x in jax.tree.leaves(bundle.rows))
-            small = read * (len(begin) if together else 1) <= ONE_THREAD_UP_TO
-            self._loops[loop] = compile_loop(kernel, self.stop, together, small, built.accelerator)
-        advance = self._loops[loop]
-        first = int(np.clip(2e7 / max(entries, 1), 1, 200))
+        loop, together, known = self._loop(built, kernel, bundle, len(begin))
+        first = first_steps(bundle)
         states = [
             initial_state(kernel, p, self.stop, built.e_state(p, bundle, key, i), built.accelerator)
             for i, p in enumerate(begin)
         ]
         with Progress(self.progress, self.stop.max_steps, len(begin)) as bar:
             if together:
-                stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
-                last = run_loop(advance, stacked, bundle, self.stop, first, bar.report)
+                last = run_loop(loop, stacked(states), bundle, self.stop, first, bar.report)
                 states = [jax.tree.map(lambda x, i=i: x[i], last) for i in range(len(begin))]
             else:
-                states = list(one_by_one(advance, states, bundle, self.stop, first, bar.report))
+                states = list(one_by_one(loop, states, bundle, self.stop, first, bar.report))
         states = [ended(built.kernel, s, bundle) for s in states]
         if kernel.noisy and len(states) > 1:  # the path of each has an error of its own, which grows with its steps
             states = [estimated(built, s, plain) for s in states]
         best = max(range(len(states)), key=lambda i: merit(states[i]))
+        if kernel.noisy and not kernel.treatment.sums_exactly:  # type: ignore[union-attr]
+            states[best] = pursued(built, states[best], plain, self._again(loop, bundle, len(begin) * together))
         if underflowed(built, begin[best], states[best], bundle):
             built.kernel = built.kernel.in_logs
-            self._loops.pop(loop)
+            self._loops.pop(known)
             return self._fit(built, bundle, begin, key)
         return states[best], Restarts.of(states, best)
+
+    def _again(self, loop: Loop, bundle: Bundle, together: int) -> Callable[[State], State]:
+        """What goes on with one fit, by the program that ran it: for so many at once, or for one."""
+
+        def again(state: State) -> State:
+            with Progress(self.progress, self.stop.max_steps, 1) as bar:
+                if not together:
+                    return run_loop(loop, state, bundle, self.stop, int(state.step) + 1, bar.report)
+                last = run_loop(loop, stacked([state] * together), bundle, self.stop, int(state.step) + 1, bar.report)
+            return jax.tree.map(lambda x: x[0], last)
+
+        return again
+
+
+def pursued(built: Build, state: State, bundle: Bundle, again: Callable[[State], State]) -> State:
+    """The end of a noisy fit gone on with from where it settled, as long as that raises the estimated objective.
+
+    What ends a stretch is a path with random error, which hides a drift that is slower. Two ends are compared by the
+    same random numbers: the difference of their estimates is known far better than either. The better one is kept.
+
+    References:
+        Caffo, Jank and Jones 2005, "Ascent-based Monte Carlo expectation-maximization": go on while there is a gain.
+    """
+    if int(state.status) != SETTLED:
+        return state
+    best = state
+    try:
+        best = estimated(built, state, bundle)
+        while int(state.status) == SETTLED:
+            old, count = state, int(state.step) + 1
+            unseen = old.history.at[:count].set(jnp.nan)  # windows that hold them tell of no rest
+            running, zero = jnp.full_like(old.status, RUNNING), jnp.zeros_like(old.flat)
+            new = again(old._replace(history=unseen, flat=zero, status=running))
+            state = new._replace(history=new.history.at[:count].set(old.history[:count]))
+            if int(state.status) not in (SETTLED, LIMIT):
+                break
+            state = estimated(built, state, bundle)
+            gain = float(state.objective - best.objective)
+            best = state if gain > 0 else best
+            if not gain > GAIN:
+                break
+    except KeyboardInterrupt:  # what had settled is an end point
+        pass
+    return best._replace(status=jnp.full_like(best.status, SETTLED)) if best.step < state.step else best
+
+
+def first_steps(bundle: Bundle) -> int:
+    """Steps before a fit first looks how far it has come."""
+    return int(np.clip(2e7 / max(sum(x.size for x in jax.tree.leaves(bundle.rows)), 1), 1, 200))
+
+
+def stacked(states: list[State]) -> State:
+    return jax.tree.map(lambda *x: jnp.stack(x), *states)
 
 
 def estimated(built: Build, state: State, bundle: Bundle) -> State:
@@ -256,10 +330,10 @@ def underflowed(built: Build, begin: Mapping[str, Array], state: State, bundle: 
     return any(disagree(float(scaled), float(built.proof(params, bundle))) for params, scaled in ends)
 
 
-def one_by_one(advance: Callable, states: list[State], bundle: Bundle, stop: Stop, first: int, report: Callable):
+def one_by_one(loop: Loop, states: list[State], bundle: Bundle, stop: Stop, first: int, report: Callable):
     """Run each start to its end; an interrupt ends the fit, not the start alone."""
     for state in states:
-        last = run_loop(advance, state, bundle, stop, first, report)
+        last = run_loop(loop, state, bundle, stop, first, report)
         yield last
         if int(last.status) == INTERRUPTED:
             return

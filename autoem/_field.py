@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from autoem._field_tables import AbstractTables, Laws
 from autoem._lower import Kernel, with_nodes
 from autoem._named import Named
 from autoem.e_step.completions import NODES
@@ -29,43 +30,26 @@ from autoem.e_step.field import (
     Piece,
     as_read,
     cell_law,
-    expectation,
-    expected_table,
-    finite,
-    nodes_of,
-    over_nodes,
-    picked_table,
+    damped,
     solved,
     used_by,
-    weight_of,
 )
+from autoem.e_step.field_rows import Own, held, own_of, settled
 from autoem.e_step.layout import Layout, Table
 from autoem.e_step.strategies import MeanField
-from autoem.e_step.tables import Factor
-from autoem.e_step.treatment import AbstractTreatment, Expectation
-from autoem.m_step.problem import Bundle, Params, graph_values, make_layout
+from autoem.e_step.treatment import Expectation
+from autoem.m_step.problem import Bundle, Params, make_layout
 
 FIRST = 10  # sweeps over each row's own latents, at the start, before anything that all rows share is updated
 ROUNDS = 5  # of them, each of which begins those latents afresh
-HALVINGS = 12  # of a step towards the new laws of cells that read one another, before the old ones are kept
-
-
-class Laws(NamedTuple):
-    """The state: marginals by piece, entropies by group, log probabilities of groups by cell, laws of blocks."""
-
-    shares: dict[str, Named]
-    entropy: dict[str, Array]
-    scores: dict[str, Named]
-    natural: dict[str, Any]
+AFRESH, MANY_ROUNDS = 20, 20  # the same where sweeps are cheap; and so many rounds, at most,
+RISE = 3e-4  # each of which raises the bound by so much of itself
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Field(AbstractTreatment):
+class Field(AbstractTables):
     """Mean field over `groups` of discrete latents and `blocks` of continuous ones; the last group is updated last."""
 
-    groups: tuple[Group, ...]
-    blocks: tuple[Block, ...]
-    by_name: Mapping[str, Factor]
     wish: MeanField
     why: str
 
@@ -73,25 +57,14 @@ class Field(AbstractTreatment):
     source = "Jordan et al. 1999; Ghahramani and Jordan 1997 (structured); Blei, Ng and Jordan 2003; Daudin et al. 2008"
 
     @property
-    def factors(self) -> tuple[Factor, ...]:
-        """Those that read continuous latents."""
-        return tuple(f for f in self.by_name.values() if f.completions is not None)
-
-    def pieces_of(self, factor: str) -> tuple[Piece, ...]:
-        return self._pieces.get(factor, ())
-
-    @property
     def last(self) -> Group | None:
         """The group whose last update yields the bound; None where the last goes by cells."""
         return self.groups[-1] if self.groups and not self.groups[-1].cellwise else None
 
     @functools.cached_property
-    def _pieces(self) -> dict[str, tuple[Piece, ...]]:
-        out: dict[str, tuple[Piece, ...]] = {}
-        for g in self.groups:
-            for p in g.pieces:
-                out[p.factor] = (*out.get(p.factor, ()), p)
-        return out
+    def own(self) -> Own | None:
+        """The simplex of each row's own that is swept with the rows that look it up, where there is only that."""
+        return own_of(self.groups, self.blocks, self.by_name)
 
     def init(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> Laws:
         """Laws that differ a little from cell to cell, settled at the start parameters."""
@@ -127,20 +100,34 @@ class Field(AbstractTreatment):
         if not shared and not any(g.cellwise for g in self.groups):
             return laws
         own = {b.name: laws.natural[b.name] for b in self.blocks if not b.shared}
-        layout = make_layout(kernel.layout, bundle)
+        layout, fast = make_layout(kernel.layout, bundle), self._fast(bundle)
 
         def once(_, laws: Laws) -> Laws:
             return self._close(kernel, params, bundle, self.sweep(kernel, params, bundle, laws))
 
-        def again(_, laws: Laws) -> Laws:
+        def many(laws: Laws) -> tuple[Laws, Array]:
+            if fast:
+                laws = self._settle_rows(kernel, params, bundle, laws, AFRESH)
+                laws, total = self._closed(kernel, params, bundle, laws)
+                return laws, total + self.value(kernel, params, bundle, laws)
+            return jax.lax.fori_loop(0, FIRST, once, laws), jnp.asarray(jnp.inf)
+
+        def again(carry):
+            count, last, laws, _ = carry
             laws = self._close(kernel, params, bundle, laws._replace(natural={**laws.natural, **own}))
-            laws = jax.lax.fori_loop(0, FIRST, once, laws)
+            laws, bound = many(laws)
             for block in shared:
                 laws = self._with_block(block, params, bundle, laws, layout)
-            return laws
+            going = (count < ROUNDS) | (bound - last > RISE * jnp.abs(bound))
+            return count + 1, bound, laws, going
 
-        laws = jax.lax.fori_loop(0, ROUNDS, again, laws) if shared else laws
-        return jax.lax.fori_loop(0, FIRST, once, laws)
+        if shared:
+            start = (jnp.ones((), int), jnp.asarray(-jnp.inf), laws, jnp.asarray(True))
+            most = MANY_ROUNDS if fast else ROUNDS
+            laws = jax.lax.while_loop(lambda c: c[3] & (c[0] <= most), again, start)[2]
+            if fast:
+                return laws  # the first E-step goes on from here
+        return many(laws)[0]
 
     def _law(self, group: Group, tables: Sequence[Table], layout: Layout) -> tuple[dict[str, Named], Array]:
         """The law of a group from its expected tables: by piece its marginals, and the entropy in nats."""
@@ -206,8 +193,11 @@ class Field(AbstractTreatment):
         layout = make_layout(kernel.layout, bundle)
         for block in (b for b in self.blocks if b.shared):
             laws = self._with_block(block, params, bundle, laws, layout)
+        if self._fast(bundle):
+            return self._settle_rows(kernel, params, bundle, laws, self.wish.sweeps or AFRESH)
         laws = self.sweep(kernel, params, bundle, laws)
-        if self.wish.sweeps == 1:
+        most = self.wish.sweeps or 1
+        if most == 1:
             return laws
 
         def again(carry):
@@ -218,7 +208,28 @@ class Field(AbstractTreatment):
             return count + 1, new, self.sweep(kernel, params, bundle, laws), going
 
         start = (jnp.ones((), int), jnp.asarray(-jnp.inf), laws, jnp.asarray(True))
-        return jax.lax.while_loop(lambda c: c[3] & (c[0] < self.wish.sweeps), again, start)[2]
+        return jax.lax.while_loop(lambda c: c[3] & (c[0] < most), again, start)[2]
+
+    def _fast(self, bundle: Bundle) -> bool:
+        return self.own is not None and self.own.laid_out(bundle.cells)
+
+    def _settle_rows(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws, most: int) -> Laws:
+        """At most so many sweeps over each row's own simplex and the rows; the law of the simplex after them."""
+        own, last, layout = self.own, self.last, make_layout(kernel.layout, bundle)
+        assert own is not None and last is not None
+        tables = self._tables(kernel, params, bundle, laws, last, [own.factor.name])
+        axes = (*own.route.source, *last.latents)
+        parts = [t.value.to(axes) for t in self._expected(last, tables, laws, layout)]
+        sizes = tuple(own.factor.sizes[a] for a in own.route.source)
+        zero = jnp.zeros((*sizes, kernel.program.every_latent[last.latents[0]].num_states))
+        rows = held(own, sum(parts, start=zero), last, layout)
+        name = own.block.name
+
+        def prior(u: Array) -> Array:
+            return self.joint(own.block, u, params, bundle, laws, layout, own.others)
+
+        natural = settled(rows, laws.natural[name], prior, most, self.wish.tol)
+        return laws._replace(natural={**laws.natural, name: natural})
 
     def value(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws) -> Array:
         """The bound under given laws, but for constants of the data."""
@@ -256,52 +267,11 @@ class Field(AbstractTreatment):
         law = self.update_block(block, params, bundle, laws, layout)
         return laws._replace(natural={**laws.natural, block.name: law})
 
-    def _tables(
-        self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws, group: Group | None = None
-    ) -> dict[str, Named]:
-        """Tables of the factors that a group reads, or of all, at the nodes of the blocks."""
-        filled = with_nodes(bundle, self.nodes(laws))
-        names = dict.fromkeys(p.factor for p in group.pieces) if group else [n for n in self._pieces]
-        cells = self.cells(kernel, params, filled, names)
-        return {n: self.table(self.by_name[n], cells[n], filled) for n in names}
-
-    def table(self, factor: Factor, cells: Any, bundle: Bundle) -> Named:
-        """A factor's expected log densities over the blocks' laws, for every state of its discrete latents."""
-        if self.picked(factor):
-            return picked_table(factor, bundle.nodes[factor.name], bundle.cells)
-        rows = bundle.rows[factor.name]
-        value = factor.table(cells, rows).value
-        if factor.is_hidden and factor.family is not None and rows.value is not None:
-            axes = rows.value.axes[factor.family.event_dim :]
-            fixed = {k: f.to(axes) for k, f in (rows.fixed or {}).items()}
-            base = Named(factor.family.base(rows.value.array, fixed), axes)
-            whole = tuple(dict.fromkeys((*value.axes, *axes)))
-            value = Named(value.to(whole) + base.to(whole), whole)
-        return finite(over_nodes(value))
-
-    @staticmethod
-    def picked(factor: Factor) -> bool:
-        """Whether a discrete latent's probabilities are a cell of a continuous one, so that logs precede the lookup."""
-        return factor.completions is not None and factor.completions.members[0].name in factor.routes
-
-    def cells(self, kernel: Kernel, params: Params, filled: Bundle, names: Iterable[str]) -> dict[str, Any]:
-        """The cells of factors, but for those that are looked up without."""
-        found = kernel.problem.cells(params, filled, [n for n in names if not self.picked(self.by_name[n])])
-        return {n: found.get(n, ()) for n in names}
-
     def _update_group(self, group: Group, tables: Mapping[str, Named], laws: Laws, layout: Layout) -> Laws:
         if group.cellwise:
             return self._update_cells(group, tables, laws, layout)
         shares, entropy = self._law(group, self._expected(group, tables, laws, layout), layout)
         return laws._replace(shares={**laws.shares, **shares}, entropy={**laws.entropy, group.name: entropy})
-
-    def _expected(self, group: Group, tables: Mapping[str, Named], laws: Laws, layout: Layout) -> list[Table]:
-        """The tables of a group's pieces, all other laws as they are."""
-        out = []
-        for p in group.pieces:
-            others = [laws.shares[o.key] for o in self.pieces_of(p.factor) if o.key != p.key]
-            out.append(expected_table(self.by_name[p.factor], p, tables[p.factor], others, layout, group.simple))
-        return out
 
     def _update_cells(self, group: Group, tables: Mapping[str, Named], laws: Laws, layout: Layout) -> Laws:
         """Towards the laws that each cell would have given all others: as far as the bound does not fall."""
@@ -311,88 +281,14 @@ class Field(AbstractTreatment):
         old = laws.scores[group.name]
         wanted = jnp.broadcast_to(step.joint.to(old.axes), old.array.shape)
 
-        def value(shares: Mapping[str, Named], entropy: Array) -> Array:
-            total = entropy
-            for name in dict.fromkeys(p.factor for p in group.pieces):
-                total = total + self._expectation(name, tables[name], {**laws.shares, **shares}, layout)
-            return total
+        def worth(shares: Mapping[str, Named]) -> Array:
+            names = dict.fromkeys(p.factor for p in group.pieces)
+            parts = (self._expectation(n, tables[n], {**laws.shares, **shares}, layout) for n in names)
+            return sum(parts, start=jnp.zeros(()))
 
-        def at(share: Array) -> tuple[Named, dict[str, Named], Array]:
-            log_old, log_new = (jax.nn.log_softmax(x, axis=0) for x in (old.array, wanted))
-            scores = Named((1 - share) * log_old + share * log_new, old.axes)
-            return scores, *cell_law(group, scores, layout)
-
-        before = value(*cell_law(group, old, layout))
-        slack = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
-
-        def halve(carry):
-            share, _, count = carry
-            return share / 2, value(*at(share / 2)[1:]), count + 1
-
-        start = (jnp.ones(()), value(*at(jnp.ones(()))[1:]), 0)
-        share, after, _ = jax.lax.while_loop(lambda c: ~(c[1] >= before - slack) & (c[2] < HALVINGS), halve, start)
-        scores, shares, entropy = at(jnp.where(after >= before - slack, share, 0.0))
+        scores, shares, entropy = damped(group, old, wanted, worth, layout)
         return laws._replace(
             shares={**laws.shares, **shares},
             entropy={**laws.entropy, group.name: entropy},
             scores={**laws.scores, group.name: scores},
         )
-
-    def _expectation(self, name: str, table: Named, shares: Mapping[str, Named], layout: Layout) -> Array:
-        factor, pieces = self.by_name[name], self.pieces_of(name)
-        counted = bool(pieces) and not pieces[0].crossing
-        if counted and next(g for g in self.groups if g.name == pieces[0].group).cellwise:
-            counted = False
-        return expectation(factor, table, weight_of(factor, pieces, shares, layout), counted)
-
-    def bound(
-        self, cells: Mapping[str, Any], laws: Laws, filled: Bundle, kernel: Kernel, without: Group | None = None
-    ) -> Array:
-        """The ELBO, but for constants of the data, in nats; `filled` are the data with nodes for the blocks.
-
-        The part of the group `without`, and of the factors that read it, is left out.
-        """
-        layout = make_layout(kernel.layout, filled)
-        total = sum(laws.entropy.values(), start=jnp.zeros(()))
-        for block in self.blocks:
-            total = total + block.law.entropy(laws.natural[block.name])
-        left_out = {p.factor for p in without.pieces} if without else set()
-        for name, c in cells.items():
-            if name in left_out:
-                continue
-            total = total + self._expectation(name, self.table(self.by_name[name], c, filled), laws.shares, layout)
-        return total
-
-    def update_block(self, block: Block, params: Params, bundle: Bundle, laws: Laws, layout: Layout) -> Any:
-        """The law of a continuous latent under all others, from slopes of its expected log joint."""
-        slope = jax.grad(lambda u: self.joint(block, u, params, bundle, laws, layout))
-        points = block.law.points(laws.natural[block.name])
-        return block.law.solve(points, tuple(slope(u) for u in points))
-
-    def joint(self, block: Block, u: Array, params: Params, bundle: Bundle, laws: Laws, layout: Layout) -> Array:
-        """The expected log joint of a block's factors, where its latent has the values `u`."""
-        points = {**self.node_values(laws), block.name: u[None]}
-        nodes = {n: nodes_of(self.by_name[n], points) for n in block.factors}
-        filled = with_nodes(bundle, nodes)
-        values, total = graph_values(filled, params), jnp.zeros(())
-        for name in block.factors:
-            factor = self.by_name[name]
-            table = self.table(factor, () if self.picked(factor) else factor.cells(values, filled.rows[name]), filled)
-            total = total + self._expectation(name, table, laws.shares, layout)
-        return total
-
-    def node_values(self, laws: Laws) -> dict[str, Array]:
-        """Equally weighted values of every block, `(nodes, *shape, *event)`."""
-        nodes = {b.name: b.law.nodes(laws.natural[b.name]) for b in self.blocks}
-        return jax.lax.optimization_barrier(nodes)  # rows gather them: digammas of rows would be computed anew for each
-
-    def nodes(self, laws: Laws) -> dict[str, Any]:
-        """For each factor that reads blocks, its nodes and its own latent's values there."""
-        points = self.node_values(laws)
-        return {f.name: nodes_of(f, points) for f in self.factors}
-
-    def nodes_at(self, latents: Mapping[str, Array], bundle: Bundle) -> dict[str, Any]:
-        """One node for each factor, where the continuous latents have given values."""
-        del bundle
-        points = {b.name: jnp.reshape(latents[b.name], (1, *b.size)) for b in self.blocks}
-        return {f.name: nodes_of(f, points) for f in self.factors}

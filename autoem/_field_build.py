@@ -18,14 +18,16 @@ from jax import Array
 from autoem._bundle import route_cells
 from autoem._errors import ModelError, PlanError
 from autoem._field import Field
-from autoem._jaxpr import jit_once
+from autoem._field_tables import Laws
 from autoem._local import moved_start
 from autoem._lower import Kernel
+from autoem._programs import jit_once
 from autoem.e_step.completions import Completions
 from autoem.e_step.factors import build_factor, natural_family, read_latents, refuse_random_weights, row_cells
 from autoem.e_step.field import Block, Group, Piece
 from autoem.e_step.field_laws import LAWS, AbstractLaw
-from autoem.e_step.layout import Route
+from autoem.e_step.field_rows import padded
+from autoem.e_step.layout import Layout, Route
 from autoem.e_step.places import plates_of
 from autoem.e_step.strategies import MeanField
 from autoem.e_step.tables import Factor
@@ -67,10 +69,9 @@ def cells_by(treatment: AbstractTreatment | None) -> Callable[..., dict[str, Arr
     return field_cells if isinstance(treatment, Field) else route_cells
 
 
-def field_cells(program: Program, factors: tuple[Factor, ...], data: Mapping, key: Array) -> dict[str, Array]:
+def field_cells(program: Program, factors: tuple[Factor, ...], values: Mapping) -> dict[str, Array]:
     """The index arrays of such factors in other data."""
     del factors
-    values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
     return {n: jnp.asarray(c) for n, c in field_factors(program, values)[1].items()}
 
 
@@ -82,7 +83,7 @@ def field_factor(program: Program, site: Site, values: Mapping[Any, Any]) -> tup
     factor = build_factor(program, site, latents, None)
     if members:
         family = natural_family(program, site, filled=True)[0]
-        usable = program.half is not None and all(program.compact[z.name] for z in latents)
+        usable = program.half is not None and not program.chains and all(program.compact[z.name] for z in latents)
         factor = dataclasses.replace(
             factor, family=family, graph=program.half if usable else program.full, compact=usable, coefficients=(),
             completions=Completions(members, affine=False),
@@ -128,6 +129,7 @@ def with_pick(
     if not np.array_equal(np.broadcast_to(seen, (*site.shape, *m.event)).reshape(expected.shape), expected):
         return factor, {}
     cells = {key: rows.reshape([s for s in site.shape if s > 1])}
+    cells |= {key + n: x for n, x in padded(cells[key], int(np.prod(m.shape, dtype=int))).items()}
     return dataclasses.replace(factor, routes={**factor.routes, m.name: route}), cells
 
 
@@ -335,14 +337,18 @@ def settled_laws(field: Field, kernel: Kernel, params: Params, bundle: Bundle) -
         PlanError: one has none of the laws in the table.
     """
     moved, blocks = moved_start(kernel.program, params), []
-    for block in field.blocks:
+    first = fits(field, field.blocks, kernel, moved, bundle)
+    for block, right in zip(field.blocks, first, strict=True):
+        if right:
+            blocks.append(block)
+            continue
         kind = kind_of(block.member.support)
         tried = [w for w in LAWS if w.support == kind and w.event_dim == block.law.event_dim]
-        for law in tried:
+        for law in tried[1:]:
             trial = dataclasses.replace(
                 field, blocks=tuple(dataclasses.replace(b, law=law) if b is block else b for b in field.blocks)
             )
-            if fits(trial, dataclasses.replace(block, law=law), kernel, moved, bundle):
+            if fits(trial, [dataclasses.replace(block, law=law)], kernel, moved, bundle)[0]:
                 blocks.append(dataclasses.replace(block, law=law))
                 break
         else:
@@ -358,24 +364,27 @@ def settled_laws(field: Field, kernel: Kernel, params: Params, bundle: Bundle) -
     return dataclasses.replace(field, blocks=tuple(blocks))
 
 
-def fits(field: Field, block: Block, kernel: Kernel, params: Params, bundle: Bundle) -> bool:
-    """Whether the law found by slopes reproduces the log joint at points that it has not seen."""
+def fits(field: Field, blocks: Sequence[Block], kernel: Kernel, params: Params, bundle: Bundle) -> list[bool]:
+    """For each of some blocks, whether the law found by slopes reproduces the log joint at unseen points."""
 
-    def compare(params: Params, bundle: Bundle) -> tuple[Array, Array]:
-        layout = make_layout(kernel.layout, bundle)
-        laws = field.init(kernel, params, bundle, jax.random.key(43))
-        natural = field.update_block(block, params, bundle, laws, layout)
-        a, b = (block.law.nodes(block.law.start(jax.random.key(i), block.size))[-1] for i in (44, 45))
-        if kind_of(block.member.support) == "real":  # far enough apart to tell an exponential from a parabola
-            a, b = (2 * jax.random.normal(jax.random.key(i), jnp.shape(a)) for i in (44, 45))
-        if block.law.event_dim:
-            a, b = (x / x.sum(-1, keepdims=True) for x in (a * jnp.exp(a), b))
-        theirs = [field.joint(block, u, params, bundle, laws, layout) for u in (a, b)]
-        ours = [block.law.value(natural, u).sum() for u in (a, b)]
-        apart, eps = theirs[0] - theirs[1], jnp.finfo(theirs[0].dtype).eps
-        rounding = 64 * eps * (jnp.abs(theirs[0]) + jnp.abs(theirs[1]))
-        error = jnp.abs(ours[0] - ours[1] - apart) - rounding
-        return error <= max(1e3 * float(eps), 1e-7) * (1 + jnp.abs(apart)), block.law.proper(natural)
+    def compare(params: Params, bundle: Bundle) -> list[Array]:
+        laws = field._close(kernel, params, bundle, field.begin(kernel, bundle, jax.random.key(43)))
+        return [reproduced(field, b, params, bundle, laws, make_layout(kernel.layout, bundle)) for b in blocks]
 
-    same, proper = jit_once(compare)(dict(params), bundle)
-    return bool(same) and bool(proper)
+    return [bool(x) for x in jit_once(compare)(dict(params), bundle)]
+
+
+def reproduced(field: Field, block: Block, params: Params, bundle: Bundle, laws: Laws, layout: Layout) -> Array:
+    """Whether a block's law is proper, and rises between two points by as much as its expected log joint."""
+    natural = field.update_block(block, params, bundle, laws, layout)
+    a, b = (block.law.nodes(block.law.start(jax.random.key(i), block.size))[-1] for i in (44, 45))
+    if kind_of(block.member.support) == "real":  # far enough apart to tell an exponential from a parabola
+        a, b = (2 * jax.random.normal(jax.random.key(i), jnp.shape(a)) for i in (44, 45))
+    if block.law.event_dim:
+        a, b = (x / x.sum(-1, keepdims=True) for x in (a * jnp.exp(a), b))
+    theirs = [field.joint(block, u[None], params, bundle, laws, layout) for u in (a, b)]
+    ours = [block.law.value(natural, u).sum() for u in (a, b)]
+    apart, eps = theirs[0] - theirs[1], jnp.finfo(theirs[0].dtype).eps
+    rounding = 64 * eps * (jnp.abs(theirs[0]) + jnp.abs(theirs[1]))
+    error = jnp.abs(ours[0] - ours[1] - apart) - rounding
+    return (error <= max(1e3 * float(eps), 1e-7) * (1 + jnp.abs(apart))) & block.law.proper(natural)

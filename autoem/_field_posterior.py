@@ -16,9 +16,10 @@ from jax import Array
 
 from autoem._build import Build
 from autoem._errors import PlanError
-from autoem._field import Field, Laws
-from autoem._jaxpr import jit_once
+from autoem._field import Field
+from autoem._field_tables import Laws
 from autoem._posterior import Marginals, Posterior
+from autoem._programs import jit_loop, jit_once
 from autoem._trace import Source
 from autoem.e_step.field import Group
 from autoem.e_step.layout import Table
@@ -207,5 +208,7 @@ def settle(built: Build, params: Mapping[str, Array], bundle: Bundle, laws: Any)
         return count + 1, found.likelihood, gain > SETTLED * (1 + jnp.abs(found.likelihood)), found.state
 
     start = (jnp.zeros((), int), jnp.asarray(-jnp.inf), jnp.asarray(True), laws)
-    run = jit_once(lambda s: jax.lax.while_loop(lambda c: c[2] & (c[0] < (SETTLING if fresh else 5)), again, s))
+    size = sum(x.size for x in jax.tree.leaves((bundle.rows, bundle.cells)))
+    most = SETTLING if fresh else 5
+    run = jit_loop(lambda s: jax.lax.while_loop(lambda c: c[2] & (c[0] < most), again, s), size)
     return run(start)[3]

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._jaxpr import jit_once, jit_small
 from autoem._lower import Kernel
+from autoem._programs import Program, jit_once, jit_small, jit_well
 from autoem._stop import CONVERGED, DIVERGED, FELL, INTERRUPTED, LIMIT, ROUNDED, RUNNING, SETTLED, Stop
 from autoem.accelerate import Accelerator
+from autoem.e_step.treatment import Expectation
 from autoem.m_step.problem import Bundle, Params
 
 SECONDS_BETWEEN_LOOKS = 0.25
@@ -69,14 +70,21 @@ def initial_state(
     return State(params, params, nothing, nothing, history, zero, zero, zero, kernel.init_states(params), e_step, ahead)
 
 
-def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle, accelerator: Accelerator | None = None) -> State:
-    """Evaluate the current point; unless that ends the fit, move to the next.
+def em_step(
+    kernel: Kernel,
+    stop: Stop,
+    state: State,
+    bundle: Bundle,
+    accelerator: Accelerator | None = None,
+    last: bool = False,
+) -> State:
+    """Evaluate the current point; unless that ends the fit, move to the next: never where it is the `last` step.
 
     An extrapolated point that is no better than the one before it is left for that one's plain image, and the map that
     was spent on it tells nothing of convergence. Nor does a small gain by an extrapolation, which may have gone too
     far: a plain step follows it, and tells.
     """
-    likelihood, prior, statistics, e_step = kernel.expect(state.params, bundle, state.e_step)
+    likelihood, prior, statistics, e_step = evaluated(kernel, state, bundle, last)
     value = likelihood + prior
     eps = jnp.finfo(value.dtype).eps
     size = jnp.maximum(jnp.abs(value), 1.0)
@@ -112,12 +120,12 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle, accelerato
         for old, new in ((state.objective, value), (state.log_likelihood, likelihood))
     )
     history = state.history.at[state.step].set(jnp.where(back, jnp.nan, value))
-    if kernel.blocks:
+    if kernel.blocks and not last:
         moved, optimizer = kernel.maximise(state.params, statistics, bundle, state.optimizer)
     else:
         moved, optimizer = state.params, state.optimizer
     ahead = state.ahead
-    if accelerator:
+    if accelerator and not last:
         unsettled = first | (change > jnp.maximum(1, SMALL_GAIN * size))
         moved, ahead = onwards(accelerator, state, moved, refused, still | unsettled)
     going = status == RUNNING
@@ -135,6 +143,14 @@ def em_step(kernel: Kernel, stop: Stop, state: State, bundle: Bundle, accelerato
         e_step=e_step,
         ahead=ahead,
     )
+
+
+def evaluated(kernel: Kernel, state: State, bundle: Bundle, last: bool) -> Expectation:
+    """The E-step; at the `last` point without what an M-step would read."""
+    if not last:
+        return kernel.expect(state.params, bundle, state.e_step)
+    likelihood, prior = kernel.objective(state.params, bundle)[1]
+    return Expectation(likelihood, prior, {}, state.e_step)
 
 
 def settled(history: Array, step: Array, tolerance: Array) -> Array:
@@ -171,10 +187,21 @@ def ended(kernel: Kernel, state: State, bundle: Bundle) -> State:
     return state._replace(params=dict(end.params), objective=end.objective, log_likelihood=end.likelihood)
 
 
+class Loop(NamedTuple):
+    """A compiled fit.
+
+    `advance(state, bundle, limit)` makes steps until the fit ends or `limit` of them are done. `judge(state, bundle)`
+    evaluates the point where the steps ran out; None where `advance` does that too.
+    """
+
+    advance: Program
+    judge: Program | None
+
+
 def compile_loop(
-    kernel: Kernel, stop: Stop, vmapped: bool, small: bool, accelerator: Accelerator | None = None
-) -> Callable[[State, Bundle, int], State]:
-    """`advance(state, bundle, limit)`: steps until the fit ends or `limit` steps are done."""
+    kernel: Kernel, stop: Stop, vmapped: bool, small: bool, apart: bool, accelerator: Accelerator | None = None
+) -> Loop:
+    """The loop of one fit, or of several side by side; `apart` has the last step judged by a program of its own."""
 
     def advance(state: State, bundle: Bundle, limit) -> State:
         return jax.lax.while_loop(
@@ -183,25 +210,27 @@ def compile_loop(
             state,
         )
 
-    compiled = jit_small if small else jax.jit
-    return compiled(jax.vmap(advance, in_axes=(0, None, None)) if vmapped else advance)
+    def judge(state: State, bundle: Bundle) -> State:
+        last = em_step(kernel, stop, state, bundle, accelerator, last=True)
+        return jax.tree.map(lambda new, old: jnp.where(state.status == RUNNING, new, old), last, state)
+
+    compiled = jit_small if small else jit_well
+    if vmapped:
+        advance, judge = jax.vmap(advance, in_axes=(0, None, None)), jax.vmap(judge, in_axes=(0, None))
+    return Loop(compiled(advance), compiled(judge) if apart else None)
 
 
-def run_loop(
-    advance: Callable[[State, Bundle, int], State],
-    state: State,
-    bundle: Bundle,
-    stop: Stop,
-    first: int,
-    report: Callable,
-) -> State:
+def run_loop(loop: Loop, state: State, bundle: Bundle, stop: Stop, first: int, report: Callable) -> State:
     """Run to the end, reporting progress; an interrupt keeps what has been reached."""
     limit, span = 0, max(1, first)
+    end = stop.max_steps + (loop.judge is None)
     try:
         while True:
             began = time.perf_counter()
-            limit = min(limit + span, stop.max_steps + 1)
-            state = jax.block_until_ready(advance(state, bundle, limit))
+            limit = min(limit + span, end)
+            state = jax.block_until_ready(loop.advance(state, bundle, limit))
+            if loop.judge is not None and limit == end:
+                return jax.block_until_ready(loop.judge(state, bundle))
             if not np.any(np.asarray(state.status) == RUNNING):
                 return state
             spent = time.perf_counter() - began

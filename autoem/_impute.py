@@ -18,7 +18,7 @@ import numpyro.distributions as dist
 from jax import Array
 from numpyro import handlers
 
-from autoem._jaxpr import jit_once
+from autoem._programs import jit_once
 from autoem._reader import AtObserved, holds_nan, unwrap
 from autoem._trace import Source
 from autoem.ir import Program

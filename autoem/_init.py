@@ -26,9 +26,9 @@ from autoem._build import Build
 from autoem._errors import DataError, PlanError
 from autoem._field import Field
 from autoem._integrals import Integral
-from autoem._jaxpr import jit_once
 from autoem._lower import with_nodes
 from autoem._named import Named, multiply, named
+from autoem._programs import jit_once
 from autoem._trace import Source
 from autoem.e_step.along_time import at, since
 from autoem.e_step.completions import NODES

@@ -21,8 +21,10 @@ from autoem.e_step.elimination import Table
 from autoem.e_step.gaussian import GaussianBlock
 from autoem.e_step.gaussian_chain import GaussianChain
 from autoem.e_step.missing import MissingEntries
+from autoem.e_step.nested import NestedBlock
+from autoem.e_step.patterns import Completed
 from autoem.e_step.pooled import is_pooled
-from autoem.e_step.regression import REGRESSION, on_vectors
+from autoem.e_step.regression import POOLED, on_vectors
 from autoem.e_step.tables import Factor
 from autoem.e_step.treatment import TreatedRow
 from autoem.m_step.problem import Bundle, Params, graph_values
@@ -54,7 +56,7 @@ class Integral:
     @property
     def is_gaussian(self) -> bool:
         """Whether its posterior is Gaussian given the discrete latents beside it."""
-        return isinstance(self.block, GaussianBlock | GaussianChain | MissingEntries)
+        return isinstance(self.block, GaussianBlock | GaussianChain | MissingEntries | NestedBlock)
 
     @functools.cached_property
     def pooled(self) -> frozenset[str]:
@@ -66,7 +68,7 @@ class Integral:
     def as_solved(self) -> dict[str, Factor]:
         """The factors that the M-step sees in another form than the E-step."""
         pooled = [f for f in self.factors if f.name in self.pooled]
-        families = {f.name: on_vectors(f._family) if f._family.event_dim else REGRESSION for f in pooled}
+        families = {f.name: on_vectors(f._family) if f._family.event_dim else POOLED for f in pooled}
         return {f.name: dataclasses.replace(f, family=families[f.name], pooled=True) for f in pooled}
 
     @property
@@ -107,6 +109,9 @@ class Integral:
             return self.block.pooled(factor, bundle.rows[factor.name], moments, weight, bundle.cells)
         if self.has_nodes:
             return pulled_back(factor, params, bundle, self.node_weights(factor, weight, moments, bundle))
+        if isinstance(moments, Completed):
+            shapes = jax.eval_shape(lambda p, b: pulled_back(factor, p, b, weight), dict(params), bundle)
+            return self.block.summed_statistics(shapes, moments)
         own = bundle.rows[factor.name]
         rows = {**bundle.rows, factor.name: self.block.filled(moments, own)}
         t, n = pulled_back(factor, params, dataclasses.replace(bundle, rows=rows), weight)

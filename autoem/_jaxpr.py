@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core as jex
+from jax.lax import GatherScatterMode
 
 Key = tuple[str, Any]  # what kind of input or output, or whose; and its own name
+
+
+NESTED = ("jit", "pjit", "closed_call")
+WITH_RULES = (*NESTED, "custom_jvp_call", "custom_vjp_call")  # of which derivatives are known: gone, if opened
 
 
 class Variable:
@@ -52,10 +58,31 @@ class Equation:
 
     def apply(self, values: Sequence[Any]) -> list[Any]:
         """Run the equation on `values`, which may be tracers of any transformation."""
-        bound = self.primitive.get_bind_params(self.params)
+        bound = self.primitive.get_bind_params(clamped(self.primitive.name, self.params))
         subfuns, params = bound if isinstance(bound, tuple) else ((), bound)  # JAX before 0.10 splits them
         out = self.primitive.bind(*subfuns, *values, **params)
         return list(out) if self.primitive.multiple_results else [out]
+
+
+def clamped(name: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A lookup's parameters, with its indices clamped, in the derivative too, where nothing else was asked for.
+
+    Where latents have length 1 along their plates, indices of their cells point past the end: the value must be that of
+    the one cell, and the derivative must not leave out what such an index has read.
+    """
+    if name != "gather" or params["mode"] == GatherScatterMode.CLIP or fills(params):
+        return params
+    return {**params, "mode": GatherScatterMode.CLIP, "fill_value": None, "unique_indices": False}
+
+
+def fills(params: Mapping[str, Any]) -> bool:
+    """Whether a lookup says by a number of its own what an index past the end should read."""
+    if params["mode"] != GatherScatterMode.FILL_OR_DROP:
+        return False
+    fill = params["fill_value"]
+    ends = {-(2 ** (bits - 1)) for bits in (32, 64)} | {2**bits - 1 for bits in (31, 32, 63, 64)}
+    whole = fill is not None and not isinstance(fill, bool) and fill in ends
+    return not (fill is None or whole or (isinstance(fill, float) and math.isnan(fill)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,6 +97,11 @@ class Graph:
     def makers(self) -> dict[Variable, int]:
         """Number of the equation that writes a variable; inputs are written by none."""
         return {v: i for i, eqn in enumerate(self.equations) for v in eqn.outputs}
+
+    @functools.cached_property
+    def known(self) -> dict[Any, Any]:
+        """What was found out about the graph, kept for the next who asks."""
+        return {}
 
     @functools.cached_property
     def keys(self) -> dict[Variable, Key]:
@@ -122,15 +154,15 @@ class Graph:
         """Outputs `keys` given the inputs they need; traceable, so it may stand under `vmap`, `vjp` or `jit`."""
         return self.evaluate_atoms([self.outputs[k] for k in keys], values)
 
-    def evaluate_atoms(self, atoms: Sequence[Atom], values: Mapping[Key, Any], env=None) -> list[Any]:
-        given = dict(env or {})
+    def evaluate_atoms(self, atoms: Sequence[Atom], values: Mapping[Any, Any], env=None) -> list[Any]:
+        """The same of any values of the graph; some may be given, in `env` or among the inputs."""
+        given = {**{v: x for v, x in values.items() if isinstance(v, Variable)}, **(env or {})}
         env = dict(given)
-        for key, var in self.inputs.items():
-            if key in values:
-                env[var] = values[key]
 
         def read(atom):
-            return atom.value if isinstance(atom, Constant) else env[atom]
+            if isinstance(atom, Constant):
+                return atom.value
+            return env[atom] if atom in env else values[self.keys[atom]]
 
         for eqn in self.slice(atoms, given):
             env.update(zip(eqn.outputs, eqn.apply([read(a) for a in eqn.inputs]), strict=True))
@@ -152,51 +184,29 @@ def trace_graph(function: Callable[[dict], dict], inputs: Mapping[Key, Any]) -> 
     return Graph(named_inputs, dict(zip(out_keys, graph.outputs.values(), strict=True)), graph.equations)
 
 
-def graph_of(closed) -> Graph:
-    """A closed jaxpr as a graph with inputs ("in", i) and outputs ("out", i), in order."""
+def graph_of(closed, opened: tuple[str, ...] = NESTED) -> Graph:
+    """A closed jaxpr as a graph with inputs ("in", i) and outputs ("out", i), in order; calls are `opened`."""
     equations: list[Equation] = []
     names = [Variable(v.aval) for v in closed.jaxpr.invars]
-    atoms = inline(closed, dict(zip(closed.jaxpr.invars, names, strict=True)), equations)
+    atoms = inline(closed, dict(zip(closed.jaxpr.invars, names, strict=True)), equations, opened)
     inputs = {("in", i): v for i, v in enumerate(names)}
     return Graph(inputs, {("out", i): a for i, a in enumerate(atoms)}, tuple(equations))
 
 
-def inline(closed, env: dict[Any, Atom], equations: list[Equation]) -> list[Atom]:
-    """Append the equations of `closed`, nested `jit` opened, to `equations`; return its outputs."""
+def inline(closed, env: dict[Any, Atom], equations: list[Equation], opened: tuple[str, ...]) -> list[Atom]:
+    """Append the equations of `closed`, those of the calls `opened` in their place; return its outputs."""
     env.update(zip(closed.jaxpr.constvars, map(Constant, closed.consts), strict=True))
 
     def read(v) -> Atom:
         return Constant(v.val) if isinstance(v, jex.Literal) else env[v]
 
     for eqn in closed.jaxpr.eqns:
-        if eqn.primitive.name in ("jit", "pjit", "closed_call"):
+        if eqn.primitive.name in opened:
             inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
             inner_env = dict(zip(inner.jaxpr.invars, map(read, eqn.invars), strict=True))
-            outs = inline(inner, inner_env, equations)
+            outs = inline(inner, inner_env, equations, opened)
         else:
             outs = [Variable(v.aval) for v in eqn.outvars]
             equations.append(Equation(eqn.primitive, tuple(map(read, eqn.invars)), tuple(outs), eqn.params))
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in closed.jaxpr.outvars]
-
-
-# one-shot programs: what compiling saves by optimising them is less than what it costs
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-
-
-def jit_once(function: Callable) -> Callable:
-    """`jax.jit` for a program that runs about once: compiled fast rather than well."""
-    return jax.jit(function, compiler_options=QUICK if jax.default_backend() == "cpu" else None)
-
-
-# kernels one after the other: over small data the waking of threads costs more than what they do
-IN_TURN = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-
-
-def jit_small(function: Callable) -> Callable:
-    """`jax.jit` for a program whose every kernel is small, compiled to run in one thread."""
-    return jax.jit(function, compiler_options=IN_TURN if jax.default_backend() == "cpu" else None)

@@ -15,13 +15,14 @@ import numpy as np
 from jax import Array
 
 from autoem._errors import Intractable, PlanError
-from autoem._jaxpr import jit_once
+from autoem._programs import jit_once
 from autoem.e_step.conjugate import FORMS, AbstractForm, Conjugate, anchor_of
+from autoem.e_step.importance import ImportanceCells
 from autoem.e_step.laplace import LaplaceCells
 from autoem.e_step.local import Cells, LocalBlock, Points
 from autoem.e_step.pieces import Pieces, anchors
 from autoem.e_step.quadrature import DEFAULT, MAX_DIMENSIONS, Gauss, dimensions
-from autoem.e_step.strategies import Exact, Laplace, Quadrature
+from autoem.e_step.strategies import Exact, Importance, Laplace, Quadrature
 from autoem.ir import Continuous, Program
 from autoem.m_step.choose import kind_of
 from autoem.m_step.problem import Bundle, Params, graph_values
@@ -77,9 +78,13 @@ def quadrature(block: LocalBlock, why: str) -> Gauss:
         raise refused(block, f"{block.refusal}; {why}; quadrature is for intervals, not {member.support}")
     if any(isinstance(w, Laplace) for w in wishes):
         return LaplaceCells(1, kinds, "it was asked for")
+    if asked := next((w for w in wishes if isinstance(w, Importance)), None):
+        return ImportanceCells(1, kinds, "it was asked for", asked)
     if size > MAX_DIMENSIONS:
         return LaplaceCells(1, kinds, f"{why}; quadrature is for {MAX_DIMENSIONS} dimensions at most")
     wish = next((m.wish for m in block.members if isinstance(m.wish, Quadrature)), Quadrature())
+    if wish.points == 1:  # the mode alone, whose own moves with the parameters a rule does not follow
+        return LaplaceCells(1, kinds, "a rule of one point was asked for")
     return Gauss(wish.points or DEFAULT[size], kinds, why)
 
 

@@ -9,8 +9,7 @@ weight of zero or `jnp.where(seen, b[index], 0)` pass.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,26 +21,13 @@ from numpyro.distributions import biject_to
 
 from autoem._build import Build
 from autoem._errors import DataError
-from autoem._jaxpr import Atom, Constant, Equation, Graph, Variable, jit_once
+from autoem._jaxpr import Atom, Constant, Equation, Graph, Variable, fills
+from autoem._on_host import on_host
+from autoem._programs import jit_once
 from autoem._trace import Source
 from autoem.ir import Program
 
 FIELDS = ("elem", "scale")
-HOST: dict[str, Callable[..., np.ndarray]] = {
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "max": np.maximum,
-    "min": np.minimum,
-    "select_n": lambda which, *cases: np.choose(np.asarray(which, int), cases),
-    "copy": np.asarray,
-}
 
 
 def refuse_far_indices(built: Build, source: Source) -> None:
@@ -54,11 +40,12 @@ def refuse_far_indices(built: Build, source: Source) -> None:
         DataError: an index lies outside, in a row that counts; names the site, the argument, the index and its row.
     """
     graph = built.program.full
-    found = built.reading.setdefault("lookups", lookups(built.program))
+    if "lookups" not in built.reading:
+        built.reading["lookups"] = lookups(built.program)
     inputs = {("data", i): x for i, x in enumerate(source.data)} if not source.concrete else {}
     known: dict[Variable, np.ndarray] = {}
-    for lookup in found:
-        outside = lookup.outside(on_host(graph, lookup.index, inputs, known))
+    for lookup in built.reading["lookups"]:
+        outside = lookup.outside(on_host(graph, lookup.index, inputs, known, built.reading))
         if outside.any():
             refuse_if_read(built, source, lookup, outside, inputs)
 
@@ -133,53 +120,12 @@ def clamps(equation: Equation) -> bool:
     if name != "gather":
         return False
     if params["mode"] == GatherScatterMode.FILL_OR_DROP:
-        fill = params["fill_value"]
-        whole = fill is not None and not isinstance(fill, bool) and fill in (-(2**31), 2**31 - 1, 2**32 - 1)
-        return fill is None or whole or (isinstance(fill, float) and math.isnan(fill))
+        return not fills(params)
     numbers = params["dimension_numbers"]
     said = params["mode"] == GatherScatterMode.CLIP and set(numbers.start_index_map) <= set(
         numbers.collapsed_slice_dims
     )
     return not said
-
-
-def on_host(graph: Graph, atom: Atom, inputs: Mapping[Any, Any], known: dict[Variable, np.ndarray]) -> np.ndarray:
-    """A value of the graph that depends on the data alone, in NumPy where its primitives are simple."""
-    if isinstance(atom, Constant):
-        return np.asarray(atom.value)
-    by_variable = {v: inputs[k] for k, v in graph.inputs.items() if k in inputs}
-    for equation in graph.slice([atom], known):
-        args = [np.asarray(a.value if isinstance(a, Constant) else known.get(a, by_variable.get(a)))
-                for a in equation.inputs]  # fmt: skip
-        value = simple(equation, args)
-        if value is None:
-            values = {k: jnp.asarray(v) for k, v in inputs.items()}
-            known[atom] = np.asarray(jit_once(lambda d: graph.evaluate_atoms([atom], d))(values)[0])
-            return known[atom]
-        known[equation.outputs[0]] = value
-    return known[atom] if atom in known else np.asarray(by_variable[atom])
-
-
-def simple(equation: Equation, args: list[np.ndarray]) -> np.ndarray | None:
-    """One equation in NumPy, or None where it is not among the few that indices are made with."""
-    name, params, shape = equation.primitive.name, equation.params, equation.outputs[0].shape
-    if name in HOST:
-        return HOST[name](*args)
-    if name == "convert_element_type":
-        with np.errstate(invalid="ignore"):  # NaN in a row that a mask takes out
-            return args[0].astype(params["new_dtype"])
-    if name in ("reshape", "squeeze", "expand_dims") and len(args) == 1:
-        return args[0].reshape(shape)
-    if name == "broadcast_in_dim" and len(args) == 1:
-        at = dict(zip(params["broadcast_dimensions"], args[0].shape, strict=True))
-        return np.broadcast_to(args[0].reshape([at.get(d, 1) for d in range(len(shape))]), shape)
-    if name == "concatenate":
-        return np.concatenate(args, params["dimension"])
-    if name == "slice":
-        strides = params["strides"] or (1,) * len(shape)
-        parts = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-        return args[0][tuple(slice(*p) for p in parts)]
-    return None
 
 
 def refuse_if_read(built: Build, source: Source, lookup: Lookup, outside: np.ndarray, inputs: Mapping) -> None:
@@ -253,7 +199,7 @@ def far_index(built: Build, source: Source, site: str, lookup: Lookup, outside, 
     graph = built.program.full
     read = outside & rows if rows.shape == outside.shape else outside
     first = tuple(int(i) for i in np.argwhere(read if read.any() else outside)[0])
-    parts = lookup.parts(on_host(graph, lookup.index, inputs, {}))[first]
+    parts = lookup.parts(on_host(graph, lookup.index, inputs, {}, built.reading))[first]
     which = next(j for j, last in enumerate(lookup.last) if not 0 <= parts[j] <= last)
     axis, operand = lookup.axes[which], shape_of(graph.equations[lookup.number].inputs[0])
     size = operand[axis]

@@ -11,7 +11,8 @@ over as many devices as JAX has: statistics are sums, so chunks and devices add 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from autoem._chunks import Chunks, device_mesh, resized, row_specs, slice_named, slice_rows
 from autoem._integrals import Integral
 from autoem._named import Named
+from autoem._programs import LARGE, jit_once, jit_well
 from autoem.e_step.along_time import ChainStep
 from autoem.e_step.chains import robust
 from autoem.e_step.completions import NODES
@@ -75,7 +77,8 @@ class Kernel:
     @property
     def may_fall(self) -> bool:
         """Whether the objective may fall without anything being wrong."""
-        return self.treatment is not None and (self.treatment.noisy or self.treatment.falls)
+        sampled = any(i.block.strategy == "importance" for i in self.integrals)
+        return sampled or (self.treatment is not None and (self.treatment.noisy or self.treatment.falls))
 
     @property
     def warmup(self) -> int:
@@ -90,7 +93,9 @@ class Kernel:
         rules = {i.block.strategy for i in self.integrals} - {"exact"}
         if not rules:
             return "log-likelihood"
-        return "log-likelihood by quadrature" if rules == {"quadrature"} else LAPLACE
+        if "Laplace" in rules:
+            return LAPLACE
+        return "log-likelihood by " + ("importance sampling" if "importance" in rules else "quadrature")
 
     @property
     def in_logs(self) -> Kernel:
@@ -150,6 +155,20 @@ class Kernel:
     def init_e_step(self, params: Params, bundle: Bundle, key: Array) -> Any:
         """What the E-step remembers before its first step."""
         return None if self.treatment is None else self.treatment.init(self, params, bundle, key)
+
+    def final(self, params: Params, bundle: Bundle, state: Any, key: Array) -> tuple[Array, Array]:
+        """Of a noisy objective, a better estimate at the end, and its standard error."""
+        assert self.treatment is not None
+        return self.treatment.final(self, params, bundle, state, key)
+
+    def begun(self, params: Params, bundle: Bundle, key: Array) -> Any:
+        """The same by a compiled program, made once for all fits."""
+        size = sum(x.size for x in jax.tree.leaves((bundle.rows, bundle.cells)))
+        return self._beginnings[size > LARGE](params, bundle, key)
+
+    @functools.cached_property
+    def _beginnings(self) -> tuple[Callable, Callable]:
+        return jit_once(self.init_e_step), jit_well(self.init_e_step)
 
     def exactly(self, params: Params, bundle: Bundle, reduce: Reduce = log_sum_exp) -> Expectation:
         """The exact E-step: expected statistics are the gradient of the log-likelihood with respect to the cells.

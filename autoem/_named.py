@@ -67,6 +67,39 @@ def arranged(x: Named, axes: Sequence[str]) -> Named:
     return Named(x.to(order), order)
 
 
+TURNED_AT_ONCE = 128  # rows, whose lines of the cache are all still there when their second column is read
+
+
+def turned(array: Array, order: Sequence[int], moments: Sequence[Array] = ()) -> Array:
+    """`array`, less the first of `moments` and divided by the second where they are given, with its axes in `order`.
+
+    Where long rows become columns, that is done in blocks that fit the cache: the CPU's compiler reads column by column
+    from the start to the end, which takes five times as long.
+    """
+
+    def standardised(x: Array) -> Array:
+        if moments:
+            x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
+            x = (x - moments[0]) / moments[1]
+        return jnp.transpose(x, order)
+
+    alike = all(m.ndim < array.ndim or m.shape[0] == 1 for m in moments)
+    blocks, rest = divmod(array.shape[0] if array.ndim else 0, TURNED_AT_ONCE)
+    simple = array.ndim > 1 and list(order) == [*range(1, array.ndim), 0] and alike
+    if (
+        not simple or blocks < 2 or jax.default_backend() != "cpu" or jax.device_count() > 1
+    ):  # which turn rows of their own
+        return standardised(array)
+    out = jnp.zeros((*array.shape[1:], array.shape[0]), jax.eval_shape(standardised, array).dtype)
+
+    def put(out: Array, start, size: int) -> Array:
+        block = standardised(jax.lax.dynamic_slice_in_dim(array, start, size))
+        return jax.lax.dynamic_update_slice_in_dim(out, block, start, out.ndim - 1)
+
+    out = jax.lax.fori_loop(0, blocks, lambda i, out: put(out, i * TURNED_AT_ONCE, TURNED_AT_ONCE), out)
+    return put(out, blocks * TURNED_AT_ONCE, rest) if rest else out
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
     """A contraction of two factors as `left @ right`: rows and columns of the result have names."""
@@ -141,7 +174,7 @@ def tall_product(left: Array, right: Array) -> Array:
 
 
 def _tall_forward(left: Array, right: Array):
-    return right.T @ left.T, (left, right)  # not by its own name: second derivatives go forward through this
+    return right.T @ left.T, (left, right)  # in the open, so that it has derivatives of its own
 
 
 def _tall_backward(saved, slope: Array):
@@ -172,6 +205,18 @@ def looked_up(table: Named, axis: str, index: Named) -> Named:
     rows = table.to((axis, *rest))
     numbers = index.array if jnp.issubdtype(index.array.dtype, jnp.integer) else index.array.astype(int)
     return Named(read_rows(rows, numbers), (*index.axes, *rest))
+
+
+def made_once(x: Array) -> Array:
+    """`x` as an array of its own, not computed anew for every row that reads it.
+
+    A compiler would put what makes a small table into the loop of the gather that reads it, and undoes a plain barrier;
+    it does not look through a choice between two branches.
+    """
+    if not x.size:
+        return x
+    first = x.ravel()[0]
+    return jax.lax.cond(first == first, lambda y: y, lambda y: y + first, x)  # not a number stays so
 
 
 READ_AT_ONCE = 4096  # rows whose derivatives are summed one by one; sums of sums keep the digits of single precision

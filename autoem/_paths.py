@@ -100,7 +100,7 @@ def onwards(chain: Chain, name: str, tables: Sequence[Table], layout: Layout) ->
     """The same along `TIME` from the last of the first steps on."""
     steps: list[Step | ChainStep] = []
     eliminate(tables, layout, steps=steps)
-    step = next(s for s in steps if isinstance(s, ChainStep) and s.chain is chain)
+    step = next(s for s in steps if isinstance(s, ChainStep) and s.chain.time == chain.time)
     path = filtered_path(step, name, layout.logs)
     if not step.latents:
         return path

@@ -17,12 +17,13 @@ from jax import Array
 from autoem._build import Build
 from autoem._errors import PlanError
 from autoem._impute import impute
-from autoem._jaxpr import Key, jit_once
+from autoem._jaxpr import Key
 from autoem._lower import Kernel, disagree
 from autoem._moments import completed, flipped, mixed_moments, zeros
 from autoem._named import Named, named, pick
 from autoem._paths import filtered, neighbours
 from autoem._per_datum import datum_plate, per_datum
+from autoem._programs import jit_once
 from autoem._trace import Source
 from autoem.e_step.along_time import add_paths, in_pieces, read_chain
 from autoem.e_step.elimination import (

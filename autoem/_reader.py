@@ -345,6 +345,8 @@ def outputs_of(
         else:
             out[name, "elem"] = log_density(r.base, r.value)
             out[name, "value"] = jnp.asarray(r.value)
+        if isinstance(r.base, dist.Delta):
+            out[name, "arg:v"] = jnp.asarray(r.base.v)
         family = family_of(r.base)
         if isinstance(family, Family):
             for arg in (*family.args, *family.fixed):

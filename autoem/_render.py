@@ -11,6 +11,7 @@ from autoem.e_step.elimination import SOURCE as ELIMINATION_SOURCE
 
 if TYPE_CHECKING:
     from autoem._plan import ParameterRow, Plan
+    from autoem.ir import Program
 
 WIDTH = 110
 GUARD = "extrapolates the EM map; a point that would lower the objective is refused"
@@ -133,6 +134,17 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 COLUMN, ROW, BOX = 150, 62, (120, 34)
 
 
+def drawn_parents(program: Program, name: str) -> tuple[str, ...]:
+    """What a site reads, as far as it has a box: a chain's earlier step is its first ones, its path all of them."""
+    parents = program.sites[name].parents if name in program.sites else ()
+    out = []
+    for p in parents:
+        steps = [n for n in program.sites if n != name and program.base_of(n) == program.base_of(p)]
+        boxed = p in program.sites or p in program.params
+        out += [p] if boxed else [n for n in steps if "@" not in p or "@" not in n]
+    return tuple(dict.fromkeys(out))
+
+
 def graph_svg(plan: Plan) -> str:
     """Who depends on whom: parameters, latents and data in columns, an arrow from each to what reads it."""
     program = plan.program
@@ -141,8 +153,7 @@ def graph_svg(plan: Plan) -> str:
 
     def level(name: str) -> int:
         if name not in depth:
-            parents = program.sites[name].parents if name in program.sites else ()
-            depth[name] = 1 + max((level(p) for p in parents), default=-1)
+            depth[name] = 1 + max((level(p) for p in drawn_parents(program, name)), default=-1)
         return depth[name]
 
     columns: dict[int, list[str]] = {}
@@ -150,7 +161,7 @@ def graph_svg(plan: Plan) -> str:
         columns.setdefault(level(n), []).append(n)
     place = {n: (c * COLUMN + 10, i * ROW + 8) for c, ns in columns.items() for i, n in enumerate(ns)}
     width, height = (max(columns) + 1) * COLUMN, max(len(c) for c in columns.values()) * ROW
-    arrows = [_arrow(place[p], place[n]) for n in program.sites for p in program.sites[n].parents]
+    arrows = [_arrow(place[p], place[n]) for n in program.sites for p in drawn_parents(program, n)]
     boxes = [_box(n, program.sites[n].role if n in program.sites else "parameter", place[n]) for n in names]
     marker = (
         '<defs><marker id="autoem-tip" markerWidth="7" markerHeight="6" refX="6" refY="3" orient="auto">'

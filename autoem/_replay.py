@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
@@ -17,7 +18,7 @@ from numpyro.infer.util import log_density
 
 from autoem._build import Build
 from autoem._errors import DataError, ModelError
-from autoem._jaxpr import jit_once
+from autoem._programs import jit_once
 from autoem._reader import AtObserved, as_read, unwrap
 from autoem._trace import Source
 from autoem._verify import by_model, host_params, model_fields, noise_for, random_states, random_values
@@ -30,7 +31,7 @@ def replay(built: Build, source: Source) -> tuple[dict[str, float], float]:
     noise = noise_for(built, start)
     params = host_params(built, start, noise)
     chosen = random_states(built, source)
-    latents = {n: jnp.asarray(z.states)[chosen[n]] for n, z in built.program.latents.items()}
+    latents: dict = {n: np.asarray(z.states)[chosen[n]] for n, z in built.program.latents.items()}
     latents |= random_values(built.program)
 
     def read(params, latents, data):

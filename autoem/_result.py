@@ -15,7 +15,7 @@ from numpyro.infer import Predictive
 
 from autoem._build import Build
 from autoem._drawn_posterior import DrawnPosterior
-from autoem._ending import remarks
+from autoem._ending import few_draws, remarks, weighted_draws
 from autoem._errors import DataError, PlanError
 from autoem._field import Field
 from autoem._field_posterior import FieldPosterior
@@ -83,7 +83,7 @@ class Restarts:
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=[
     "log_likelihood", "objective", "history", "num_steps", "converged", "status", "restarts", "warnings", "plan",
-    "standard_error", "_context",
+    "standard_error", "effective_sample_size", "_context",
 ])  # fmt: skip
 @dataclasses.dataclass(frozen=True, eq=False)
 class EMResult:
@@ -94,6 +94,8 @@ class EMResult:
         log_likelihood: log density of the observed data at `params`, latents summed out, in nats; or a bound of it.
         objective: what was maximised, see `objective_name`, plus the log density of the parameters' priors.
         standard_error: of `log_likelihood`, where it is estimated from random draws; otherwise zero.
+        effective_sample_size: of importance sampling, the draws of equal weight that its draws are worth, in the cell
+            where they are worth least; otherwise None.
         history: objective at the start and after every step, `(num_steps + 1,)`.
         num_steps: M-steps that led to `params`.
         converged: whether the objective stopped moving; hitting `max_steps` is not converging.
@@ -114,6 +116,7 @@ class EMResult:
     warnings: tuple[str, ...]
     plan: Plan
     standard_error: float
+    effective_sample_size: float | None
     _context: Context
 
     def __str__(self) -> str:
@@ -317,8 +320,10 @@ def make_result(
     likelihood = float(state.log_likelihood)
     if likelihood < -1e15:  # the finite stand-in for log 0
         likelihood, sentence = float("-inf"), impossible(built, source, state.params)
+    history = np.asarray(state.history)[: int(state.step) + 1]
+    error, worth = weighted_draws(built, state, bundle)
+    odd = odd if worth is None else (*odd, *few_draws(built, worth))
     status = "; ".join([sentence, *odd])
-    history, error = np.asarray(state.history)[: int(state.step) + 1], 0.0
     objective = float(state.objective) if np.isfinite(likelihood) else likelihood
     if built.kernel.noisy and np.isfinite(likelihood):
         better, error = built.final(state.params, bundle, state.e_step)
@@ -335,5 +340,6 @@ def make_result(
         (*notes, *odd, *boundaries(built, state.params, odd)),
         built.plan,
         error,
+        worth,
         Context(em, built, source, args, kwargs, state.e_step),
     )

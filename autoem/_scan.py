@@ -30,6 +30,7 @@ from autoem._errors import DataError, ModelError
 from autoem._folding import dtype_of, folded, only_of, reads, shape_of
 from autoem._jaxpr import Graph, trace_graph
 from autoem._reader import Reader, Record, outputs_of
+from autoem._scan_checks import conditioned, refuse_around, refuse_lists
 from autoem._support import bounds
 from autoem.ir import at_lag, at_step
 
@@ -65,14 +66,14 @@ class Scan:
         self.label = getattr(self.function, "__name__", "scan")
         self.outer = [h for h in _PYRO_STACK if isinstance(h, handlers.reparam)]
         self.reverse = bool(reverse)
-        self.refuse(msg)
+        refuse_around(self.label)
         self.init, self.tree = jax.tree.flatten(init)
         with jax.ensure_compile_time_eval():  # numbers in the model's text stay numbers
             self.init = [x if isinstance(x, Tracer) else jnp.asarray(x) for x in self.init]
         self.xs, self.xs_tree = jax.tree.flatten(xs)
-        self.refuse_lists()
+        refuse_lists(self.label, self.xs)
         self.length = int(length if length is not None else jnp.shape(self.xs[0])[0])
-        self.num_inputs, given = len(self.xs), self.conditioned(msg)
+        self.num_inputs, given = len(self.xs), conditioned(self.label, self.length, msg)
         self.observed = tuple(given)
         self.xs = [jnp.asarray(x)[::-1] if reverse else jnp.asarray(x) for x in (*self.xs, *given.values())]
         self.time = reader.new_label("time")
@@ -81,38 +82,6 @@ class Scan:
         self.compact = reader.compact
         reader.given.update({(self.time, "carry", i): v for i, v in enumerate(self.init)})
         reader.given.update({(self.time, "x", i): v for i, v in enumerate(self.xs)})
-
-    def refuse(self, msg: Mapping[str, Any]) -> None:
-        around = {type(h).__name__ for h in _PYRO_STACK if isinstance(h, handlers.mask | handlers.scale)}
-        if around:
-            raise ModelError(
-                self.label,
-                problem=f"handlers.{' and '.join(sorted(around))} around a scan",
-                mend="put the handler inside the step, around its sites",
-            )
-
-    def refuse_lists(self) -> None:
-        """Raise where a list of numbers is run over: to JAX each of them is an input of its own, without steps."""
-        if any(not np.ndim(x) for x in self.xs):
-            raise DataError(
-                self.label,
-                problem="it runs over something without a time axis (a list of numbers, or one number)",
-                mend="scan(step, start, jnp.asarray(data)), or pass the model arrays",
-                kind="scan",
-            )
-
-    def conditioned(self, msg: Mapping[str, Any]) -> dict[str, Any]:
-        """Values along time that `handlers.condition` around the scan gives its sites."""
-        out: dict[str, Any] = {}
-        for kind, values in msg["kwargs"].get("substitute_stack") or ():
-            if kind != "condition" or not isinstance(values, Mapping):
-                raise ModelError(
-                    self.label,
-                    problem="sites of a scan are substituted from outside",
-                    mend="pass the values to the step as inputs and observe them there (obs=)",
-                )
-            out.update({n: v for n, v in values.items() if jnp.ndim(v) and jnp.shape(v)[0] == self.length})
-        return out
 
     def trace(self, carry: Sequence[Any], latents: Mapping[str, Any]) -> Body:
         """The body as a graph of what it carries, its inputs and the latents, whose shapes are given."""
@@ -166,7 +135,7 @@ class Scan:
                 if is_discrete(r):
                     bounds(name, r.base, self.reader.truncated)
                 batch = tuple(r.fn.batch_shape)
-                batch = (1,) * len(batch) if self.compact else batch
+                batch = (1,) * len(batch) if self.is_compact(name) else batch
                 kind = jnp.result_type(int if is_discrete(r) else float)
                 out[name] = jax.ShapeDtypeStruct(batch + tuple(r.fn.event_shape), kind)
         return out
@@ -202,8 +171,11 @@ class Scan:
             if i in path:
                 raise ModelError(
                     self.label,
-                    problem="what the step carries depends on latents of any number of steps back",
-                    mend="carry the latents of the last step or two; make a running quantity a state of the chain",
+                    problem="what the step carries is computed from what it carried, and so from latents of any number "
+                    "of steps back",
+                    mend="carry sampled values alone: sample a running quantity, as Normal(phi * x, q) in place of "
+                    "phi * x + q * e; and of a vector that shifts its entries carry each entry by itself, "
+                    "(x, *earlier[:-1]) in place of jnp.concatenate",
                 )
             if i not in lags:
                 older = [lag(k[1], (*path, i)) for k in needs[i] if k[0] == "·carry" and k[1] in decided]
@@ -213,10 +185,28 @@ class Scan:
         return {i: lag(i, ()) for i in decided}
 
     @functools.cached_property
-    def split(self) -> set[str]:
+    def reading(self) -> set[str]:
         """Sites whose density reads what latents of earlier steps decide."""
         states = {("·carry", i) for i in self.states}
         return {n for n in self.body.records if self.body.graph.needs(*self.body.fields(n)) & states}
+
+    @functools.cached_property
+    def split(self) -> set[str]:
+        """Sites that are read in pieces: those, and all that share a discrete latent with them which is not carried.
+
+        A path is one latent to the tables, its pieces are others: what is carried is told apart where the chain is
+        opened, and any other latent has to be the one or the other to all that read it.
+        """
+        graph, own = self.body.graph, {n for n, lag in self.lags.items() if not lag and self.discrete(n)}
+        read = {n: {k[1] for k in graph.needs(*self.body.fields(n)) if k[0] == "latent"} | {n} for n in
+                self.body.records}  # fmt: skip
+        out = set(self.reading)
+        while more := {n for n in read if read[n] & own & set().union(*(read[m] for m in out))} - out:
+            out |= more
+        return out
+
+    def discrete(self, name: str) -> bool:
+        return bool(jnp.issubdtype(self.shapes[name].dtype, jnp.integer))
 
     @functools.cached_property
     def lags(self) -> dict[str, int]:
@@ -231,7 +221,7 @@ class Scan:
                 elif kind == "·carry" and name in self.states:
                     follow(name, lag + 1)
 
-        for n in self.split:
+        for n in self.reading:
             for kind, i in graph.needs(*self.body.fields(n)):
                 if kind == "·carry" and i in self.states:
                     follow(i, 1)
@@ -284,9 +274,13 @@ class Scan:
             rows = jax.lax.scan(step, first, None, self.length)[1]
             return inputs | {k: np.asarray(v) for k, v in zip(keys, rows, strict=True)}
 
+    def is_compact(self, name: str) -> bool:
+        """Whether a latent is read in compact pieces, and not as its path at full shape."""
+        return self.compact and ("latent", at_lag(name, 0)) in self.reader.inputs
+
     def latent(self, name: str, lag: int) -> Any:
         """A latent `lag` steps before each of the steps after the first ones."""
-        if self.compact:
+        if self.is_compact(name):
             return self.reader.inputs["latent", at_lag(name, lag)]
         return self.path(name)[self.lag - lag : self.length - lag]
 
@@ -299,7 +293,7 @@ class Scan:
 
     def at(self, name: str, step: int) -> Any:
         """A latent at one of the first steps, or counted from the end."""
-        if self.compact:
+        if self.is_compact(name):
             return self.reader.inputs["latent", at_step(name, step)]
         return self.path(name)[step]
 
@@ -342,7 +336,7 @@ class Scan:
         varying: dict = {("·x", i): v[start:stop] for i, v in enumerate(self.xs)}
         varying |= {("·carry", i): v[start:stop] for i, v in enumerate(self.entering) if v is not None}
         for name in self.shapes:
-            (fixed if self.compact else varying)["latent", name] = self.latent(name, lag)
+            (fixed if self.is_compact(name) else varying)["latent", name] = self.latent(name, lag)
         for i, oldest in self.states.items():
             if lag + oldest <= self.lag:
                 value = self.carried(i, lag + 1)

@@ -20,6 +20,7 @@ from jax import Array
 
 from autoem._errors import ModelError, PlanError
 from autoem._lower import Kernel
+from autoem._programs import jit_once, jit_well
 from autoem.ir import Param
 from autoem.m_step.choose import kind_of, part_of_unit
 from autoem.m_step.problem import Bundle
@@ -27,6 +28,7 @@ from autoem.m_step.unconstrained import to_constrained, to_unconstrained
 from autoem.treatments import AbstractDrawn
 from autoem.treatments.information import drawn_information
 
+LARGE = 20_000_000  # entries of the rows times coordinates, from which the curvature is compiled well rather than fast
 BOUNDARY = 1e-7
 
 
@@ -52,8 +54,7 @@ def free_entries(param: Param, value: np.ndarray) -> np.ndarray:
         return np.ones(value.shape, bool)
     if limits := part_of_unit(param.constraint):
         return (value > limits[0] + BOUNDARY) & (value < limits[1] - BOUNDARY)
-    free = np.asarray(to_unconstrained(param, jnp.asarray(value)))
-    return np.isfinite(free)
+    return np.isfinite(np.asarray(jit_once(lambda v: to_unconstrained(param, v))(value)))
 
 
 def on_boundary(param: Param, value: np.ndarray) -> np.ndarray:
@@ -135,8 +136,10 @@ def carried_back(
     if isinstance(kernel.treatment, AbstractDrawn):
         information = drawn_information(kernel, moved, size, bundle, state)
     else:
-        information = -jax.jit(jax.hessian(lambda v, b: kernel.objective(moved(v), b)[0]))(zero, bundle)
-    jacobians = jax.jit(jax.jacfwd(lambda v: {n: moved(v)[n] for n in names}))(zero)
+        entries = sum(x.size for x in jax.tree.leaves(bundle.rows))
+        compiled = jit_once if entries * (size + 1) <= LARGE else jit_well  # by how long it runs
+        information = -compiled(jax.hessian(lambda v, b: kernel.objective(moved(v), b)[0]))(zero, bundle)
+    jacobians = jit_once(jax.jacfwd(lambda v: {n: moved(v)[n] for n in names}))(zero)
     information = np.asarray(information, float)
     out = StandardErrors()
     if size and not np.isfinite(information).all():

@@ -89,8 +89,11 @@ def whole(scan: Scan) -> tuple[dict, dict]:
     """What the body reads at all steps, what latents of earlier steps decide excepted."""
     varying: dict = {("·x", i): v for i, v in enumerate(scan.xs)}
     varying |= {("·carry", i): v for i, v in enumerate(scan.entering) if v is not None}
-    latents = {("latent", n): scan.reader.inputs["latent", n] if scan.compact else scan.path(n) for n in scan.shapes}
-    return (latents, varying) if scan.compact else ({}, {**varying, **latents})
+    fixed: dict = {}
+    for n in scan.shapes:
+        compact = scan.is_compact(n)
+        (fixed if compact else varying)["latent", n] = scan.reader.inputs["latent", n] if compact else scan.path(n)
+    return fixed, varying
 
 
 def enter(

@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import numpyro.distributions as dist
 
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._jaxpr import Constant, Graph
+from autoem._on_host import on_host
 from autoem._reader import NOT_CONCRETE, Reader, Record, outputs_of
 from autoem._scan import is_discrete
 from autoem._source import Discovery, Source, line_in, model_name
@@ -87,6 +88,7 @@ def _trace(
     reader, full = source.read(full_inputs(found, {**latents, **hidden}, compact=False), outputs)
     unused = unused_arguments(found, full, source)
     refuse_unobserved(model, reader, unused)
+    refuse_point_masses(reader, full, hidden)
     graph, compact = full, dict.fromkeys({**latents, **hidden, **strands}, False)
     if latents or hidden:
         try:
@@ -115,9 +117,23 @@ def _trace(
     return check(program), found, source
 
 
+def refuse_point_masses(reader: Reader, full: Graph, hidden: Mapping[str, Continuous]) -> None:
+    """Refuse a value that was seen exactly of a continuous latent: a point has no density that could be integrated."""
+    for name, r in reader.records.items():
+        if r.observed and (name, "arg:v") in full.outputs and isinstance(r.base, dist.Delta):
+            of = [k[1] for k in full.needs((name, "arg:v")) if k[0] == "latent" and k[1] in hidden]
+            if of:
+                raise ModelError(
+                    name,
+                    problem=f"it is a Delta of the continuous latent '{of[0]}', and a point has no density",
+                    mend="observe the law itself where the value is seen, numpyro.sample(..., obs=y), and elsewhere "
+                    f"what is known: Bernoulli(({of[0]} < limit) * 1.0) seen as 1, or LeftCensoredDistribution",
+                )
+
+
 def half_compact(source: Source, found: Discovery, discrete: Mapping, hidden: Mapping, outputs: Any) -> Graph | None:
     """The model with its discrete latents compact and its continuous ones at full shape; None where that fails."""
-    if not discrete or not hidden or found.chains:
+    if not discrete or not hidden:
         return None
     inputs = {**full_inputs(found, discrete, compact=True), **full_inputs(found, hidden, compact=False)}
     inputs = {k: v for k, v in inputs.items() if k[0] == "latent" or k[1] not in hidden}
@@ -249,8 +265,8 @@ def read_latents(found: Discovery, source: Source) -> dict[str, Latent]:
             raise PlanError(
                 name, problem=f"its support depends on the parameter {bad}", mend="fix the support in the model's text"
             )
-        values = {("data", i): jnp.asarray(x) for i, x in enumerate(source.data) if ("data", i) in needs}
-        low, high = (np.asarray(v) for v in found.graph.evaluate([(name, "low"), (name, "high")], values))
+        values = {("data", i): x for i, x in enumerate(source.data) if ("data", i) in needs}
+        low, high = (on_host(found.graph, found.graph.outputs[name, end], values, {}, {}) for end in ("low", "high"))
         states = enumerate_states(name, int(low.min()), int(high.max()), tuple(r.fn.event_shape))
         batch = tuple(getattr(r, "batch_shape", r.fn.batch_shape))
         axes = r.axes[: len(batch)]

@@ -19,6 +19,7 @@ from autoem._build import Build
 from autoem._errors import DataError
 from autoem._jaxpr import Variable
 from autoem._lookups import place, refuse_far_indices
+from autoem._programs import jit_once
 from autoem._trace import Record, Source
 
 OPEN = (dist.Beta, dist.BetaProportion, dist.Dirichlet, dist.Kumaraswamy)  # of shares strictly between 0 and 1
@@ -67,7 +68,7 @@ def host_values(built: Build, keys: list, source: Source) -> dict[Any, np.ndarra
             rest.append(key)
     if rest:
         data = {("data", i): jnp.asarray(x) for i, x in enumerate(source.data)} if not source.concrete else {}
-        built.observed = built.observed or jax.jit(lambda d: graph.evaluate(rest, d))
+        built.observed = built.observed or jit_once(lambda d: graph.evaluate(rest, d))
         out.update(zip(rest, map(np.asarray, built.observed(data)), strict=True))
     return out
 
@@ -79,6 +80,9 @@ def check_site(name: str, record: Record, value, mask, source: Source, missing: 
         hidden = hidden | ~np.broadcast_to(np.asarray(mask, bool), hidden.shape)
     if missing == "marginalize":
         refuse_partly_missing(name, events, source_value(name, value, source))
+    if isinstance(record.base, dist.IntervalCensoredDistribution):  # pairs of bounds, of which one may be infinite
+        check_finite(name, np.where(np.isinf(value), 0.0, value), hidden, events)
+        return
     check_finite(name, value, hidden, events)
     check_support(name, record, value, hidden, events)
     check_edges(name, record, value, hidden, events)
@@ -105,6 +109,9 @@ def refuse_partly_missing(name: str, events: int, arrays: list[np.ndarray]) -> N
 def check_finite(name: str, value: np.ndarray, hidden: np.ndarray, events: int) -> None:
     if value.dtype.kind != "f":
         return
+    with np.errstate(all="ignore"):
+        if np.isfinite(value.sum()):  # one look at large data: a sum is finite only if all of its terms are
+            return
     bad = ~np.isfinite(value)
     per_row = bad.any(tuple(range(bad.ndim - events, bad.ndim))) if events else bad
     wrong = np.broadcast_to(per_row, hidden.shape) & ~hidden
@@ -132,6 +139,8 @@ def counted(count: int) -> str:
 
 def check_support(name: str, record: Record, value: np.ndarray, hidden: np.ndarray, events: int) -> None:
     support = record.base.support
+    if support in (constraints.real, constraints.real_vector):  # `check_finite` has looked already
+        return
     try:
         inside = np.asarray(host_constraint(support, record)(value))
     except (TypeError, ValueError, AttributeError, jax.errors.JAXTypeError):
@@ -179,10 +188,6 @@ def host_constraint(support: Any, record: Record):
         if isinstance(low, Tracer):
             return lambda x: np.ones(np.shape(x), bool)
         return lambda x: (x >= low) & (x % 1 == 0)
-    if support is constraints.real:
-        return lambda x: ~np.isnan(x)
-    if support is constraints.real_vector:
-        return lambda x: ~np.isnan(x).any(-1)
     if support is constraints.boolean:
         return lambda x: (x == 0) | (x == 1)
     if low_high_integer(support):

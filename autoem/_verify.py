@@ -20,9 +20,9 @@ from autoem._errors import ModelError, PlanError
 from autoem._field import Field
 from autoem._init import no_spread, state_spreads, tables_at
 from autoem._integrals import Integral
-from autoem._jaxpr import jit_once
 from autoem._lower import with_nodes
 from autoem._named import Named, multiply, named, pick
+from autoem._programs import jit_once
 from autoem._trace import Source
 from autoem.e_step.along_time import pieces_of_paths
 from autoem.e_step.elimination import route_to_rows

@@ -15,9 +15,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = """
-    _errors _tree _named _jaxpr families
+    _errors _tree _named _jaxpr
+    _grouping
+    _programs
+    families _on_host
     ir _support _folding _ragged
-    _reader _components
+    _reader _components _scan_checks
     _scan
     _steps
     _source
@@ -28,11 +31,13 @@ LAYERS = """
     _integrals
     _local
     _chunks _render accelerate
+    _options
     _alternatives
     _plan
     _lower
     _condense
     _bundle treatments
+    _field_tables
     _field
     _field_build
     _build

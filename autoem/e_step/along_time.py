@@ -103,12 +103,12 @@ def at(value: Named, axis: str, index: int) -> Named:
     return Named(jnp.take(value.array, index, i), (*value.axes[:i], *value.axes[i + 1 :]))
 
 
-def since(value: Named, axis: str, start: int) -> Named:
-    """A table from step `start` on."""
+def since(value: Named, axis: str, start: int, stop: int | None = None) -> Named:
+    """A table from step `start` on, to the end or before step `stop`."""
     if axis not in value.axes:
         return value
     i = value.axes.index(axis)
-    return Named(value.array[(slice(None),) * i + (slice(start, None),)], value.axes)
+    return Named(value.array[(slice(None),) * i + (slice(start, stop),)], value.axes)
 
 
 def close(
@@ -202,7 +202,7 @@ def path_of(chain: Chain, name: str, pieces: Mapping[str, Named]) -> Named | Non
 
 
 def add_paths(chosen: dict[str, Named], program_chains: Sequence[Chain]) -> None:
-    """Put a latent's path, and its values at the last steps, beside its pieces once all of them are chosen."""
+    """Put a latent's path, and its values at the last steps and steps back, beside its pieces once all are chosen."""
     for chain in program_chains:
         for name in chain.lags:
             if name not in chosen and (path := path_of(chain, name, chosen)) is not None:
@@ -210,6 +210,9 @@ def add_paths(chosen: dict[str, Named], program_chains: Sequence[Chain]) -> None
             if name in chosen:
                 ends = range(1, min(chain.ending, chain.length) + 1)
                 chosen |= {at_step(name, -i): at(chosen[name], chain.time, chain.length - i) for i in ends}
+                for back in range(1, chain.lag + 1) if chain.length > chain.lag else ():
+                    path = since(chosen[name], chain.time, chain.lag - back, chain.length - back)
+                    chosen[at_lag(name, back)] = relabelled(path, {chain.time: chain.bulk})
 
 
 def pieces_of_paths(program: Program, paths: Mapping[str, Array]) -> dict[str, Array]:

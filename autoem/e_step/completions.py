@@ -102,6 +102,20 @@ class Completions:
         return first + (weights * slopes).sum(0)
 
 
+def rows_of(where: np.ndarray) -> slice | np.ndarray:
+    """Positions as a slice where they follow each other, which copies less than a gather."""
+    start = int(where[0]) if len(where) else 0
+    return slice(start, start + len(where)) if np.array_equal(where, start + np.arange(len(where))) else where
+
+
+def square_of(matrices: Array, where: np.ndarray) -> Array:
+    """The rows and columns `where` of each of the matrices."""
+    rows = rows_of(where)
+    if isinstance(rows, slice):
+        return matrices[..., rows, rows]
+    return matrices[..., where[:, None], where[None, :]]
+
+
 def simplex(dim: int) -> np.ndarray:
     """Corners `(dim + 1, dim)` of a regular simplex about zero, scaled to the identity as covariance."""
     corners = np.zeros((dim + 1, dim))

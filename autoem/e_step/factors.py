@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import ChainMap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -86,10 +87,23 @@ def refuse_random_weights(program: Program, site: Site) -> None:
 
 
 def read_latents(program: Program, site: Site) -> tuple[Latent, ...]:
-    """Latents that the site's density reads, its own first."""
+    """Latents that the site's density reads, its own first.
+
+    Raises:
+        ModelError: one of them is of a step of a scan that no site of the step stands for.
+    """
     own = (site.name,) if site.role == "latent" else ()
     every = program.every_latent
-    return tuple(every[n] for n in (*own, *(p for p in site.parents if p in every)))
+    read = [n for n in (*own, *(p for p in site.parents if p in every))]
+    for name in read:
+        base, chain = program.base_of(name), program.chain_of(program.base_of(name))
+        if chain is not None and not chain.lags[base] and name not in program.sites:
+            raise ModelError(
+                site.name,
+                problem=f"it reads '{base}' of a scan from outside, which no later step reads",
+                mend=f"read '{base}' in the step: put '{site.name}' there, or what it needs into the carry's latent",
+            )
+    return tuple(every[n] for n in read)
 
 
 def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], route: Route | None) -> Factor:
@@ -109,9 +123,10 @@ def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     sizes = {p.name: p.size for p in program.plates.values()}
     steps = {t for c in program.chains if c.lag for t in (c.time, c.bulk)}
     times = tuple(a for a in kept if a in steps)
+    alone = site.role == "parameter" and not latents  # a prior that reads latents is summed over them with the rest
     return Factor(
-        site, latents, site.role == "latent", kept, plates, route, family, params, site.role == "parameter", sizes,
-        graph, usable, direct, coefficients or (), times,
+        site, latents, site.role == "latent", kept, plates, route, family, params, alone, sizes, graph,
+        usable, direct, coefficients or (), times,
     )  # fmt: skip
 
 
@@ -128,7 +143,7 @@ def completed_factor(
     plates = frozenset(site.plates) if latents or site.scaled or not affine else frozenset()
     return dataclasses.replace(
         factor, own=False, kept=tuple(a for a in site.axes if a in plates), plates=plates, coefficients=(),
-        family=family, graph=program.graph if usable else program.full, compact=usable,
+        family=family, graph=program.graph if usable else program.full, compact=usable, is_prior=False,
         completions=Completions(members, affine),
     )  # fmt: skip
 
@@ -138,8 +153,16 @@ def drawn_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     refuse_random_weights(program, site)
     read = {program.base_of(n) for n in continuous_of(program, site)}  # at full shape the graph reads whole paths
     members = tuple(z for n, z in program.continuous.items() if n in read)
+    in_pieces = bool(latents) and bool(program.chains)  # of discrete paths, which full shape does not tell apart
+    if in_pieces and program.half is None:
+        raise ModelError(
+            site.name,
+            problem="it reads a discrete and a continuous latent of a model with a scan, and fails on one cell of each",
+            mend="let the step compute with arrays of any plate size, without z.shape",
+        )
+    graph = program.half if in_pieces and program.half is not None else program.full
     return dataclasses.replace(
-        build_factor(program, site, latents, route), coefficients=(), graph=program.full, compact=False,
+        build_factor(program, site, latents, route), coefficients=(), graph=graph, compact=False, is_prior=False,
         family=natural_family(program, site, filled=True)[0], completions=Completions(members, affine=False),
     )  # fmt: skip
 
@@ -207,7 +230,7 @@ def row_cells(
     states = {
         ("latent", n): np.zeros(v.shape, v.aval.dtype) for (k, n), v in program.full.inputs.items() if k == "latent"
     }
-    ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, {**states, **values})
+    ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, ChainMap(cast(Any, values), states))
     ids = merge_axes(ids, tuple(range(-events, 0))) if events else ids
     ids = ids.reshape((1,) * (len(site.axes) - ids.ndim) + ids.shape)
     ids = np.broadcast_to(ids, site.shape)

@@ -7,20 +7,22 @@ piece under the laws of all others, and the expectation of a table under all of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._named import Named, contract, multiply, named, union
+from autoem._named import Named, add, contract, made_once, multiply, named, union
 from autoem.e_step.completions import NODES
 from autoem.e_step.elimination import eliminate
 from autoem.e_step.field_laws import AbstractLaw
 from autoem.e_step.layout import Layout, Route, Table, route_to_rows
-from autoem.e_step.tables import Factor
+from autoem.e_step.tables import Factor, Rows
 from autoem.ir import Chain, Continuous
+
+HALVINGS = 12  # of a step towards the new laws of cells that read one another, before the old ones are kept
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -220,13 +222,61 @@ def cell_law(group: Group, scores: Named, layout: Layout) -> tuple[dict[str, Nam
     return shares, entropy.sum()
 
 
+def damped(
+    group: Group, old: Named, wanted: Array, worth: Callable[[Mapping[str, Named]], Array], layout: Layout
+) -> tuple[Named, dict[str, Named], Array]:
+    """Log probabilities by cell on the way from `old` to `wanted`, their shares and entropy: as far as no bound falls.
+
+    `worth` is the expectation of the factors that the shares move.
+    """
+    log_old, log_new = (jax.nn.log_softmax(x, axis=0) for x in (old.array, wanted))
+
+    def at(share: Array) -> tuple[Named, dict[str, Named], Array]:
+        scores = Named((1 - share) * log_old + share * log_new, old.axes)
+        return scores, *cell_law(group, scores, layout)
+
+    def value(share: Array) -> Array:
+        _, shares, entropy = at(share)
+        return entropy + worth(shares)
+
+    shares, entropy = cell_law(group, old, layout)
+    before = entropy + worth(shares)
+    lowest = before - 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+
+    def halve(carry):
+        share, _, count = carry
+        return share / 2, value(share / 2), count + 1
+
+    start = (jnp.ones(()), value(jnp.ones(())), 0)
+    share, after, _ = jax.lax.while_loop(lambda c: ~(c[1] >= lowest) & (c[2] < HALVINGS), halve, start)
+    return at(jnp.where(after >= lowest, share, 0.0))
+
+
+def with_base(factor: Factor, rows: Rows, value: Named) -> Named:
+    """A continuous latent's own table with the part of its density that no parameter moves."""
+    if not factor.is_hidden or factor.family is None or rows.value is None:
+        return value
+    axes = rows.value.axes[factor.family.event_dim :]
+    fixed = {k: f.to(axes) for k, f in (rows.fixed or {}).items()}
+    return add(value, Named(factor.family.base(rows.value.array, fixed), axes))
+
+
 def picked_table(factor: Factor, nodes: Mapping[str, Array], cells: Mapping[str, Array]) -> Named:
     """The expected log probabilities of a discrete latent whose probabilities are a cell of a simplex, by index."""
     assert factor.completions is not None
+    (member,) = factor.completions.members
+    route = factor.routes[member.name]
+    scores = made_once(log_probabilities(factor, nodes[member.name]))
+    return Named(scores[cells[route.site]], (*route.source, factor.name))
+
+
+def log_probabilities(factor: Factor, nodes: Array) -> Array:
+    """Expected log probabilities of such a latent by cell of the simplex, `(cells, states)`, over nodes of it."""
+    assert factor.completions is not None
     (member,), family = factor.completions.members, factor._family
-    route, x = factor.routes[member.name], nodes[member.name]
-    eta = family.natural({family.args[0]: x.reshape(-1, int(np.prod(member.shape, dtype=int)), *member.event)})[0]
-    return finite(Named(eta.mean(0)[cells[route.site]], (*route.source, factor.name)))
+    x = nodes.reshape(-1, int(np.prod(member.shape, dtype=int)), *member.event)
+    eta = family.natural({family.args[0]: x})[0].mean(0)
+    return finite(Named(eta, ("", factor.name))).array
 
 
 def nodes_of(f: Factor, points: Mapping[str, Array]) -> tuple[dict[str, Array], Named | None]:

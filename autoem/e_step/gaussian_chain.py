@@ -16,7 +16,7 @@ from jax import Array
 
 from autoem._named import Named, add, contract, named
 from autoem.e_step import kalman
-from autoem.e_step.completions import NODES, gaussian_nodes
+from autoem.e_step.completions import NODES, gaussian_nodes, rows_of, square_of
 from autoem.e_step.layout import Table
 from autoem.e_step.pooled import pooled_statistics
 from autoem.e_step.quadratic import DIM, OTHER, Residual, filled, quadratic_terms, residuals
@@ -174,7 +174,7 @@ class GaussianChain:
             mean, covariance, axes = s.mean, s.covariance, (kind, *self.plates)
         else:
             (mean, covariance), axes = self.path(moments), (kind, *self.plates)
-        return mean[..., where], covariance[..., where[:, None], where[None, :]], axes
+        return mean[..., rows_of(where)], square_of(covariance, where), axes
 
     def complete(self, f: Factor, moments: ChainMoments, cells: Mapping[str, Array]) -> tuple[Array, Named | None]:
         """The factor's nodes as its arguments want them, and its own latent's values there."""
@@ -186,7 +186,24 @@ class GaussianChain:
         """Expected statistics of a site that is one regression on its latents for all steps."""
         del cells
         mean, covariance, axes = self.of_factor(f, moments)
-        return pooled_statistics(f, rows, named(mean, (*axes, DIM)), named(covariance, (*axes, DIM, OTHER)), weight)
+        kind, own = self.kind(f), (weight, rows.mask, rows.scale)
+        if kind and all(w is None or kind not in w.axes for w in own):  # steps count alike: their sum will do
+            covariance, axes_of = self.total(f, moments) / self.sizes[kind], axes[1:]
+        else:
+            axes_of = axes
+        covariance = named(covariance, (*axes_of, DIM, OTHER))
+        return pooled_statistics(f, rows, named(mean, (*axes, DIM)), covariance, weight)
+
+    def total(self, f: Factor, moments: ChainMoments) -> Array:
+        """Covariances of a factor's latents, summed over its steps."""
+        s, lag, d = moments.smoothed, self.chain.lag, self.dim
+        if self.kind(f) == self.chain.bulk:
+            return square_of(s.total, self.where(f))
+        total = s.total[..., lag * d :, lag * d :]
+        for h in range(lag):
+            span = slice(self.extra + h * d, self.extra + (h + 1) * d)
+            total = total + s.start_covariance[..., span, span]
+        return square_of(total, self.where(f))
 
     def coordinates(self, f: Factor, latents: Mapping[str, Array]) -> Named:
         """Given values of the latents as the coordinates of a factor's cells."""
@@ -246,7 +263,7 @@ class GaussianChain:
         where = self.places[m.name] + np.arange(m.dim)
         s = moments.smoothed
         mean, covariance = (s.start_mean, s.start_covariance) if m in self.outside else self.path(moments)
-        return mean[..., where].reshape(*m.shape, *m.event), covariance[..., where[:, None], where[None, :]]
+        return mean[..., where].reshape(*m.shape, *m.event), square_of(covariance, where)
 
     def draw(self, moments: ChainMoments, chosen: Mapping[str, Array], key: Array | None) -> dict[str, Array]:
         """Values of the latents: drawn with `key`, or their mean without."""

@@ -17,15 +17,18 @@ from autoem.e_step.censoring import find_pieces
 from autoem.e_step.factors import refuse_random_weights, row_cells
 from autoem.e_step.gaussian import GaussianBlock, index_name
 from autoem.e_step.gaussian_chain import GaussianChain
+from autoem.e_step.levels import cells_of, find_levels
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.missing import MissingEntries, patterns_of
+from autoem.e_step.nested import NestedBlock
 from autoem.e_step.places import plates_of
 from autoem.e_step.tables import Factor
 from autoem.ir import Continuous, Latent, Program, at_lag
 from autoem.passes.gaussian import Group, latent_groups
 
-Block = GaussianBlock | GaussianChain | LocalBlock | MissingEntries
+Block = GaussianBlock | GaussianChain | LocalBlock | MissingEntries | NestedBlock
 MAX_DENSE = 4096  # coordinates of crossed latents, all in one vector
+NESTED_FROM = 64  # coordinates from which levels are eliminated in turn: below, one small matrix is as quick
 
 
 class Joined(Exception):
@@ -79,6 +82,10 @@ def gaussian_block(
             "its posterior has a Gaussian for each combination of all steps",
             mend=f"observe '{switch}' or leave it out, or give '{carried}' a grid of values (Categorical)",
         )
+    if not same and not discrete and not carried and size >= NESTED_FROM:
+        nested, found = nested_block(program, members, parts, index)
+        if nested.levels:
+            return nested, found
     if not same and (size > MAX_DENSE or discrete):
         why = f"one vector of {size:,} coordinates" if not discrete else f"a mixture over {discrete[0].name}"
         raise Intractable(
@@ -105,6 +112,30 @@ def gaussian_block(
         index = {(s, n): in_path(program, latents[n])[v] for (s, n), v in index.items()}
     kept = {index_name(factors[s], latents[n]): v for (s, n), v in index.items() if not same or s in routed}
     return block, kept
+
+
+def nested_block(
+    program: Program,
+    members: tuple[Continuous, ...],
+    parts: tuple[Factor, ...],
+    index: Mapping[tuple[str, str], np.ndarray],
+) -> tuple[NestedBlock, dict[str, np.ndarray]]:
+    """The latents as levels that nest, and the cells of each level's own; no level where all are crossed."""
+    read = {f.name: {m.name: index[f.name, m.name] for m in read_by(f)} for f in parts}
+    levels, core, found = find_levels(members, read)
+    size = sum(m.dim * cells_of(m) for m in members if m.name in core)
+    if levels and size > MAX_DENSE:
+        raise Intractable(
+            core[0],
+            latents=tuple(m.name for m in members),
+            problem=f"{', '.join(core)} are crossed, so all their cells are tied: one vector of {size:,} coordinates",
+            mend="nest the groups, or read them by one index",
+        )
+    by_name = {f.name: f for f in parts}
+    latents = {m.name: m for m in members}
+    kept = {index_name(by_name[s], latents[n]): v for (s, n), v in index.items()}
+    sizes = {p.name: p.size for p in program.plates.values()}
+    return NestedBlock(members, parts, levels, core, sizes), {**kept, **found}
 
 
 def refuse_mixtures(members: Sequence[Continuous], plates: tuple[str, ...], discrete: Sequence[Latent]) -> None:

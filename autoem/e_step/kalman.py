@@ -39,13 +39,15 @@ class Given(NamedTuple):
 class Smoothed(NamedTuple):
     """Moments of the first states with what stands outside the chain, and of each later window of states.
 
-    `start_mean (*batch, e + p d)`, `mean (steps, *batch, (p + 1) d)`, covariances alike.
+    `start_mean (*batch, e + p d)`, `mean (steps, *batch, (p + 1) d)`, covariances alike; `total` is the sum over steps
+    of `covariance`, which is all that sums over steps need of it.
     """
 
     start_mean: Array
     start_covariance: Array
     mean: Array
     covariance: Array
+    total: Array
 
 
 class Swept(NamedTuple):
@@ -133,7 +135,7 @@ def backward(swept: Swept, dim: int) -> Smoothed:
         return (mean[..., :size], covariance[..., :size, :size]), (mean, covariance)
 
     start, (means, covariances) = jax.lax.scan(step, (end_mean, end_covariance), swept.steps, reverse=True)
-    return Smoothed(*before(swept.start, *start), means, covariances)
+    return Smoothed(*before(swept.start, *start), means, covariances, covariances.sum(0))
 
 
 def draw(swept: Swept, dim: int, key: Array) -> tuple[Array, Array]:

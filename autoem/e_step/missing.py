@@ -26,6 +26,7 @@ import numpy as np
 from jax import Array
 
 from autoem._named import Named, named, pick
+from autoem.e_step import patterns
 from autoem.e_step.completions import root
 from autoem.e_step.layout import Table
 from autoem.e_step.tables import Factor, Rows
@@ -118,6 +119,8 @@ class MissingEntries:
         """`(table, moments)`: the density of what was seen, and the rows completed."""
         f, own = self.factor, rows[self.factor.name]
         loc, covariance, x = self.arguments(values, own)
+        if (sums := self.sums(cells)) is not None and loc.shape[:-1] == (1,) and covariance.ndim == 2:
+            return self.by_pattern(loc[0], covariance, own, sums)
         seen, index = self.patterns(cells)
         here = seen[index]
         eye = jnp.eye(x.shape[-1], dtype=x.dtype)
@@ -129,9 +132,7 @@ class MissingEntries:
         log_det = 2 * jnp.log(jnp.diagonal(lower, axis1=-2, axis2=-1)).sum(-1)
         residual = (x - loc) * here
         pulled = jnp.einsum("...rij,...rj->...ri", inverse[..., index, :, :], residual)
-        absent = (1 - seen).sum(-1) * 0.5 * LOG_2PI  # what the constants say of entries that are not there
-        if own.spread is not None:
-            absent = absent + ((1 - seen) * jnp.log(own.spread)).sum(-1)
+        absent = self.absent(seen, own)
         value = -0.5 * (residual * pulled).sum(-1) - 0.5 * log_det[..., index] + absent[index]
         filled = jnp.where(here > 0, x, loc + jnp.einsum("...ij,...rj->...ri", covariance, pulled))
         wide = covariance[..., None, :, :]
@@ -142,6 +143,43 @@ class MissingEntries:
         plates = f.plates if f.latents else frozenset(self.plates)
         moments = Completed(filled, spread, index, own.centre, own.spread)
         return Table(table, frozenset(self.states), plates), moments
+
+    def absent(self, seen: Array, rows: Rows) -> Array:
+        """What the site's constants say, for each pattern, of entries that are not there."""
+        each = 0.5 * LOG_2PI + (0.0 if rows.spread is None else jnp.log(rows.spread))
+        return ((1 - seen) * each).sum(-1)
+
+    def sums(self, cells: Mapping[str, Array]) -> list[Array] | None:
+        """Which entries each pattern shows and sums over its rows, where a fit has taken them."""
+        names = [f"{self.factor.name}·{part}" for part in ("seen", "count", "total", "square")]
+        return [cells[n] for n in names] if names[0] in cells else None
+
+    def taken(self, rows: Rows, cells: Mapping[str, Array]) -> dict[str, Array]:
+        """Those sums as cells, where the rows of the fit are all alike; nothing where they are not, or too many."""
+        f = self.factor
+        weighed = rows.scale is not None or rows.weight is not None
+        seen, index = self.patterns(cells)
+        if f.parents or weighed or len(seen) > patterns.MAX_PATTERNS or seen.shape[-1] > patterns.MAX_WIDTH:
+            return {}
+        x = f.observations(rows)
+        value = np.asarray(x.to((*f.site.axes, x.axes[0]))).reshape(-1, seen.shape[-1])
+        index = np.asarray(index)
+        if rows.mask is not None:
+            kept = np.broadcast_to(np.asarray(rows.mask.to(f.site.axes)) > 0, f.site.shape).ravel()
+            value, index = value[kept], index[kept]
+        parts = patterns.sums_of(value, np.asarray(seen), index)
+        named_parts = zip(("seen", "count", "total", "square"), (np.asarray(seen).T, *parts), strict=True)
+        return {f"{f.name}·{part}": jnp.asarray(v) for part, v in named_parts}
+
+    def by_pattern(
+        self, loc: Array, covariance: Array, rows: Rows, sums: list[Array]
+    ) -> tuple[Table, patterns.Completed]:
+        """As `integrate`, from sums over the rows of each pattern: a table with the mean over the rows."""
+        seen, count, *_ = sums
+        value, moments = patterns.completed(loc, covariance, *sums)
+        absent = self.absent(seen.T, rows)
+        cells = float(np.prod(self.shape, dtype=float))
+        return Table(Named((value + (count * absent).sum()) / cells, ()), frozenset(), frozenset(self.plates)), moments
 
     def _counted(self, value: Named, rows: Rows) -> Named:
         for times in (rows.mask, rows.scale):
@@ -163,6 +201,13 @@ class MissingEntries:
         value = named(array, (*(z.name for z in f.parents), *f.site.axes, "event0"))
         order = ("event0", *(a for a in value.axes if a != "event0"))
         return dataclasses.replace(rows, value=Named(value.to(order), order), ready=True)
+
+    def summed_statistics(self, shapes: tuple[Any, Any], moments: patterns.Completed) -> tuple[Array, Array]:
+        """Expected statistics in the shapes of the factor's, from sums over all completed rows."""
+        i, j = np.triu_indices(len(moments.first))
+        features = jnp.concatenate([moments.first, moments.second[i, j]])
+        t, n = shapes
+        return features.reshape(t.shape), jnp.broadcast_to(-moments.rows / n.size, n.shape)
 
     def spread_statistics(self, shape: tuple[int, ...], weight: Named, moments: Completed, rows: Rows) -> Array:
         """What the missing entries' covariances add to expected squares, in the shape of the factor's statistics."""

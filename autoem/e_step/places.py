@@ -5,6 +5,7 @@ In: a classified Program and the data. Out: `Layout`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -30,21 +31,16 @@ def build_layout(program: Program, values: Mapping, cells: Mapping) -> Layout:
 
 
 def discrete_chains(program: Program) -> tuple[Chain, ...]:
-    """The chains whose steps discrete latents tie together.
+    """The chains whose steps discrete latents tie together, by those alone.
 
-    Raises:
-        ModelError: continuous latents do too: the paths of the discrete ones would each have a Gaussian of their own.
+    Continuous ones that the same scan carries are given where this is read: drawn, or they share no site with these.
     """
+    out = []
     for chain in program.chains:
-        if {n in program.continuous for n in chain.variables} == {True, False}:
-            one = next(n for n in chain.variables if n not in program.continuous)
-            other = next(n for n in chain.variables if n in program.continuous)
-            raise ModelError(
-                one,
-                problem=f"it and '{other}', which is continuous, are both carried from step to step",
-                mend="no exact algorithm of bounded cost exists for this; make one of them observed, or a parameter",
-            )
-    return tuple(c for c in program.chains if not any(n in program.continuous for n in c.variables))
+        lags = {n: lag for n, lag in chain.lags.items() if n not in program.continuous}
+        if any(lags.values()) or not chain.variables:
+            out.append(dataclasses.replace(chain, lags=lags))
+    return tuple(out)
 
 
 def scaled_site(program: Program, name: str) -> str | None:

@@ -8,7 +8,6 @@ statistics of the families in `regression`.
 from __future__ import annotations
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from autoem._named import Named, add
@@ -95,10 +94,7 @@ def pooled_statistics(f: Factor, rows: Rows, mean: Named, covariance: Named, wei
     known = range(3) if reads_others(f) else (0, 2)
     lines = [jnp.concatenate([block(i, j) for j in known], -1) for i in known]
     matrix, counts = jnp.concatenate(lines, -2), -jnp.broadcast_to(count.to(whole), lead)
-    if f.family.event_dim:
-        return matrix.reshape(*lead, -1), counts
-    i, j = np.triu_indices(matrix.shape[-1])
-    return matrix[..., i, j], counts
+    return matrix.reshape(*lead, -1), counts
 
 
 def of_own(f: Factor, first: Named, second: Named) -> tuple[Named, Named, Named]:

@@ -145,15 +145,18 @@ class Gauss(AbstractMethod):
         log_w = np.stack(np.meshgrid(*[np.log(w) + z**2] * d, indexing="ij"), -1).reshape(-1, d).sum(-1)
         return grid, log_w
 
+    def nodes(self, mode: Array, root: Array, at: int) -> tuple[Array, Array]:
+        """Free coordinates `(*states, nodes, *cells, d)`, and log weights `(*states or 1s, nodes, *cells or 1s)`."""
+        z, log_w = self.rule(mode.shape[-1])
+        x = jnp.stack([mode + math.sqrt(2) * (root @ s) for s in jnp.asarray(z, mode.dtype)], at)
+        return x, jnp.asarray(log_w, mode.dtype).reshape(-1, *(1,) * (mode.ndim - 1 - at))
+
     def integrate(self, cells: Cells) -> CellPosterior:
         at = cells.count
         mode, root, log_det = self.place(cells)
         d = mode.shape[-1]
-        z, log_w = self.rule(d)
-        x = jnp.stack([mode + math.sqrt(2) * (root @ s) for s in jnp.asarray(z, mode.dtype)], at)
-        value = self.joint(cells, x)
-        log_w = jnp.asarray(log_w, mode.dtype).reshape(-1, *(1,) * len(cells.block.shape))
-        terms = value + log_w
+        x, log_w = self.nodes(mode, root, at)
+        terms = self.joint(cells, x) + log_w
         integral = log_sum_exp(jnp.moveaxis(terms, at, 0)) + log_det + 0.5 * d * math.log(2)
         if (present := cells.present) is not None:
             flat = jnp.squeeze(cells.joint(self.from_free(cells, jnp.expand_dims(mode, at))[0]), at)

@@ -101,6 +101,13 @@ STRATEGIES: tuple[Strategy, ...] = (
         "Tierney and Kadane 1986",
     ),
     Strategy(
+        strategies.Importance(),
+        (CONTINUOUS,),
+        "the log-likelihood, with random error that more draws make smaller and whose size is told",
+        "as many evaluations as draws, and a search for the mode",
+        "Geweke 1989; Quintana, Liu and del Pino 1999",
+    ),
+    Strategy(
         strategies.Variational(),
         (CONTINUOUS,),
         "a lower bound of the log-likelihood (ELBO), with random error",

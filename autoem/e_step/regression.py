@@ -123,6 +123,19 @@ def _residuals(t: Array, n: Array, args: Args) -> tuple[Array, Array]:
     return -n, 0.5 * jnp.maximum(squares, 0.0)
 
 
+def _whole_natural(args: Args) -> tuple[Array, Array]:
+    b = _contrast(args) / args["scale"][..., None]
+    square = -0.5 * jnp.einsum("...i,...j->...ij", b, b)
+    return square.reshape(*square.shape[:-2], -1), jnp.log(args["scale"])
+
+
+def _whole_residuals(t: Array, n: Array, args: Args) -> tuple[Array, Array]:
+    b = _contrast(args)
+    matrix = t.reshape(*t.shape[:-1], b.shape[-1], b.shape[-1])
+    squares = jnp.einsum("...i,...ij,...j->...", b, matrix, b)
+    return -n, 0.5 * jnp.maximum(squares, 0.0)
+
+
 def on_vectors(normal: Family) -> Family:
     """A multivariate normal whose location is a matrix of coefficients times known numbers: `loc` is that matrix.
 
@@ -202,4 +215,11 @@ REGRESSION = Family(
     event_dim=1,
     arg_dims=(1, 0),
     source="DeSarbo and Cron 1988",
+)
+
+# statistics are the whole matrix of moments, which no gather picks apart
+POOLED = dataclasses.replace(
+    REGRESSION,
+    natural=_whole_natural,
+    rules={"loc": Location(), "scale": Power(_whole_residuals, degree=-2)},
 )

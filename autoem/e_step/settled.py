@@ -115,7 +115,9 @@ def backward_alike(swept: Swept, done: Array, dim: int) -> Smoothed:
         start, head = jax.lax.scan(step, (mean, carry[1]), part(None, HEAD), reverse=True)
         covariances = jnp.broadcast_to(fixed, (len(middle), *fixed.shape))
         parts = (head, (means, covariances), last)
-        return Smoothed(*before(swept.start, *start), *map(jnp.concatenate, zip(*parts, strict=True)))
+        total = head[1].sum(0) + len(middle) * fixed + last[1].sum(0)
+        every = map(jnp.concatenate, zip(*parts, strict=True))
+        return Smoothed(*before(swept.start, *start), *every, total=total)
 
     return jax.lax.cond(done, vectors, lambda _: backward(swept, dim), None)
 

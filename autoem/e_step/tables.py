@@ -18,10 +18,11 @@ import numpy as np
 from jax import Array
 
 from autoem._jaxpr import Graph, Variable
-from autoem._named import Named, add, contract, contract_sum, looked_up, multiply, named, union
+from autoem._named import Named, add, contract, contract_sum, looked_up, multiply, named, turned, union
 from autoem.e_step.completions import NODES, Completions
 from autoem.e_step.elimination import Route, Table
 from autoem.e_step.regression import squared_residuals
+from autoem.e_step.selected import selected
 from autoem.families import Family
 from autoem.families._arrays import as_float
 from autoem.ir import Latent, Site
@@ -184,19 +185,21 @@ class Factor:
         here = [("latent", z.name) in read or a for z, a in zip(latents, apart, strict=True)]
         varying = [(z, a) for z, a, h in zip(latents, apart, here, strict=True) if h]
         over: list = [jnp.asarray(z.states) for z, _ in varying] + ([points.value] if points else [])
+        found = selected(self.graph, output, [z for z, _ in varying])
+        rows = [s.rows(self.graph, values) for s in found]
 
-        def at(*states) -> tuple:
+        def at(states: list, rows: list) -> tuple:
             shapes = [self.graph.inputs["latent", z.name].shape for z, _ in varying]
-            given = {("latent", z.name): jnp.broadcast_to(s, n) for (z, _), s, n in zip(varying, states, shapes)}  # noqa: B905
+            given: dict[Any, Any] = {s.output: r for s, r in zip(found, rows, strict=True)}
+            given |= {("latent", z.name): jnp.broadcast_to(s, n) for (z, _), s, n in zip(varying, states, shapes)}  # noqa: B905
             return function({**given, **group.placed(self.graph, states[-1])} if group else given)
 
         for i in reversed(range(len(over))):
             along = points is not None and i < len(varying) and varying[i][1]
-            at = jax.vmap(
-                at, in_axes=[0 if j == i or (along and j == len(varying)) else None for j in range(len(over))]
-            )
+            mapped = [0 if j == i or (along and j == len(varying)) else None for j in range(len(over))]
+            at = jax.vmap(at, in_axes=(mapped, [0 if s.latent == i else None for s in found]))
         parts = tuple(
-            self._padded(o, here + ([group is not None] if self.completions else []), event_dim) for o in at(*over)
+            self._padded(o, here + ([group is not None] if self.completions else []), event_dim) for o in at(over, rows)
         )
         if group is None or not group.affine or at_points or self.pooled:
             return parts
@@ -326,17 +329,13 @@ class Factor:
         if self.own or rows.ready:
             return value
         batch = value.axes[: len(value.axes) - events]
-        array = value.array
-        if rows.centre is not None and rows.spread is not None:
-            centre, spread = rows.centre, rows.spread
-            if not events:
-                centre, spread = (named(m, self.site.axes).to(batch) for m in (centre, spread))
-            array = (as_float(array) - centre) / spread
+        moments = () if rows.centre is None or rows.spread is None else (rows.centre, rows.spread)
+        if not events:
+            moments = tuple(named(m, self.site.axes).to(batch) for m in moments)
         size = dict(zip(self.site.axes, self.site.shape, strict=True))
         order = sorted(batch, key=lambda a: (a in self.kept, size[a]))
         names = value.axes[len(batch) :]
-        moved = jnp.transpose(array, [value.axes.index(a) for a in (*names, *order)])
-        return Named(moved, (*names, *order))
+        return Named(turned(value.array, [value.axes.index(a) for a in (*names, *order)], moments), (*names, *order))
 
     def _direct_table(self, cells: Array, rows: Rows) -> Named:
         value = named(cells, self.cell_axes)

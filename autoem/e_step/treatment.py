@@ -66,6 +66,7 @@ class AbstractTreatment(abc.ABC):
         least: steps before which no fit with a random objective ends.
         warmup: steps whose objectives are of other functions: none is compared with another, and no fit ends there.
         is_likelihood: whether what it ends at is a maximum of the likelihood, up to rounding.
+        comparable: whether fits may be compared by it: it stands for the log-likelihood, and a run gives it again.
         sums_exactly: whether it is over discrete latents alone, so that at the end the log-likelihood is the exact
             one, whatever was maximised; all messages of chains are logarithms.
         needs_data: whether it calls a function of the model's own arguments, so that the bundle has to hold them all.
@@ -78,6 +79,7 @@ class AbstractTreatment(abc.ABC):
     least = 0
     warmup = 0
     is_likelihood = False
+    comparable = False
     sums_exactly = False
     needs_data = False
     source = ""

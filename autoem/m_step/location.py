@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from autoem._programs import jit_once
 from autoem.families import Location
 from autoem.m_step._base import AbstractBlock
 from autoem.m_step.counting import fit, latex_name
@@ -157,7 +158,7 @@ def vector_mean_applies(problem, use: Use, name: str, form: Linear, params: Para
         return False
     tags = np.arange(1.0, loc.size + 1).reshape(np.shape(params[name]))
     given = {("param", n): v for n, v in params.items()} | {("param", name): tags}
-    seen = np.asarray(jax.jit(lambda g: use.factor.argument(use.key[1], g, 1))(given))
+    seen = np.asarray(jit_once(lambda g: use.factor.argument(use.key[1], g, 1))(given))
     return bool((np.sort(seen.ravel()) == tags.ravel()).all())
 
 
@@ -196,7 +197,7 @@ class LeastSquares(AbstractBlock):
         if self.groups is not None:
             step = grouped_step(slope, flat, g, self.groups)
         elif flat.size <= MAX_DENSE:
-            step = newton_direction(jax.hessian(objective)(flat), g)
+            step = concave_direction(jax.hessian(objective)(flat), g)
         else:
             step, _ = jax.scipy.sparse.linalg.cg(
                 lambda v: -jax.jvp(slope, (flat,), (v,))[1], g, tol=1e-12, maxiter=flat.size
@@ -214,7 +215,7 @@ def grouped_step(slope, flat: Array, g: Array, groups: np.ndarray) -> Array:
     blocks = jnp.moveaxis(padded[:, groups], 0, -1)
     inside = groups < flat.size
     blocks = blocks * (inside[:, :, None] & inside[:, None, :])
-    steps = jax.vmap(newton_direction)(blocks, jnp.pad(g, (0, 1))[groups])
+    steps = concave_direction(blocks, jnp.pad(g, (0, 1))[groups])
     return jnp.zeros(flat.size + 1, flat.dtype).at[groups].set(steps)[:-1]
 
 
@@ -243,7 +244,7 @@ def untied(block: LeastSquares, params: Params) -> np.ndarray | None:
               for f in factors}  # fmt: skip
     if len(shapes) > 1:
         return None
-    reads = np.any(np.asarray(jax.jit(jax.jacobian(coefficients))(flat)), axis=1)  # (cells, entries)
+    reads = np.any(np.asarray(jit_once(jax.jacobian(coefficients))(flat)), axis=1)  # (cells, entries)
     return components(np.asarray(reads))
 
 
@@ -263,13 +264,33 @@ def components(reads: np.ndarray) -> np.ndarray | None:
 
 def newton_direction(hessian: Array, slope: Array, damping: Array | float = 0.0) -> Array:
     """`(-H + damping I)^-1 g`, scaled to unit diagonal first; directions without curvature stay where they are."""
-    curvature = -hessian
-    diagonal = jnp.diagonal(curvature)
-    top = jnp.maximum(jnp.abs(diagonal).max(), jnp.finfo(slope.dtype).tiny)
-    unit = jnp.sqrt(jnp.maximum(jnp.abs(diagonal), 1e-12 * top))  # damping must count where nothing is concave
-    scaled = curvature / unit[:, None] / unit[None, :]
-    # a direction along which nothing is observed has a zero row: give it curvature one, so its step is zero
-    ridge = jnp.finfo(slope.dtype).eps * 10 + damping
-    dead = jnp.abs(diagonal) <= 1e-14 * top
-    scaled = scaled + jnp.diag(jnp.where(dead, 1.0, ridge))
+    scaled, unit = scaled_curvature(hessian, damping)
     return jax.scipy.linalg.solve(scaled, slope / unit, assume_a="sym") / unit
+
+
+def concave_direction(hessian: Array, slope: Array) -> Array:
+    """The same for objectives that are concave, `(*batch, d, d)` and `(*batch, d)`: by Cholesky, where rounding lets.
+
+    It takes a third of the time of an elimination with pivots.
+    """
+    scaled, unit = scaled_curvature(hessian)
+    right = (slope / unit)[..., None]
+    factor = jnp.linalg.cholesky(scaled)
+    half = jax.scipy.linalg.solve_triangular(factor, right, lower=True)
+    quick = jax.scipy.linalg.solve_triangular(factor, half, lower=True, trans=1)
+    step = jax.lax.cond(jnp.isfinite(quick).all(), lambda: quick, lambda: jnp.linalg.solve(scaled, right))
+    return step[..., 0] / unit
+
+
+def scaled_curvature(hessian: Array, damping: Array | float = 0.0) -> tuple[Array, Array]:
+    """`-H + damping I` with unit diagonal, and the units that make it so."""
+    curvature = -hessian
+    diagonal = jnp.diagonal(curvature, axis1=-2, axis2=-1)
+    eps, tiny = jnp.finfo(hessian.dtype).eps, jnp.finfo(hessian.dtype).tiny
+    top = jnp.maximum(jnp.abs(diagonal).max(-1, keepdims=True), tiny)
+    unit = jnp.sqrt(jnp.maximum(jnp.abs(diagonal), 1e-12 * top))  # damping must count where nothing is concave
+    scaled = curvature / unit[..., :, None] / unit[..., None, :]
+    # a direction along which nothing is observed has a zero row: give it curvature one, so its step is zero
+    dead = jnp.abs(diagonal) <= 1e-14 * top
+    more = jnp.where(dead, 1.0, eps * 10 + damping)
+    return scaled + more[..., None] * jnp.eye(more.shape[-1], dtype=more.dtype), unit

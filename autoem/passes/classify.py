@@ -20,6 +20,9 @@ from autoem.ir import Param, Program, Site, at_step
 
 MAXIMISED = "maximised because maximize= names it"
 PRIOR = "a parameter with a prior: its prior reads no other parameter, and no data stand in its plates"
+JOINT = (
+    "a parameter that was named to be maximised; its prior reads latents, so its density counts in the log-likelihood"
+)
 
 DECENTERED = "_decentered"  # how NumPyro's LocScaleReparam names an effect without its location and scale
 
@@ -46,6 +49,8 @@ def classify(program: Program, constraints: dict, latent: tuple[str, ...], maxim
         if site.role != "parameter":
             continue
         reason = MAXIMISED if site.name in maximize else PRIOR
+        if any(k[0] == "latent" for k in program.full.needs((site.name, "elem"))):
+            reason = JOINT
         sites[site.name] = dataclasses.replace(site, reason=reason)
         shape = program.full.inputs["param", site.name].shape
         params[site.name] = Param(site.name, shape, dtype, constraints[site.name], site.name, reason)

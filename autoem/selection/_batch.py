@@ -22,8 +22,8 @@ from autoem._build import Build
 from autoem._em import EM, ONE_THREAD_UP_TO, VMAP_UP_TO, underflowed
 from autoem._fit import State, em_step, initial_state
 from autoem._init import seeded, starts
-from autoem._jaxpr import jit_small
 from autoem._lower import Kernel
+from autoem._programs import jit_small, jit_well
 from autoem._stop import DIVERGED, FELL, RUNNING, Stop
 from autoem._trace import Source
 from autoem.m_step.problem import Bundle
@@ -74,6 +74,7 @@ def fit_many(em: EM, calls: Sequence[Call], rng_key: Array, also: Sequence[Param
         bundles = [built.plain_bundle(source, keys[i]) for i, source in zip(members, sources, strict=True)]
         begin = starts_of(em, built, sources, bundles, keys[np.asarray(members)], also)
         stacked = len(members) > 1 and stackable(bundles) and entries(bundles[0]) * len(begin[0]) <= VMAP_UP_TO
+        stacked &= built.kernel.treatment is None  # which remembers something of each data set
         together &= stacked
         best = in_batches(em, built, bundles, begin) if stacked else in_turn(em, built, sources, begin, keys)
         for i, state in zip(members, best, strict=True):
@@ -138,10 +139,10 @@ def in_batches(em: EM, built: Build, bundles: Sequence[Bundle], begin: list[list
     count = -(-len(bundles) // -(-len(bundles) // count))  # equal shares
     out: list[State] = []
     loop = ("many", id(built))
-    if loop not in em._loops:
+    if loop not in em._batches:
         read = 8 * entries(bundles[0]) * len(begin[0]) * count
-        em._loops[loop] = batched_loop(built, em.stop, small=read <= ONE_THREAD_UP_TO)
-    advance = em._loops[loop]
+        em._batches[loop] = batched_loop(built, em.stop, small=read <= ONE_THREAD_UP_TO)
+    advance = em._batches[loop]
     for first in range(0, len(bundles), count):
         chosen = list(range(first, min(first + count, len(bundles))))
         padded = chosen + [chosen[-1]] * (count - len(chosen))
@@ -149,7 +150,7 @@ def in_batches(em: EM, built: Build, bundles: Sequence[Bundle], begin: list[list
         out += states[: len(chosen)]
     if built.kernel.layout.chains and any(lost(built, *one) for one in zip(out, bundles, strict=True)):
         built.kernel = built.kernel.in_logs
-        em._loops.pop(loop)
+        em._batches.pop(loop)
         return in_batches(em, built, bundles, begin)
     return out
 
@@ -174,7 +175,7 @@ def batched_loop(built: Build, stop: Stop, small: bool) -> Callable:
         rows = jax.tree.map(lambda x: x[which], bundles)
         return jax.vmap(advance, in_axes=(0, 0, None))(states, rows, limit)
 
-    return jit_small(many) if small else jax.jit(many)
+    return jit_small(many) if small else jit_well(many)
 
 
 def plain(kernel: Kernel) -> Kernel:

@@ -17,12 +17,13 @@ import numpy as np
 from jax import Array
 
 from autoem._errors import DataError, PlanError
-from autoem._jaxpr import jit_once
 from autoem._per_datum import datum_plate, per_datum
+from autoem._programs import jit_once
 from autoem._result import EMResult
 from autoem._source import path_name
 from autoem.selection._batch import Call, fit_many, plain
 from autoem.selection._simulate import refuse_approximate
+from autoem.treatments import AbstractDrawn
 
 
 def row_plate(result: EMResult) -> tuple[str, int]:
@@ -32,6 +33,11 @@ def row_plate(result: EMResult) -> tuple[str, int]:
         PlanError: the data have no plate of independent rows, or the fit no exact likelihood.
     """
     refuse_approximate(result, "held-out scores")
+    treatment = result._context.built.kernel.treatment
+    if isinstance(treatment, AbstractDrawn):
+        problem = "its latents are integrated all at once, which gives no row a density of its own"
+        mend = 'criterion="bic", or latents of which each row reads one cell'
+        raise PlanError(treatment.hidden.names[0], problem=problem, mend=mend)
     plate = result.posterior().datum_plate
     if plate is None:
         name, problem = result.plan.program.name, "its data have no plate of rows that are independent of each other"

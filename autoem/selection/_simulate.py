@@ -22,7 +22,7 @@ from autoem._check import Call as Derived
 from autoem._check import observing, simulate
 from autoem._em import EM
 from autoem._errors import DataError, ModelError, PlanError
-from autoem._jaxpr import jit_once
+from autoem._programs import jit_once
 from autoem._result import EMResult
 from autoem.ir import Program
 
@@ -39,17 +39,25 @@ def observed_sites(result: EMResult) -> list[str]:
     return sorted(s.name for s in result._context.built.program.sites.values() if s.role == "observed")
 
 
-def refuse_approximate(result: EMResult, what: str) -> None:
-    """Raise where the fit has no exact likelihood.
+def refuse_approximate(result: EMResult, what: str, comparable: bool = True) -> None:
+    """Raise where the fit has no likelihood that can be compared with another's.
+
+    Args:
+        what: what is asked for, as a noun.
+        comparable: whether an approximation of the log-likelihood will do, if no draw moves it.
 
     Raises:
-        PlanError: an E-step is approximate, so that what was maximised stands in for the likelihood.
+        PlanError: what was maximised is a bound, or another function than the likelihood, or wavers with the draws.
     """
     kernel = result._context.built.kernel
-    if kernel.treatment is not None:
-        problem = f"{what} compare likelihoods, and this fit maximised its {kernel.objective_name}"
-        mend = "an exact E-step: see the plan for what it would take"
-        raise PlanError(kernel.program.name, problem=problem, mend=mend, kind="model")
+    treatment = kernel.treatment
+    if treatment is None or (comparable and treatment.comparable):
+        return
+    problem = f"{what} compare likelihoods, and this fit maximised its {kernel.objective_name}"
+    mend = "an exact E-step"
+    if kernel.program.continuous:
+        mend += ", or e_step=autoem.e_step.Laplace()" * comparable
+    raise PlanError(kernel.program.name, problem=problem, mend=f"{mend}: see the plan for what it takes", kind="model")
 
 
 def refuse_unsimulable(result: EMResult) -> None:
@@ -124,7 +132,7 @@ def with_draws(result: EMResult, drawn: Mapping[str, Array], restarts: int | Non
     if sites != sorted(drawn):
         problem = f"it observes {sites}, and the data are drawn for {sorted(drawn)}"
         raise PlanError(result.plan.program.name, problem=problem, mend="name the observed sites alike", kind="model")
-    em.model, em.progress, em._builds, em._loops = observing(em.model), False, {}, {}
+    em.model, em.progress, em._builds, em._loops, em._batches = observing(em.model), False, {}, {}, {}
     em.restarts = em.restarts if restarts is None else restarts
     if isinstance(em.init, Mapping):
         em.init = {n: v for n, v in em.init.items() if n in result.params}

@@ -85,7 +85,7 @@ def split_merge(
     for option, number in (("candidates", candidates), ("splits", splits), ("max_moves", max_moves)):
         if number < 1:
             raise ValueError(f"split_merge({option}={number}): {option} must be at least 1")
-    refuse_approximate(result, "merge and split moves")
+    refuse_approximate(result, "merge and split moves", comparable=False)
     name = latent_of(result, latent)
     key, now, made = as_key(rng_key), result, []
     for step in range(max_moves):

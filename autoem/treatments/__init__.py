@@ -16,7 +16,7 @@ from autoem._errors import PlanError
 from autoem._lower import Kernel
 from autoem.accelerate import AbstractAcceleration
 from autoem.e_step.groups import refuse_scaled
-from autoem.e_step.strategies import SAEM, AbstractEStep, Laplace, MonteCarlo, Variational
+from autoem.e_step.strategies import SAEM, AbstractEStep, Importance, Laplace, MonteCarlo, Variational
 from autoem.e_step.tables import Factor
 from autoem.e_step.treatment import AbstractTreatment
 from autoem.ir import Program
@@ -24,6 +24,7 @@ from autoem.m_step.problem import Bundle, Params
 from autoem.passes.gaussian import latent_groups
 from autoem.treatments.discrete import discrete_treatment
 from autoem.treatments.drawn import AbstractDrawn, Hidden
+from autoem.treatments.importance import JointImportance
 from autoem.treatments.laplace import MAX_COORDINATES, JointLaplace
 from autoem.treatments.sampling import Averaged, Sampled
 from autoem.treatments.variational import Guide
@@ -67,12 +68,14 @@ def make(hidden: Hidden, wish: AbstractEStep | None, call: Callable) -> Abstract
         return Sampled(hidden, wish)
     if isinstance(wish, Variational):
         return Guide(hidden, wish, call)
-    if hidden.dim > MAX_COORDINATES and isinstance(wish, Laplace):
+    if hidden.dim > MAX_COORDINATES and isinstance(wish, Laplace | Importance):
         raise PlanError(
             hidden.names[0],
-            problem=f"Laplace's approximation over {hidden.dim:,} coordinates at once needs their dense curvature",
+            problem=f"{type(wish).__name__}() over {hidden.dim:,} coordinates at once needs their dense curvature",
             mend=f'EM(model, e_step={{"{hidden.names[0]}": autoem.e_step.Variational()}})',
         )
+    if isinstance(wish, Importance):
+        return JointImportance(hidden, wish)
     return (
         JointLaplace(hidden) if hidden.dim <= DENSE or isinstance(wish, Laplace) else Guide(hidden, Variational(), call)
     )

@@ -121,6 +121,7 @@ class AnnealedTreatment(AbstractTreatment):
     steps: int
 
     is_likelihood = True
+    comparable = True
     sums_exactly = True
     source = "Ueda and Nakano 1998 (deterministic annealing)"
 

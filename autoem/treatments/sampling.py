@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.scipy.special import gammaln
 from numpyro.infer.hmc import hmc
 
+from autoem.e_step.importance import t_density, t_draws
 from autoem.e_step.treatment import Expectation
 from autoem.treatments.drawn import AbstractDrawn
 from autoem.treatments.laplace import MAX_COORDINATES, JointLaplace
@@ -177,8 +177,9 @@ def importance(method: JointLaplace, kernel: Kernel, params: Params, bundle: Bun
 
 def estimated(log_weights: Array) -> tuple[Array, Array]:
     """The log of the mean of importance weights, and its standard error."""
-    share = jax.nn.softmax(log_weights) * PROPOSALS
-    return jax.nn.logsumexp(log_weights) - math.log(PROPOSALS), jnp.sqrt(jnp.var(share) / PROPOSALS)
+    count = len(log_weights)
+    share = jax.nn.softmax(log_weights) * count
+    return jax.nn.logsumexp(log_weights) - math.log(count), jnp.sqrt(jnp.var(share) / count)
 
 
 class Proposals(NamedTuple):
@@ -197,16 +198,11 @@ def proposals(
     places = jax.lax.map(lambda x: method.place(kernel, params, bundle, x), jnp.stack([jnp.zeros(dim), near]))
     best = jnp.argmax(places[1] + places[3])
     mode, _, root, log_det = (p[best] for p in places)
-    normal, wide = jax.random.split(jax.random.fold_in(key, 1))
-    z = jax.random.normal(normal, (PROPOSALS, dim))
-    z = z * jnp.sqrt(FREEDOM / (2 * jax.random.gamma(wide, 0.5 * FREEDOM, (PROPOSALS, 1))))
-    half = 0.5 * (FREEDOM + dim)
-    level = gammaln(half) - gammaln(0.5 * FREEDOM) - 0.5 * dim * math.log(FREEDOM * math.pi) - log_det
+    z = t_draws(jax.random.fold_in(key, 1), (PROPOSALS, dim), FREEDOM)
 
     def log_weight(x: Array) -> Array:
         z = jnp.linalg.solve(root, x - mode)
-        density = level - half * jnp.log1p((z**2).sum() / FREEDOM)
-        return method.log_density(kernel, params, bundle, x[None])[0] - density
+        return method.log_density(kernel, params, bundle, x[None])[0] - t_density(z, FREEDOM) + log_det
 
     x = mode + z @ root.T
     return Proposals(x, jax.lax.map(jax.vmap(log_weight), x.reshape(BATCHES, -1, dim)).ravel(), log_weight)

@@ -12,6 +12,7 @@ from . import (
     contenders_peers_chains,
     contenders_r,
     contenders_textbook,
+    contenders_topics,
 )
 from ._contender import Contender
 
@@ -25,6 +26,7 @@ _MODULES = (
     contenders_r,
     contenders_continuous,
     contenders_continuous_jax,
+    contenders_topics,
 )
 CONTENDERS: tuple[Contender, ...] = tuple(c for module in _MODULES for c in module.CONTENDERS)
 

@@ -97,7 +97,7 @@ def test_restarts_and_acceleration_see_few_rows_too():
 
 
 def test_points_have_the_mean_and_the_covariance():
-    few = points(X)
+    few = points(X.T)
     np.testing.assert_allclose(few.mean(0), X.mean(0), rtol=1e-12)
     np.testing.assert_allclose(np.cov(few.T, bias=True), np.cov(X.T, bias=True), rtol=1e-10)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import autoem
-from autoem._jaxpr import jit_once
+from autoem._programs import jit_once
 from autoem.e_step.local import LocalBlock
 
 from ..local_models import GROUP, PAIRS, ROWS, Pair, X, on_a_grid

@@ -9,7 +9,7 @@ import pytest
 from scipy import integrate, special
 
 import autoem
-from autoem._jaxpr import jit_once
+from autoem._programs import jit_once
 from autoem.e_step.pieces import Pieces, between, upper_tail
 
 from ..cut_models import MODELS, SEEN, X, Y

@@ -9,7 +9,7 @@ import pytest
 from numpyro.distributions import constraints
 
 import autoem
-from autoem._jaxpr import jit_once
+from autoem._programs import jit_once
 from autoem.e_step.quadrature import Gauss
 
 from ..local_models import GROUP, QUADRATURE, ROWS, X, on_a_grid

@@ -92,6 +92,16 @@ def test_case(name, law):
     law(BY_NAME[name], fit(name))
 
 
+@pytest.mark.parametrize(
+    ("name", "most"), [("sleepstudy", 30), ("dyestuff", 10), ("iris_ppca", 50), ("nile_level", 40)]
+)
+def test_acceleration(name, most):
+    """Plain EM takes from ten to some hundred maps to a relative change of 1e-8."""
+    accelerated, _ = checks.fit(BY_NAME[name], tol=1e-8, accelerate=autoem.accelerate.Anderson())
+    assert accelerated.num_steps < most
+    assert accelerated.objective >= fit(name).objective - 1e-6 * abs(fit(name).objective)
+
+
 def test_principal_components_are_those_of_the_covariance():
     """Tipping and Bishop 1999: the noise is the mean of the eigenvalues left out."""
     x, params = np.asarray(matrix("iris.csv")), fit("iris_ppca").params

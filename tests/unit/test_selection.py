@@ -139,13 +139,13 @@ def test_many_fits_at_once_are_the_single_fits():
     sets = [X[RNG.integers(0, len(X), len(X))] for _ in range(8)]
     ends = fit_many(em, [((s,), {}) for s in sets], KEY)
     assert ends.together and len(ends) == 8
-    assert [k[0] for k in em._loops] == ["many"]
+    assert [k[0] for k in em._batches] == ["many"]
     singles = [em.run(KEY, s) for s in sets[:3]]
     np.testing.assert_allclose(ends.log_likelihood[:3], [r.log_likelihood for r in singles], rtol=1e-8)
     np.testing.assert_allclose(ends.params["loc"][:3], [r.params["loc"] for r in singles], rtol=1e-4)
     assert list(ends.num_steps[:3]) == [r.num_steps for r in singles]
-    (loop,) = (f for k, f in em._loops.items() if k[0] == "many")
-    assert loop._cache_size() == 1
+    (loop,) = (f for k, f in em._batches.items() if k[0] == "many")
+    assert len(loop._compiled) == 1
 
 
 @pytest.mark.parametrize("most", [1, 70], ids=["one after the other", "in batches of a few"])

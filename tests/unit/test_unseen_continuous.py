@@ -1,0 +1,158 @@
+"""Models of continuous latents as people write them elsewhere, each against an answer worked out without autoem."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.distributions import constraints
+from scipy.optimize import minimize
+
+import autoem
+
+KEY = jax.random.key(0)
+GROUP = np.repeat(np.arange(6), 5)
+RNG = np.random.default_rng(1)
+Y = 1 + 2 * RNG.normal(size=6)[GROUP] + RNG.normal(size=30)
+
+
+def positive(name: str, value: float = 1.0) -> Any:
+    return numpyro.param(name, value, constraint=constraints.positive)
+
+
+def best(negative, start) -> tuple[np.ndarray, float]:
+    """The maximum of a log-likelihood, by an optimiser that knows nothing of EM."""
+    slope = jax.jit(jax.value_and_grad(negative))
+    found = minimize(lambda x: [np.asarray(v, float) for v in slope(x)], np.asarray(start, float), jac=True)
+    return found.x, -float(found.fun)
+
+
+def scaled(y, group, pick=lambda u, group: u[group]):
+    mu, tau, noise = numpyro.param("mu", 0.0), positive("tau"), positive("noise")
+    with numpyro.plate("groups", 6):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+    u = numpyro.deterministic("u", tau * z)
+    with numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.Normal(mu + pick(u, group), noise), obs=y)
+
+
+def test_scaled_effects_read_by_group_after_scaling():
+    """The derivative by `tau` holds every group, though the effect has one cell where tables are made."""
+    result = autoem.EM(scaled, tol=1e-12, progress=False).run(KEY, Y, GROUP)
+    same = GROUP[:, None] == GROUP
+
+    def negative(v):
+        cov = v[1] ** 2 * same + v[2] ** 2 * jnp.eye(30)
+        return -jax.scipy.stats.multivariate_normal.logpdf(jnp.asarray(Y), v[0] * jnp.ones(30), cov)
+
+    at, height = best(negative, [1.0, 1.5, 1.0])
+    np.testing.assert_allclose(result.log_likelihood, height, atol=1e-6)
+    np.testing.assert_allclose([result.params[n] for n in ("mu", "tau", "noise")], at, rtol=1e-3)
+    errors = result.standard_errors()
+    expected = np.sqrt(np.diag(np.linalg.inv(jax.jit(jax.hessian(negative))(jnp.asarray(at)))))
+    np.testing.assert_allclose([errors[n] for n in ("mu", "tau", "noise")], expected, rtol=1e-3)
+
+
+def test_take_reads_an_effect_as_an_index_does():
+    assert "Gaussian" in str(autoem.EM(scaled).plan(Y, GROUP, pick=jnp.take))
+
+
+def test_classes_of_groups_read_after_a_table():
+    """The same where the latent is discrete: rows read `exp(level[z])` by their group."""
+    counts = np.random.default_rng(2).poisson(np.array([2.0, 9.0])[np.array([0, 1, 1, 0, 1, 0])][GROUP])
+
+    def model(y, group):
+        share = numpyro.param("share", 0.5, constraint=constraints.unit_interval)
+        level, dose = numpyro.param("level", jnp.array([0.0, 1.0])), jnp.linspace(-1, 1, len(y))
+        slope = numpyro.param("slope", 0.0)
+        with numpyro.plate("groups", 6):
+            z = numpyro.sample("z", dist.Bernoulli(share))
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.Poisson(jnp.exp(level[z][group] + slope * dose)), obs=y)
+
+    result = autoem.EM(model, init="model", tol=1e-12, progress=False).run(KEY, counts, GROUP)
+
+    def negative(v):
+        rate = jnp.exp(v[1:3, None] + v[3] * jnp.linspace(-1, 1, 30))
+        rows = jax.scipy.stats.poisson.logpmf(jnp.asarray(counts), rate)
+        groups = jax.vmap(lambda r: jax.ops.segment_sum(r, GROUP, 6))(rows)
+        weights = jnp.array([jax.nn.log_sigmoid(-v[0]), jax.nn.log_sigmoid(v[0])])
+        return -jax.nn.logsumexp(groups + weights[:, None], axis=0).sum()
+
+    at, height = best(negative, [0.0, 0.5, 2.0, 0.0])
+    np.testing.assert_allclose(result.log_likelihood, height, atol=1e-6)
+    np.testing.assert_allclose(result.params["level"], at[1:3], atol=1e-3)
+
+
+DESIGN = np.random.default_rng(5).normal(size=(40, 4))
+RESPONSE = DESIGN[:, 0] * 2 - DESIGN[:, 3] + 0.3 * np.random.default_rng(6).normal(size=40)
+
+
+def test_maximised_coefficients_whose_prior_reads_a_discrete_latent():
+    """Spike and slab: the prior of each coefficient is a mixture, summed by hand here."""
+
+    def model(x, y):
+        with numpyro.plate("columns", 4):
+            z = numpyro.sample("z", dist.Bernoulli(0.3))
+            w = numpyro.sample("w", dist.Normal(0, jnp.array([0.1, 3.0])[z]))
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.Normal(x @ w, 0.3), obs=y)
+
+    em = autoem.EM(model, maximize=["w"], tol=1e-12, progress=False)
+    assert "its prior reads latents" in str(em.plan(DESIGN, RESPONSE))
+    result = em.run(KEY, DESIGN, RESPONSE)
+
+    def negative(w):
+        normal = jax.scipy.stats.norm.logpdf
+        spike, slab = jnp.log(0.7) + normal(w, 0, 0.1), jnp.log(0.3) + normal(w, 0, 3.0)
+        return -jnp.logaddexp(spike, slab).sum() - normal(RESPONSE, DESIGN @ w, 0.3).sum()
+
+    at, height = best(negative, [2.0, 0.0, 0.0, -1.0])
+    np.testing.assert_allclose(result.history[-1], height, atol=1e-6)
+    np.testing.assert_allclose(result.params["w"], at, atol=1e-3)
+
+
+def test_lasso_by_latent_scales():
+    """The exponential mixture of normals is a Laplace law: scikit-learn's lasso has the same coefficients."""
+
+    def model(x, y):
+        with numpyro.plate("columns", 4):
+            tau = numpyro.sample("tau", dist.Exponential(2.0))
+            w = numpyro.sample("w", dist.Normal(0, jnp.sqrt(tau)))
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.Normal(x @ w, 0.3), obs=y)
+
+    lasso = pytest.importorskip("sklearn.linear_model").Lasso(2 * 0.3**2 / 40, fit_intercept=False, tol=1e-10)
+    em = autoem.EM(model, maximize=["w"], latent=["tau"], progress=False)
+    found = em.run(KEY, DESIGN, RESPONSE).params["w"]
+    np.testing.assert_allclose(found, lasso.fit(DESIGN, RESPONSE).coef_, atol=1e-3)
+
+
+def test_pairs_of_bounds_and_points_seen_of_a_latent():
+    """Interval censoring with infinite bounds is read; a value seen exactly of a latent is refused with a rewrite."""
+    low, high = np.array([0.0, 1.0, -np.inf, 2.0]), np.array([1.0, np.inf, 0.5, 2.5])
+
+    def intervals(bounds):
+        mu = numpyro.param("mu", 0.0)
+        censored = dist.IntervalCensoredDistribution(
+            dist.Normal(mu, 1.0), jnp.isinf(bounds[:, 0]), jnp.isinf(bounds[:, 1])
+        )
+        with numpyro.plate("rows", len(bounds)):
+            numpyro.sample("y", censored, obs=bounds)
+
+    result = autoem.EM(intervals, progress=False).run(KEY, np.stack([low, high], 1))
+    cdf = jax.scipy.stats.norm.cdf
+    _, height = best(lambda v: -jnp.log(cdf(high - v[0]) - cdf(low - v[0])).sum(), [1.0])
+    np.testing.assert_allclose(result.log_likelihood, height, atol=1e-6)
+
+    def tobit(y):
+        mu = numpyro.param("mu", 0.0)
+        with numpyro.plate("rows", len(y)):
+            star = numpyro.sample("star", dist.Normal(mu, 1.0))
+            numpyro.sample("y", dist.Delta(jnp.maximum(star, 0.0)), obs=y)
+
+    with pytest.raises(autoem.ModelError, match="Delta of the continuous latent 'star'"):
+        autoem.EM(tobit, progress=False).plan(np.array([0.0, 1.0]))
