@@ -38,11 +38,7 @@ def log_density(base: Any, value: Any) -> Array:
     if isinstance(base, dist.MixtureSameFamily) and held(base.component_distribution) and base.event_dim == 0:
         weights: Any = base.mixing_distribution
         each = log_density(base.component_distribution, jnp.expand_dims(value, -1))
-<<<<<<< HEAD
         return jax.nn.logsumexp(jax.nn.log_softmax(jnp.asarray(weights.logits)) + each, axis=-1)
-=======
-        return jax.nn.logsumexp(jax.nn.log_softmax(jnp.asarray(base.mixing_distribution.logits)) + each, axis=-1)
->>>>>>> 6ca858c0986c436a482fa67bc3905746d3a5ab3a
     form = held(base)
     return form(base, jnp.asarray(value, jnp.result_type(float))) if form else base.log_prob(value)
 
