@@ -32,7 +32,7 @@ SMALL_GAIN = 1e-4  # relative gain of a map (or one nat) from which on extrapola
 class State(NamedTuple):
     """Everything that an interrupted fit needs to go on.
 
-    `params` are the current point, `previous` the one before it.
+    `params` are the current point, `previous` the one before it, `best` the largest objective so far.
     """
 
     params: dict[str, Array]
@@ -40,6 +40,7 @@ class State(NamedTuple):
     objective: Array
     log_likelihood: Array
     history: Array
+    best: Array
     step: Array
     flat: Array
     status: Array
@@ -67,7 +68,9 @@ def initial_state(
     zero: Any = np.zeros((), whole)
     params = dict(params)
     ahead = accelerator and Ahead(jnp.zeros((), bool), params, accelerator.init(params))
-    return State(params, params, nothing, nothing, history, zero, zero, zero, kernel.init_states(params), e_step, ahead)
+    return State(
+        params, params, nothing, nothing, history, nothing, zero, zero, zero, kernel.init_states(params), e_step, ahead
+    )
 
 
 def em_step(
@@ -97,8 +100,7 @@ def em_step(
     slack = jnp.maximum(stop.fall * eps, RULE) if kernel.approximate else stop.fall * eps
     fell = ~warm & ~refused & (value < state.objective - slack * size) & (not kernel.may_fall)
     # against the best value so far: at the limit of single precision the objective wavers without rising
-    before = state.history[min(kernel.warmup, stop.max_steps) :]
-    change = value - jnp.max(jnp.where(jnp.isnan(before), -jnp.inf, before))
+    change = value - state.best
     if kernel.may_fall:  # then a step down is a step, not rest
         change = jnp.abs(value - state.objective)
     # terms of either sign may cancel in the objective, but not in its rounding error
@@ -120,6 +122,7 @@ def em_step(
         for old, new in ((state.objective, value), (state.log_likelihood, likelihood))
     )
     history = state.history.at[state.step].set(jnp.where(back, jnp.nan, value))
+    counts = ~back & (state.step >= min(kernel.warmup, stop.max_steps))
     if kernel.blocks and not last:
         moved, optimizer = kernel.maximise(state.params, statistics, bundle, state.optimizer)
     else:
@@ -136,6 +139,7 @@ def em_step(
         objective=value,
         log_likelihood=likelihood,
         history=history,
+        best=jnp.where(counts, jnp.fmax(state.best, value), state.best),
         step=state.step + going - back,
         flat=flat,
         status=status.astype(state.status.dtype),
@@ -229,10 +233,10 @@ def run_loop(loop: Loop, state: State, bundle: Bundle, stop: Stop, first: int, r
             began = time.perf_counter()
             limit = min(limit + span, end)
             state = jax.block_until_ready(loop.advance(state, bundle, limit))
-            if loop.judge is not None and limit == end:
-                return jax.block_until_ready(loop.judge(state, bundle))
             if not np.any(np.asarray(state.status) == RUNNING):
                 return state
+            if loop.judge is not None and limit == end:
+                return jax.block_until_ready(loop.judge(state, bundle))
             spent = time.perf_counter() - began
             report(state)
             span = int(np.clip(span * SECONDS_BETWEEN_LOOKS / max(spent, 1e-6), 1, 10 * span))

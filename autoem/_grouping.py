@@ -263,7 +263,9 @@ def loop(equation: Equation, env: dict[Variable, Any]) -> None:
     split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     limits, read, start = (equation.inputs[a:b] for a, b in ((0, split[0]), split, (split[1], None)))
     body, ends = graph_of(params["body_jaxpr"], WITH_RULES), graph_of(params["cond_jaxpr"])
-    if params["body_jaxpr"].effects or len(body.equations) < MANY:
+    several = params["cond_jaxpr"].out_avals[0].shape
+    odd = any(kind_of_atom(v) is None for v in body.inputs.values()) and several
+    if odd or params["body_jaxpr"].effects or len(body.equations) < MANY:
         out = equation.apply([whole(a, env) for a in equation.inputs])
         env.update(zip(equation.outputs, out, strict=True))
         return
@@ -271,18 +273,27 @@ def loop(equation: Equation, env: dict[Variable, Any]) -> None:
     fixed, seen = unpacked(around, packed(read, alike(around), env)), [whole(a, env) for a in limits]
     classes = alike(carried)
 
-    def going(stacks):
+    def still(stacks):
         now = unpacked(carried, stacks)
-        values = [*seen, *(whole(v, now) for v in carried)]
-        return in_order(ends, values)[0]
+        return in_order(ends, [*seen, *(whole(v, now) for v in carried)])[0]
 
     def step(stacks):
         after = evaluate(body, {**fixed, **unpacked(carried, stacks)})
-        return packed(list(body.outputs.values()), classes, after)
+        new = packed(list(body.outputs.values()), classes, after)
+        if not several:
+            return new
+        runs = still(stacks)  # of loops side by side, those that ended stay as they are
+        return [kept_where(runs, a, b, len(c) > 1) for a, b, c in zip(new, stacks, classes, strict=True)]
 
-    last = jax.lax.while_loop(going, step, packed(start, classes, env))
+    last = jax.lax.while_loop(lambda stacks: still(stacks).any(), step, packed(start, classes, env))
     end = unpacked(carried, last)
     env.update({o: end[v] for o, v in zip(equation.outputs, carried, strict=True)})
+
+
+def kept_where(runs: Array, new: Array, old: Array, stacked: bool) -> Array:
+    """What is carried by loops side by side, of which some still run; `stacked`, if their axes come second."""
+    shape = (*((1,) if stacked else ()), *runs.shape)
+    return jnp.where(runs.reshape(shape + (1,) * (new.ndim - len(shape))), new, old)
 
 
 def in_order(graph: Graph, values: Sequence[Any]) -> list[Any]:

@@ -68,6 +68,12 @@ def quadrature(block: LocalBlock, why: str) -> Gauss:
         Intractable: it has too many dimensions, or an exact E-step was asked for, or cells are no intervals.
     """
     member, size = block.members[0], dimensions(block.members)
+    if {f.name for f in block.factors} <= set(block.names):
+        raise PlanError(
+            member.name,
+            problem="it is unobserved and no observed site reads it: it integrates to one, whatever the parameters",
+            mend=f'numpyro.sample("{member.name}", ..., obs=...) if it is observed, or leave the site out of the model',
+        )
     kinds = tuple(kind_of(m.support) for m in block.members)
     if any(isinstance(m.wish, Exact) for m in block.members):
         raise refused(block, f"{block.refusal}; {why}")

@@ -129,10 +129,13 @@ def as_product(keep: Sequence[str], a: Named, b: Named) -> Product | None:
     return Product(a.array.reshape(-1, inner), b.array.reshape(inner, -1), rows, columns, shape)
 
 
-def contract_sum(keep: Sequence[str], *pairs: tuple[Named, Named]) -> Named:
-    """Sum of the contractions of `pairs`: one matrix product for all where they have the same rows and columns."""
+def contract_sum(keep: Sequence[str], *pairs: tuple[Named, Named], twice: bool = False) -> Named:
+    """Sum of the contractions of `pairs`: one matrix product for all where they have the same rows and columns.
+
+    Its derivative is given by hand and has none in turn; with `twice` it is left to JAX, which differentiates on.
+    """
     products = [p for p in (as_product(keep, a, b) for a, b in pairs) if p is not None]
-    if len(products) < len(pairs) or len({(p.rows, p.columns, p.shape) for p in products}) > 1:
+    if twice or len(products) < len(pairs) or len({(p.rows, p.columns, p.shape) for p in products}) > 1:
         return add(*(contract(keep, a, b) for a, b in pairs))
     left = jnp.concatenate([p.left for p in products], 1)
     right = jnp.concatenate([p.right for p in products], 0)

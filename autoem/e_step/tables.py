@@ -279,13 +279,15 @@ class Factor:
         if self.coefficients and rows.mask is None and set(x.axes[1:]) <= set(keep):
             value = squared_residuals(keep, eta, x, lambda: self.features(rows), FEATURE)
             return add(value, self._constants(keep, constants))
-        looked = self._family.looks_up and (self.times or eta.size(FEATURE) >= LOOK_UP_FROM)
+        many = self.times or eta.size(FEATURE) >= LOOK_UP_FROM
+        looked = self._family.looks_up and many and self.completions is None
         if looked and set(x.axes) <= set(keep) - set(eta.axes):
             value = looked_up(eta, FEATURE, x)
             value = value if rows.mask is None else multiply(value, rows.mask)
             return add(value, contract_sum(keep, self._counted(keep, constants, x, rows)))
         features = self.features(rows)
-        return contract_sum(keep, (eta, features), self._counted(keep, constants, features, rows))
+        counted = self._counted(keep, constants, features, rows)
+        return contract_sum(keep, (eta, features), counted, twice=self.completions is not None)
 
     def _constants(self, keep: tuple[str, ...], value: Named) -> Named:
         """A term of every cell, summed over what is not kept."""

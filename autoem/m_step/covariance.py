@@ -3,8 +3,9 @@ r"""Covariance matrices: the pooled expected scatter about the new locations.
 .. math:: \hat\Sigma_j = \sum_{c \to j} S_c \Big/ \sum_{c \to j} n_c
 
 for every matrix that is copied into the argument of a multivariate normal, in the form that the model declares
-(covariance, precision, Cholesky factor). A Wishart prior on a precision, or an inverse Wishart prior on a covariance,
-adds its scale matrix and degrees of freedom.
+(covariance, precision, Cholesky factor). Where a cell has the matrix times a number of its own (a random scale, as in
+the multivariate t), its scatter is that of the data without this number. A Wishart prior on a precision, or an inverse
+Wishart prior on a covariance, adds its scale matrix and degrees of freedom.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from autoem.e_step.tables import Factor
@@ -21,6 +23,7 @@ from autoem.m_step._base import AbstractBlock
 from autoem.m_step.counting import fit, latex_name
 from autoem.m_step.priors import prior_of, prior_slope
 from autoem.m_step.problem import Bundle, Params, Statistics, Use, graph_values
+from autoem.m_step.structured import random_point
 from autoem.passes.link import Declined, Linear
 
 
@@ -30,13 +33,14 @@ class Scatter(AbstractBlock):
 
     uses: tuple[Use, ...] = ()
     form: str = "covariance"
+    scaled: bool = False
 
     order = 2
     source = "Anderson 2003, section 3.2"
 
     @property
     def update(self) -> str:
-        inner = "E[scatter] / E[count]"
+        inner = "E[scaled scatter] / E[count]" if self.scaled else "E[scatter] / E[count]"
         return {"covariance": inner, "precision": f"({inner})^-1", "tril": f"cholesky({inner})"}[self.form]
 
     @property
@@ -83,6 +87,9 @@ class Scatter(AbstractBlock):
 
         raw, pull = jax.vjp(link, params[name])
         count = jnp.broadcast_to(n[..., None, None], scatter.shape)
+        if self.scaled:  # `pull` multiplies by the cell's number once
+            times = link(jnp.ones_like(params[name]))[..., :1, :1]
+            scatter, count = scatter / times ** {"covariance": 2, "tril": 3, "precision": 0}[self.form], count / times
         return pull(fit(scatter, raw.shape))[0], pull(fit(count, raw.shape))[0]
 
 
@@ -99,11 +106,11 @@ def prior_terms(prior: Factor, form: str, value: Array, params: Params, bundle: 
     return value @ (2 * once + inverse_count) @ value, count
 
 
-def accept(problem, use: Use, name: str, params: Params, bundle: Bundle) -> str:
-    """The matrix form of the place.
+def accept(problem, use: Use, name: str, params: Params, bundle: Bundle) -> tuple[str, bool]:
+    """The matrix form of the place, and whether something may multiply the matrix.
 
     Raises:
-        Declined: it is not a matrix that is only copied.
+        Declined: it is not a matrix that is only copied, or multiplied.
     """
     if use.argument is None:
         raise Declined(f"it enters the density of {use} as a whole")
@@ -115,6 +122,32 @@ def accept(problem, use: Use, name: str, params: Params, bundle: Bundle) -> str:
         return {("param", name): Linear(jnp.asarray(params[name], float))}
 
     form = problem.link(use, start, params, bundle).form
-    if not (isinstance(form, Linear) and form.pure):
+    if not (isinstance(form, Linear) and form.simple):
         raise Declined(f"the matrix in {use} is computed from it, not copied")
-    return rule.form
+    return rule.form, not form.pure
+
+
+def refuse_mixed(problem, use: Use, name: str, params: Params, bundle: Bundle) -> None:
+    """Check that every cell has the matrix itself times one positive number of its own.
+
+    Raises:
+        Declined: it does not.
+    """
+    point, data = random_point(problem, use, params, bundle, 0)
+    size = params[name].shape[-1]
+    tags = jnp.arange(1.0, params[name].size + 1).reshape(params[name].shape)
+    data = {i: jnp.abs(x) for i, x in data.items()}  # what multiplies a covariance is positive
+    rng = np.random.default_rng(1)
+    nodes = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 2.0, x.shape), x.dtype), bundle.nodes)
+    at = dataclasses.replace(bundle, data={**bundle.data, **data}, nodes=nodes)
+
+    @jax.jit
+    def read(value: Array) -> Array:
+        return use.factor.argument(use.key[1], graph_values(at, {**point, name: value}), 2)
+
+    none, times, tagged = (np.asarray(read(v)) for v in (jnp.zeros_like(tags), jnp.ones_like(tags), tags))
+    own = times > 0
+    place = np.arange(size * size).reshape(size, size)
+    in_place = own.all() and ((np.rint(tagged / times) - 1) % (size * size) == place).all()
+    if not in_place or none.any() or not np.allclose(times, times[..., :1, :1], rtol=1e-6):
+        raise Declined(f"the matrix in {use} is computed from it, not copied or multiplied by a number")

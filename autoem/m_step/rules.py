@@ -172,14 +172,18 @@ def covariance_rule(asked: Asked) -> AbstractBlock:
     """Pooled scatter matrices."""
     if asked.kind != "matrix":
         raise Declined("it is not a matrix")
-    forms = set(asked.at_each(lambda use, p, b: covariance.accept(asked.problem, use, asked.name, p, b)))
+    places = asked.at_each(lambda use, p, b: covariance.accept(asked.problem, use, asked.name, p, b))
+    forms, scaled = {f for f, _ in places}, [use for use, (_, s) in zip(asked.uses, places, strict=True) if s]
+    for use in scaled:
+        covariance.refuse_mixed(asked.problem, use, asked.name, asked.params, asked.bundle)
     if len(forms) != 1:
         raise Declined("its places want different forms of the matrix")
     prior = prior_of(asked.name, asked.problem.factors)
     (form,) = forms
     if prior and MATRICES.get(prior.site.distribution) != form:
         raise Declined(f"its prior {prior.site.distribution} is not conjugate to it")
-    return Scatter((asked.name,), asked.problem, why(asked, "copied into"), asked.uses, form)
+    how = "copied, times a number, into" if scaled else "copied into"
+    return Scatter((asked.name,), asked.problem, why(asked, how), asked.uses, form, bool(scaled))
 
 
 def direction_rule(asked: Asked) -> AbstractBlock:

@@ -70,6 +70,21 @@ def test_a_loop_carries_stacks_and_gives_back_what_it_carried(monkeypatch, rows)
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_loops_side_by_side_end_each_at_its_own_step(monkeypatch, rows):
+    monkeypatch.setattr(_grouping, "MANY", 20)
+
+    def count(limit, values):
+        step = lambda c: (c[0] + 1, [jnp.sin(v) + jnp.exp(-v) * r.sum() for v, r in zip(c[1], rows, strict=True)])  # noqa: E731
+        return jax.lax.while_loop(lambda c: c[0] < limit, step, (0, values))
+
+    limits, values = jnp.array([1, 4, 2]), [jnp.arange(3.0) + i for i in range(len(rows))]
+    found, parts = run_parts(jax.vmap(count), limits, values)
+    assert len(parts) == 3
+    np.testing.assert_array_equal(found[0], limits)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(jax.vmap(count))(limits, values)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10)
+
+
 def test_what_is_not_finite_stays_so_and_stays_where_it_is(monkeypatch):
     monkeypatch.setattr(_grouping, "MANY", 20)
     xs = [np.array([1.0, v]) for v in (0.0, 2.0, -1.0, np.inf, 3.0, 0.5, 4.0, 9.0, 1.5, 2.5)]

@@ -156,3 +156,45 @@ def test_pairs_of_bounds_and_points_seen_of_a_latent():
 
     with pytest.raises(autoem.ModelError, match="Delta of the continuous latent 'star'"):
         autoem.EM(tobit, progress=False).plan(np.array([0.0, 1.0]))
+
+
+def test_matrix_times_a_random_number_has_a_closed_form():
+    """The multivariate t by its latent precision: a step is the textbook's (Liu and Rubin 1995, section 2)."""
+    x = np.random.default_rng(8).standard_t(3.0, size=(25, 2)) @ np.array([[1.0, 0.4], [0.0, 0.7]])
+
+    def model(x, nu=4.0):
+        centre = numpyro.param("centre", jnp.zeros(2))
+        spread = numpyro.param("spread", jnp.eye(2), constraint=constraints.positive_definite)
+        with numpyro.plate("rows", len(x)):
+            w = numpyro.sample("w", dist.Gamma(nu / 2, nu / 2))
+            numpyro.sample("x", dist.MultivariateNormal(centre, spread / w[:, None, None]), obs=x)
+
+    em = autoem.EM(model, init="model", max_steps=1, progress=False)
+    assert "closed form: E[scaled scatter] / E[count]" in str(em.plan(x))
+    found = em.run(KEY, x).params
+    weight = (4.0 + 2) / (4.0 + (x**2).sum(1))
+    centre = weight @ x / weight.sum()
+    apart = x - centre
+    np.testing.assert_allclose(found["centre"], centre, rtol=1e-6)
+    np.testing.assert_allclose(found["spread"], (weight[:, None] * apart).T @ apart / 25, rtol=1e-6)
+
+
+def test_a_latent_that_nothing_reads_is_refused():
+    def model(y):
+        mu = numpyro.param("mu", 0.0)
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+            numpyro.sample("new", dist.StudentT(4.0, mu, 1.0))
+
+    with pytest.raises(autoem.PlanError, match="no observed site reads it"):
+        autoem.EM(model, progress=False).plan(Y)
+
+
+def test_counts_of_a_gaussian_process_are_differentiated_three_times():
+    """Laplace's correction differentiates the density forwards, twice; the M-step's derivative comes on top."""
+
+    def model(y):
+        f = numpyro.sample("f", dist.MultivariateNormal(jnp.zeros(4), positive("a") * (jnp.eye(4) + 0.5)))
+        numpyro.sample("y", dist.Poisson(jnp.exp(f)).to_event(1), obs=y)
+
+    assert "Laplace" in str(autoem.EM(model, progress=False).plan(np.array([1, 2, 0, 4])))
