@@ -322,8 +322,7 @@ class Conjugate(AbstractMethod):
     def reason(self, block: LocalBlock) -> str:
         readers = [f for f in block.factors if f.name not in block.names]
         names = ", ".join(dict.fromkeys(f"{f.site.distribution} '{f.name}'" for f in readers))
-        given = f"given {names}, its posterior in every cell" if names else "no site reads it, and its law"
-        return f"conjugate: {given} is {self.form.name}"
+        return f"conjugate: given {names or 'nothing but its prior'}, its posterior in every cell is {self.form.name}"
 
     def mean(self, posterior: CellPosterior) -> dict[str, Array]:
         return {n: self.form.moments(posterior.natural)[0] for n in posterior.nodes}
