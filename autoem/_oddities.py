@@ -81,7 +81,7 @@ def above_zero(built: Build, likelihood: float) -> tuple[str, ...]:
     names = ", ".join(dict.fromkeys(f"{s.distribution} '{s.name}'" for s in seen))
     return (
         "the log-likelihood is above zero, which no probability of discrete data is: the density of "
-        f"{names} has lost its digits at these parameters, or is none; keep the parameters in a smaller range by a prior",
+        f"{names} has lost its digits at these parameters, or is none; a prior would keep them in range",
     )
 
 
