@@ -34,13 +34,13 @@ def trace(
     truncated: Mapping[str, tuple[int, int]] | None = None,
     drop_nan: bool = False,
     continuous: Mapping[str, str] | None = None,
-    joined: Collection[str] = (),
+    joined: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[Program, Discovery, Source]:
     """Read `model` called with `args` and `kwargs`.
 
     Args:
         continuous: the continuous sites that are latents, each with the reason.
-        joined: those of them whose cells are all one vector.
+        joined: of some of them the axes along which rows read several cells, which are then coordinates of one.
 
     Returns:
         The Program, with roles still undecided for continuous sites ('parameter'); the discovery, whose graph computes
@@ -52,7 +52,7 @@ def trace(
     """
     source = Source(model, args, kwargs or {}, dict(truncated or {}), drop_nan)
     try:
-        return _trace(model, source, continuous or {}, joined)
+        return _trace(model, source, continuous or {}, joined or {})
     except PlanError as error:  # a site without support to sum over, named as the data are: more likely forgotten
         if error.where not in map(source.argument, range(len(source.data))):
             raise
@@ -73,7 +73,7 @@ def trace(
 
 
 def _trace(
-    model: Callable, source: Source, continuous: Mapping[str, str], joined: Collection[str]
+    model: Callable, source: Source, continuous: Mapping[str, str], joined: Mapping[str, Collection[str]]
 ) -> tuple[Program, Discovery, Source]:
     found = source.discover()
     plates = read_plates(found)
@@ -85,14 +85,14 @@ def _trace(
     def outputs(reader: Reader) -> dict:
         return outputs_of(reader.records, {**latents, **pieces}, source.truncated)
 
-    reader, full = source.read(full_inputs(found, {**latents, **hidden}, compact=False), outputs)
+    reader, full = source.read(full_inputs(found, {**latents, **hidden}, compact=False), outputs, hidden={**hidden, **strands})
     unused = unused_arguments(found, full, source)
     refuse_unobserved(model, reader, unused)
     refuse_point_masses(reader, full, hidden)
     graph, compact = full, dict.fromkeys({**latents, **hidden, **strands}, False)
     if latents or hidden:
         try:
-            _, graph = source.read(full_inputs(found, every, compact=True), outputs, compact=True)
+            _, graph = source.read(full_inputs(found, every, compact=True), outputs, True, {**hidden, **strands})
             compact = dict.fromkeys(every, True)
         except (*NOT_CONCRETE, ModelError, ValueError, TypeError):
             if found.chains:
@@ -138,7 +138,7 @@ def half_compact(source: Source, found: Discovery, discrete: Mapping, hidden: Ma
     inputs = {**full_inputs(found, discrete, compact=True), **full_inputs(found, hidden, compact=False)}
     inputs = {k: v for k, v in inputs.items() if k[0] == "latent" or k[1] not in hidden}
     try:
-        return source.read(inputs, outputs, compact=True)[1]
+        return source.read(inputs, outputs, True, hidden)[1]
     except (*NOT_CONCRETE, ModelError, ValueError, TypeError):
         return None
 
@@ -175,7 +175,9 @@ def refuse_unobserved(model: Callable, reader: Reader, unused: list[str]) -> Non
         )
 
 
-def read_continuous(found: Discovery, names: Mapping[str, str], joined: Collection[str]) -> dict[str, Continuous]:
+def read_continuous(
+    found: Discovery, names: Mapping[str, str], joined: Mapping[str, Collection[str]]
+) -> dict[str, Continuous]:
     """The continuous latents among the sites that were found."""
     out, steps = {}, [n for n, r in found.records.items() if hasattr(r, "ready") and not r.observed]
     steps = [n for n in steps if not is_discrete(found.records[n])]
@@ -183,10 +185,13 @@ def read_continuous(found: Discovery, names: Mapping[str, str], joined: Collecti
         r = found.records[name]
         batch = tuple(getattr(r, "batch_shape", r.fn.batch_shape))
         event = tuple(r.fn.event_shape)
-        if name in joined:
-            out[name] = Continuous(name, (), (), batch + event, reason, r.fn.support)
-        else:
-            out[name] = Continuous(name, r.axes[: len(batch)], batch, event, reason, r.fn.support)
+        axes, whole = r.axes[: len(batch)], batch + event
+        kept = [i for i, a in enumerate(axes) if a not in joined.get(name, ())]
+        ours = [*kept, *(i for i in range(len(whole)) if i not in kept)]
+        order = tuple(ours.index(i) for i in range(len(ours))) if ours != sorted(ours) else ()
+        cells, rest = tuple(whole[i] for i in kept), tuple(whole[i] for i in ours[len(kept) :])
+        kept_axes = tuple(axes[i] for i in kept)
+        out[name] = Continuous(name, kept_axes, cells, rest, reason, r.fn.support, order=order)
     return out
 
 

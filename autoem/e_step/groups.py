@@ -32,11 +32,11 @@ NESTED_FROM = 64  # coordinates from which levels are eliminated in turn: below,
 
 
 class Joined(Exception):
-    """A row reads several cells of a latent at once: all its cells are to be one vector."""
+    """A row reads several cells of a latent at once: the axes along which they lie are to be coordinates of a cell."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, axes: frozenset[str]):
         super().__init__(name)
-        self.name = name
+        self.name, self.axes = name, axes
 
 
 def build_blocks(
@@ -45,7 +45,7 @@ def build_blocks(
     """The blocks, and for each factor and latent the cell that every row reads.
 
     Raises:
-        Joined: a row reads several cells of a latent, which is not one vector yet. PlanError: see `gaussian_block`.
+        Joined: a row reads several cells of a latent, which are not one vector yet. PlanError: see `gaussian_block`.
     """
     blocks, cells = [], {}
     for group in latent_groups(program):
@@ -299,8 +299,11 @@ def local_block(
             raise refuse(f"and rows of other plates than its own have a state of '{z.name}' each")
     for f in parts:
         refuse_random_weights(program, f.site)
-        if f.name in group.members and f.site.masked and any(a.startswith("#") for a in f.site.axes):
+        inner = f.name in group.members and any(a not in members[0].axes or a.startswith("#") for a in f.site.axes)
+        if inner and f.site.masked:
             raise refuse("and a mask takes out parts of its events")
+        if inner and f.site.scaled and not set(f.site.plates) <= set(plates):
+            refuse_scaled(program, [f])
     shape = tuple(s for a, s in zip(members[0].axes, members[0].shape, strict=True) if not a.startswith("#"))
     own = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
     found = {f.name: index[f.name, read_by(f)[0].name] for f in parts}
@@ -366,6 +369,19 @@ def agree(index: Mapping[tuple[str, str], np.ndarray], f: Factor) -> bool:
     return all(np.array_equal(found[0], v) for v in found[1:])
 
 
+def mixed_axes(
+    program: Program, f: Factor, member: Continuous, values: Mapping[Any, Any], field: str, events: int
+) -> frozenset[str]:
+    """The axes of a latent along which some row reads several of its cells; all of them where none can be told."""
+    found = set()
+    for i, axis in enumerate(member.axes):
+        try:
+            row_cells(program, f.site, member, values, field, events, along=i)
+        except ModelError:
+            found.add(axis)
+    return frozenset(found or member.axes)
+
+
 def cells_of_rows(
     program: Program, f: Factor, member: Continuous, values: Mapping[Any, Any], by_mean: bool = False
 ) -> np.ndarray:
@@ -379,10 +395,10 @@ def cells_of_rows(
         ids = ids.reshape([s for a, s in zip(member.axes, member.shape, strict=True) if not a.startswith("#")])
         ids = ids[tuple(slice(None) if p in member.plates else None for p in f.site.plates)]
         return np.broadcast_to(ids, [sizes[p] for p in f.site.plates])
+    how = ("arg:loc", f._family.event_dim) if by_mean else ("elem", 0)
     try:
-        how = ("arg:loc", f._family.event_dim) if by_mean else ("elem", 0)
         ids = row_cells(program, f.site, member, values, *how)
     except ModelError:
-        raise Joined(member.name) from None
+        raise Joined(member.name, mixed_axes(program, f, member, values, *how)) from None
     first = [0 if a.startswith("#") else slice(None) for a in f.site.axes]
     return ids[tuple(first)]
