@@ -31,7 +31,8 @@ from autoem._trace import Discovery, Source, trace
 from autoem._wishes import refuse_unknown_sites
 from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.factors import build_factors
-from autoem.e_step.groups import Block, Joined, build_blocks, partly_seen, with_gaps
+from autoem.e_step.groups import Block, build_blocks, partly_seen, with_gaps
+from autoem.e_step.joined import Joined
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.places import build_layout
 from autoem.e_step.strategies import Importance, Laplace

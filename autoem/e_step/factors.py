@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from autoem._cells import NONE, SEVERAL, cells_read, merge_axes
 from autoem._errors import ModelError
 from autoem._jaxpr import Constant, Graph
 from autoem._named import Named, arranged, named
@@ -27,7 +28,6 @@ from autoem.e_step.tables import Factor, Rows
 from autoem.families import Family
 from autoem.families._arrays import as_float
 from autoem.ir import Continuous, Latent, Program, Site
-from autoem.passes.cells import NONE, SEVERAL, cells_read, merge_axes
 from autoem.passes.gaussian import Group, continuous_of, latent_groups
 
 TURN_UP_TO = 256 * 2**20  # bytes: larger data are not copied but turned chunk by chunk, which costs up to a fifth

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from autoem._errors import Intractable, ModelError, PlanError
+from autoem._errors import Intractable, PlanError
 from autoem.e_step.censoring import find_pieces
-from autoem.e_step.factors import refuse_random_weights, row_cells
+from autoem.e_step.factors import refuse_random_weights
 from autoem.e_step.gaussian import GaussianBlock, index_name
 from autoem.e_step.gaussian_chain import GaussianChain
+from autoem.e_step.joined import agree, cells_of_rows, join_companions, read_by
 from autoem.e_step.levels import cells_of, find_levels
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.missing import MissingEntries, patterns_of
@@ -31,14 +32,6 @@ MAX_DENSE = 4096  # coordinates of crossed latents, all in one vector
 NESTED_FROM = 64  # coordinates from which levels are eliminated in turn: below, one small matrix is as quick
 
 
-class Joined(Exception):
-    """A row reads several cells of a latent at once: the axes along which they lie are to be coordinates of a cell."""
-
-    def __init__(self, name: str, axes: frozenset[str]):
-        super().__init__(name)
-        self.name, self.axes = name, axes
-
-
 def build_blocks(
     program: Program, factors: Sequence[Factor], values: Mapping[Any, Any]
 ) -> tuple[tuple[Block, ...], dict[str, np.ndarray]]:
@@ -51,6 +44,9 @@ def build_blocks(
     for group in latent_groups(program):
         if group.drawn:
             continue
+        join_companions(
+            program, [program.continuous[n] for n in group.members], [f for f in factors if f.name in group.sites]
+        )
         derive = local_block if group.refusal else gaussian_block
         block, found = derive(program, group, {f.name: f for f in factors}, values)
         blocks.append(block)
@@ -351,54 +347,3 @@ def at_home(ids: np.ndarray, own: np.ndarray, plates: Sequence[str], of_cells: S
     sizes = iter(own.transpose(order).shape)
     spread = own.transpose(order).reshape([next(sizes) if p in of_cells else 1 for p in plates])
     return bool((ids == np.broadcast_to(spread, ids.shape)).all())
-
-
-def read_by(f: Factor) -> tuple[Continuous, ...]:
-    assert f.completions is not None
-    return f.completions.members
-
-
-def fits(member: Continuous, f: Factor) -> bool:
-    """Whether a factor has all plates of a latent, in its order."""
-    return [p for p in f.site.plates if p in member.plates] == list(member.plates)
-
-
-def agree(index: Mapping[tuple[str, str], np.ndarray], f: Factor) -> bool:
-    """Whether the rows of a factor read all its latents in the same cell."""
-    found = [v for (s, _), v in index.items() if s == f.name]
-    return all(np.array_equal(found[0], v) for v in found[1:])
-
-
-def mixed_axes(
-    program: Program, f: Factor, member: Continuous, values: Mapping[Any, Any], field: str, events: int
-) -> frozenset[str]:
-    """The axes of a latent along which some row reads several of its cells; all of them where none can be told."""
-    found = set()
-    for i, axis in enumerate(member.axes):
-        try:
-            row_cells(program, f.site, member, values, field, events, along=i)
-        except ModelError:
-            found.add(axis)
-    return frozenset(found or member.axes)
-
-
-def cells_of_rows(
-    program: Program, f: Factor, member: Continuous, values: Mapping[Any, Any], by_mean: bool = False
-) -> np.ndarray:
-    """For each row of the factor's plates, the flat number of the latent's cell that it reads.
-
-    With `by_mean` it reads it in its mean alone, which tells rows apart where a multivariate density mixes them.
-    """
-    sizes = dict(zip(f.site.axes, f.site.shape, strict=True))
-    if f.name == member.name or (program.chain_of(program.base_of(member.name)) and fits(member, f)):
-        ids = np.arange(int(np.prod(member.shape, dtype=int)))
-        ids = ids.reshape([s for a, s in zip(member.axes, member.shape, strict=True) if not a.startswith("#")])
-        ids = ids[tuple(slice(None) if p in member.plates else None for p in f.site.plates)]
-        return np.broadcast_to(ids, [sizes[p] for p in f.site.plates])
-    how = ("arg:loc", f._family.event_dim) if by_mean else ("elem", 0)
-    try:
-        ids = row_cells(program, f.site, member, values, *how)
-    except ModelError:
-        raise Joined(member.name, mixed_axes(program, f, member, values, *how)) from None
-    first = [0 if a.startswith("#") else slice(None) for a in f.site.axes]
-    return ids[tuple(first)]
