@@ -185,8 +185,8 @@ def stands_in_chain(block: GaussianChain, f: Factor) -> bool:
     kind, names = block.kind(f), {m.name for m in read_by(f)}
     if not set(block.plates) <= set(f.site.plates) or any(f"{m.name}[-" in n for m in block.paths for n in names):
         return False
-    if not kind:
-        return True
+    if not kind:  # a whole path, at several steps, is none of the chain's pieces
+        return not names & {m.name for m in block.paths}
     here = {m.name for m in block.paths}
     if kind == block.chain.bulk:
         here = {at_lag(n, i) for n in here for i in range(block.chain.lag + 1)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from autoem._errors import ModelError
+from autoem._errors import Intractable, ModelError
 from autoem.e_step.factors import row_cells
 from autoem.e_step.tables import Factor
 from autoem.ir import Continuous, Program
@@ -67,6 +67,19 @@ def mixed_axes(
     return frozenset(found or member.axes)
 
 
+def joined_at(program: Program, f: Factor, member: Continuous, axes: frozenset[str]) -> Joined | Intractable:
+    """What to raise where a row reads several cells: a scan's steps cannot be coordinates of one."""
+    base = program.base_of(member.name)
+    if program.chain_of(base) is None:
+        return Joined(member.name, axes)
+    return Intractable(
+        f.name,
+        latents=(base,),
+        problem=f"a row reads several steps of '{base}' at once, or its cells at them by index",
+        mend=f"let the step read '{base}' as it runs, or carry what is to be read of it and read the last step's",
+    )
+
+
 def cells_of_rows(
     program: Program, f: Factor, member: Continuous, values: Mapping[Any, Any], by_mean: bool = False
 ) -> np.ndarray:
@@ -84,6 +97,6 @@ def cells_of_rows(
     try:
         ids = row_cells(program, f.site, member, values, *how)
     except ModelError:
-        raise Joined(member.name, mixed_axes(program, f, member, values, *how)) from None
+        raise joined_at(program, f, member, mixed_axes(program, f, member, values, *how)) from None
     first = [0 if a.startswith("#") else slice(None) for a in f.site.axes]
     return ids[tuple(first)]
