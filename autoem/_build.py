@@ -31,7 +31,8 @@ from autoem._trace import Discovery, Source, trace
 from autoem._wishes import refuse_unknown_sites
 from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.factors import build_factors
-from autoem.e_step.groups import Block, Joined, build_blocks, partly_seen, with_gaps
+from autoem.e_step.groups import Block, build_blocks, partly_seen, with_gaps
+from autoem.e_step.joined import Joined
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.places import build_layout
 from autoem.e_step.strategies import Importance, Laplace
@@ -196,12 +197,12 @@ def read(
     args: tuple,
     kwargs: dict,
     options: Options,
-    joined: tuple[str, ...] = (),
+    joined: Mapping[str, frozenset[str]] | None = None,
     drawn: Collection[str] = (),
 ) -> tuple[Program, Discovery, Source]:
     """The model as a classified program.
 
-    Of its continuous latents, those `joined` have all their cells in one vector, and those `drawn` no formula.
+    Of its continuous latents, those `joined` have some plates as coordinates, and those `drawn` no formula.
     """
     truncated, drop_nan = options.truncated(), options.missing == "marginalize"
     program, found, source = trace(model, args, kwargs, truncated=truncated, drop_nan=drop_nan)
@@ -245,14 +246,14 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
     program, found, source = read(model, args, kwargs, options, drawn=drawn)
     data = {} if source.concrete else {i: jnp.asarray(x) for i, x in enumerate(source.data)}
     values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
-    joined: tuple[str, ...] = ()
+    joined: dict[str, frozenset[str]] = {}
     while True:
         factors, cells = build_factors(program, values)
         try:
             groups, found_cells = build_blocks(program, factors, values)
             break
         except Joined as latent:
-            joined = (*joined, latent.name)
+            joined[latent.name] = joined.get(latent.name, frozenset()) | latent.axes
             program, found, source = read(model, args, kwargs, options, joined, drawn)
     factors, gaps, patterns = with_gaps(program, factors, values)
     groups = (*groups, *gaps)

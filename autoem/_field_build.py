@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from autoem._bundle import route_cells
+from autoem._cells import SEVERAL, merge_axes
 from autoem._errors import ModelError, PlanError
 from autoem._field import Field
 from autoem._field_tables import Laws
@@ -35,7 +36,6 @@ from autoem.e_step.treatment import AbstractTreatment
 from autoem.ir import Continuous, Latent, Program, Site
 from autoem.m_step.choose import kind_of
 from autoem.m_step.problem import Bundle, Params, make_layout
-from autoem.passes.cells import SEVERAL, merge_axes
 from autoem.passes.gaussian import continuous_of
 from autoem.passes.reads import alias, reads_of
 

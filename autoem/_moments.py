@@ -40,7 +40,7 @@ def mixed_moments(
         whole = integral.block.mixed(moments, integral.weights(slope))
         for m in integral.block.members:
             mean, covariance = integral.block.marginal(m, whole)
-            out[m.name] = in_order(kernel, m.name, mean), in_order(kernel, m.name, covariance)
+            out[m.name] = in_order(kernel, m.name, m.as_model(mean)), in_order(kernel, m.name, covariance)
     return out
 
 
@@ -51,7 +51,9 @@ def completed(
     out = {}
     for i, integral in enumerate(kernel.integrals):
         own = None if key is None else jax.random.fold_in(key, i)
-        out.update(integral.block.draw(integral.integrate(params, bundle)[1], chosen, own))
+        drawn = integral.block.draw(integral.integrate(params, bundle)[1], chosen, own)
+        known = {m.name: m for m in integral.block.members}
+        out.update({n: known[n].as_model(v) if n in known else v for n, v in drawn.items()})
     return {n: in_order(kernel, n, v) for n, v in out.items()}
 
 

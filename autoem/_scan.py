@@ -136,16 +136,15 @@ class Scan:
 
     @functools.cached_property
     def shapes(self) -> dict[str, Any]:
-        """Shape of each latent of the body: full, or 1 along its plates."""
+        """Shape of each latent of the body: full, or as its pieces are given, 1 along its plates."""
         out = {}
         for name, r in self.trace(self.init, {}).records.items():
             if not r.observed and not r.auxiliary:
                 if is_discrete(r):
                     bounds(name, r.base, self.reader.truncated)
-                batch = tuple(r.fn.batch_shape)
-                batch = (1,) * len(batch) if self.is_compact(name) else batch
-                kind = jnp.result_type(int if is_discrete(r) else float)
-                out[name] = jax.ShapeDtypeStruct(batch + tuple(r.fn.event_shape), kind)
+                shape = tuple(r.fn.batch_shape) + tuple(r.fn.event_shape)
+                shape = jnp.shape(self.latent(name, 0)) if self.is_compact(name) else shape
+                out[name] = jax.ShapeDtypeStruct(shape, jnp.result_type(int if is_discrete(r) else float))
         return out
 
     @functools.cached_property

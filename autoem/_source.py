@@ -26,7 +26,7 @@ from autoem._jaxpr import Graph, trace_graph
 from autoem._reader import NOT_CONCRETE, Reader, Record, described
 from autoem._steps import read_scan
 from autoem._support import bounds
-from autoem.ir import Chain
+from autoem.ir import Chain, Continuous
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,12 +74,23 @@ class Source:
     def data_inputs(self) -> dict:
         return {} if self.concrete else {("data", i): x for i, x in enumerate(self.data)}
 
-    def read(self, extra: Mapping, outputs: Callable[[Reader], dict], compact: bool = False) -> tuple[Reader, Graph]:
-        """Trace the model with `extra` inputs given; `outputs` says what of the reader the graph returns."""
+    def read(
+        self,
+        extra: Mapping,
+        outputs: Callable[[Reader], dict],
+        compact: bool = False,
+        hidden: Mapping[str, Continuous] | None = None,
+    ) -> tuple[Reader, Graph]:
+        """Trace the model with `extra` inputs given; `outputs` says what of the reader the graph returns.
+
+        Inputs that are continuous latents, `hidden`, have their own order of axes, and the model sees its own.
+        """
+        turned = {("latent", n): z for n, z in (hidden or {}).items() if z.order}
         kept: list[Reader] = []
         numbers = [jnp.asarray(x) for x in self.data] if self.concrete else []
 
         def run(inputs):
+            inputs = {k: turned[k].as_model(v) if k in turned else v for k, v in inputs.items()}
             reader = Reader(inputs, self.truncated, self.drop_nan, self.concrete, compact, read_scan)
             reader.numbers = self.numbers
             call = (lambda _: self.call(numbers)) if self.concrete else self.call

@@ -13,8 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 
+from autoem._cells import SEVERAL, cells_read, merge, merge_axes
 from autoem._errors import DataError, ModelError, PlanError
 from autoem._jaxpr import Constant, Graph
 from autoem._on_host import on_host
@@ -34,13 +36,13 @@ def trace(
     truncated: Mapping[str, tuple[int, int]] | None = None,
     drop_nan: bool = False,
     continuous: Mapping[str, str] | None = None,
-    joined: Collection[str] = (),
+    joined: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[Program, Discovery, Source]:
     """Read `model` called with `args` and `kwargs`.
 
     Args:
         continuous: the continuous sites that are latents, each with the reason.
-        joined: those of them whose cells are all one vector.
+        joined: of some of them the axes along which rows read several cells, which are then coordinates of one.
 
     Returns:
         The Program, with roles still undecided for continuous sites ('parameter'); the discovery, whose graph computes
@@ -52,7 +54,7 @@ def trace(
     """
     source = Source(model, args, kwargs or {}, dict(truncated or {}), drop_nan)
     try:
-        return _trace(model, source, continuous or {}, joined)
+        return _trace(model, source, continuous or {}, joined or {})
     except PlanError as error:  # a site without support to sum over, named as the data are: more likely forgotten
         if error.where not in map(source.argument, range(len(source.data))):
             raise
@@ -73,7 +75,7 @@ def trace(
 
 
 def _trace(
-    model: Callable, source: Source, continuous: Mapping[str, str], joined: Collection[str]
+    model: Callable, source: Source, continuous: Mapping[str, str], joined: Mapping[str, Collection[str]]
 ) -> tuple[Program, Discovery, Source]:
     found = source.discover()
     plates = read_plates(found)
@@ -85,14 +87,19 @@ def _trace(
     def outputs(reader: Reader) -> dict:
         return outputs_of(reader.records, {**latents, **pieces}, source.truncated)
 
-    reader, full = source.read(full_inputs(found, {**latents, **hidden}, compact=False), outputs)
+    inputs = full_inputs(found, {**latents, **hidden}, compact=False)
+    reader, full = source.read(inputs, outputs, hidden=hidden)
+    if mixed := mixed_in_chains(source, found, reader, full, hidden):
+        return _trace(
+            model, source, continuous, {n: {*joined.get(n, ()), *mixed.get(n, ())} for n in {*joined, *mixed}}
+        )
     unused = unused_arguments(found, full, source)
     refuse_unobserved(model, reader, unused)
     refuse_point_masses(reader, full, hidden)
     graph, compact = full, dict.fromkeys({**latents, **hidden, **strands}, False)
     if latents or hidden:
         try:
-            _, graph = source.read(full_inputs(found, every, compact=True), outputs, compact=True)
+            _, graph = source.read(full_inputs(found, every, compact=True), outputs, True, {**hidden, **strands})
             compact = dict.fromkeys(every, True)
         except (*NOT_CONCRETE, ModelError, ValueError, TypeError):
             if found.chains:
@@ -117,6 +124,34 @@ def _trace(
     return check(program), found, source
 
 
+def mixed_in_chains(
+    source: Source, found: Discovery, reader: Reader, full: Graph, hidden: Mapping[str, Continuous]
+) -> dict[str, set[str]]:
+    """By continuous latent of a scan, the plates along which some row of a step reads several of its cells."""
+    values = {("data", i): jnp.asarray(x) for i, x in enumerate(source.data)} if not source.concrete else {}
+    values |= {k: np.zeros(v.shape, v.aval.dtype) for k, v in full.inputs.items() if k[0] == "latent"}
+    out: dict[str, set[str]] = {}
+    for name in (n for c in found.chains for n in c.lags if n in hidden):
+        z, key = hidden[name], ("latent", name)
+
+        def several(r: Record, i: int, z=z, key=key) -> bool:
+            """Whether a row of a site reads cells of several numbers along an axis."""
+            events = 0 if r.auxiliary else r.base.event_dim
+            fields = ("arg:loc", "value") if events and (r.name, "arg:loc") in full.outputs else ("elem",)
+            events = r.num_event + events * (len(fields) > 1)
+            found = [cells_read(full, full.outputs[r.name, f], key, z.shape, values, i) for f in fields]
+            rows = [merge_axes(x, tuple(range(-min(events, x.ndim), 0))) if events and x.ndim else x for x in found]
+            whole = rows[0]
+            for other in rows[1:]:
+                whole = merge(*np.broadcast_arrays(whole, other))
+            return bool((whole == SEVERAL).any())
+
+        for i, axis in list(enumerate(z.axes))[1:]:
+            if z.shape[i] > 1 and any(several(r, i) for r in reader.records.values()):
+                out.setdefault(name, set()).add(axis)
+    return out
+
+
 def refuse_point_masses(reader: Reader, full: Graph, hidden: Mapping[str, Continuous]) -> None:
     """Refuse a value that was seen exactly of a continuous latent: a point has no density that could be integrated."""
     for name, r in reader.records.items():
@@ -138,7 +173,7 @@ def half_compact(source: Source, found: Discovery, discrete: Mapping, hidden: Ma
     inputs = {**full_inputs(found, discrete, compact=True), **full_inputs(found, hidden, compact=False)}
     inputs = {k: v for k, v in inputs.items() if k[0] == "latent" or k[1] not in hidden}
     try:
-        return source.read(inputs, outputs, compact=True)[1]
+        return source.read(inputs, outputs, True, hidden)[1]
     except (*NOT_CONCRETE, ModelError, ValueError, TypeError):
         return None
 
@@ -175,18 +210,25 @@ def refuse_unobserved(model: Callable, reader: Reader, unused: list[str]) -> Non
         )
 
 
-def read_continuous(found: Discovery, names: Mapping[str, str], joined: Collection[str]) -> dict[str, Continuous]:
+def read_continuous(
+    found: Discovery, names: Mapping[str, str], joined: Mapping[str, Collection[str]]
+) -> dict[str, Continuous]:
     """The continuous latents among the sites that were found."""
+    bases = [n for c in found.chains for n in c.lags]
     out, steps = {}, [n for n, r in found.records.items() if hasattr(r, "ready") and not r.observed]
     steps = [n for n in steps if not is_discrete(found.records[n])]
     for name, reason in {**names, **dict.fromkeys(steps, "at every step of a scan")}.items():
         r = found.records[name]
         batch = tuple(getattr(r, "batch_shape", r.fn.batch_shape))
         event = tuple(r.fn.event_shape)
-        if name in joined:
-            out[name] = Continuous(name, (), (), batch + event, reason, r.fn.support)
-        else:
-            out[name] = Continuous(name, r.axes[: len(batch)], batch, event, reason, r.fn.support)
+        axes, whole = r.axes[: len(batch)], batch + event
+        base = next((n for n in bases if name.startswith((f"{n}@", f"{n}["))), name)
+        kept = [i for i, a in enumerate(axes) if a not in joined.get(base, ())]
+        ours = [*kept, *(i for i in range(len(whole)) if i not in kept)]
+        order = tuple(ours.index(i) for i in range(len(ours))) if ours != sorted(ours) else ()
+        cells, rest = tuple(whole[i] for i in kept), tuple(whole[i] for i in ours[len(kept) :])
+        kept_axes = tuple(axes[i] for i in kept)
+        out[name] = Continuous(name, kept_axes, cells, rest, reason, r.fn.support, order=order)
     return out
 
 
@@ -202,12 +244,16 @@ def continuous_paths(
                 continue
             plates = known.axes if known.name == at_step(name, 0) else known.axes[1:]
             shape = known.shape[len(known.axes) - len(plates) :]
+            timed = len(known.axes) - len(plates)
+            order = tuple(i - timed for i in known.order[timed:])
             for n in (at_lag(name, 0), *(at_step(name, h) for h in range(chain.lag))):
                 whole.pop(n, None)
 
-            def piece(n: str, time: str, steps: int, known=known, plates=plates, shape=shape) -> Continuous:
+            def piece(
+                n: str, time: str, steps: int, known=known, plates=plates, shape=shape, order=order
+            ) -> Continuous:
                 axes, sizes = ((time, *plates), (steps, *shape)) if time else (plates, shape)
-                return Continuous(n, axes, sizes, known.event, known.reason, known.support)
+                return Continuous(n, axes, sizes, known.event, known.reason, known.support, order=order)
 
             whole[name] = piece(name, chain.time, chain.length)
             bulk = [at_lag(name, i) for i in range(max(chain.lag, lag) + 1)]

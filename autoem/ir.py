@@ -96,7 +96,8 @@ class Continuous:
     """A continuous latent: `axes` are its batch axes, outermost first, of sizes `shape`; one cell holds an `event`.
 
     `support` is NumPyro's constraint, `wish` the strategy that the user asked for, or None; `drawn` tells that it is
-    treated by draws of all its cells at once.
+    treated by draws of all its cells at once. Plates whose cells rows read together are part of the event; where the
+    model has such a plate before one that is not, `order` has the model's axes among those of cells and event.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Continuous:
     support: Any = None
     wish: Any = None
     drawn: bool = False
+    order: tuple[int, ...] = ()
 
     @property
     def dim(self) -> int:
@@ -115,6 +117,13 @@ class Continuous:
     @property
     def plates(self) -> tuple[str, ...]:
         return tuple(a for a in self.axes if not a.startswith("#"))
+
+    def as_model(self, value: Any) -> Any:
+        """A value `(..., *shape, *event)` with its axes as the model has them."""
+        if not self.order:
+            return value
+        lead = value.ndim - len(self.order)
+        return value.transpose((*range(lead), *(lead + i for i in self.order)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ LAYERS = """
     _grouping
     _programs
     families _on_host
-    ir _support _folding _ragged
+    ir _support _folding _ragged _cells
     _reader _components _scan_checks
     _scan
     _steps

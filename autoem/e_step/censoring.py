@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from autoem._cells import cells_read
 from autoem._errors import PlanError
 from autoem.e_step.pieces import BASES, Pieces
 from autoem.e_step.tables import Factor
 from autoem.ir import Continuous, Program
-from autoem.passes.cells import cells_read
 from autoem.passes.thresholds import Comparison, comparisons
 
 

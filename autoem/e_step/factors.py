@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from autoem._cells import NONE, SEVERAL, cells_read, merge_axes
 from autoem._errors import ModelError
 from autoem._jaxpr import Constant, Graph
 from autoem._named import Named, arranged, named
@@ -27,7 +28,6 @@ from autoem.e_step.tables import Factor, Rows
 from autoem.families import Family
 from autoem.families._arrays import as_float
 from autoem.ir import Continuous, Latent, Program, Site
-from autoem.passes.cells import NONE, SEVERAL, cells_read, merge_axes
 from autoem.passes.gaussian import Group, continuous_of, latent_groups
 
 TURN_UP_TO = 256 * 2**20  # bytes: larger data are not copied but turned chunk by chunk, which costs up to a fifth
@@ -218,9 +218,15 @@ def find_route(program: Program, site: Site, routed: list[Latent], values: Mappi
 
 
 def row_cells(
-    program: Program, site: Site, latent: Latent | Continuous, values: Mapping, field: str = "elem", events: int = 0
+    program: Program,
+    site: Site,
+    latent: Latent | Continuous,
+    values: Mapping,
+    field: str = "elem",
+    events: int = 0,
+    along: int | None = None,
 ) -> np.ndarray:
-    """For each row of the site the flat number of the latent's cell that it reads.
+    """For each row of the site the flat number of the latent's cell that it reads, or its number `along` one axis.
 
     Axes have size one where all rows agree. Where the latent enters by one argument alone, `field` names that, and
     `events` counts its event axes: the density itself may mix rows on its way (a triangular solve of them all at once).
@@ -230,7 +236,8 @@ def row_cells(
     states = {
         ("latent", n): np.zeros(v.shape, v.aval.dtype) for (k, n), v in program.full.inputs.items() if k == "latent"
     }
-    ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, ChainMap(cast(Any, values), states))
+    known = ChainMap(cast(Any, values), states)
+    ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, known, along)
     ids = merge_axes(ids, tuple(range(-events, 0))) if events else ids
     ids = ids.reshape((1,) * (len(site.axes) - ids.ndim) + ids.shape)
     ids = np.broadcast_to(ids, site.shape)

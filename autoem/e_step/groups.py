@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from autoem._errors import Intractable, ModelError, PlanError
+from autoem._errors import Intractable, PlanError
 from autoem.e_step.censoring import find_pieces
-from autoem.e_step.factors import refuse_random_weights, row_cells
+from autoem.e_step.factors import refuse_random_weights
 from autoem.e_step.gaussian import GaussianBlock, index_name
 from autoem.e_step.gaussian_chain import GaussianChain
+from autoem.e_step.joined import agree, cells_of_rows, join_companions, read_by
 from autoem.e_step.levels import cells_of, find_levels
 from autoem.e_step.local import LocalBlock
 from autoem.e_step.missing import MissingEntries, patterns_of
@@ -31,26 +32,21 @@ MAX_DENSE = 4096  # coordinates of crossed latents, all in one vector
 NESTED_FROM = 64  # coordinates from which levels are eliminated in turn: below, one small matrix is as quick
 
 
-class Joined(Exception):
-    """A row reads several cells of a latent at once: all its cells are to be one vector."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.name = name
-
-
 def build_blocks(
     program: Program, factors: Sequence[Factor], values: Mapping[Any, Any]
 ) -> tuple[tuple[Block, ...], dict[str, np.ndarray]]:
     """The blocks, and for each factor and latent the cell that every row reads.
 
     Raises:
-        Joined: a row reads several cells of a latent, which is not one vector yet. PlanError: see `gaussian_block`.
+        Joined: a row reads several cells of a latent, which are not one vector yet. PlanError: see `gaussian_block`.
     """
     blocks, cells = [], {}
     for group in latent_groups(program):
         if group.drawn:
             continue
+        join_companions(
+            program, [program.continuous[n] for n in group.members], [f for f in factors if f.name in group.sites]
+        )
         derive = local_block if group.refusal else gaussian_block
         block, found = derive(program, group, {f.name: f for f in factors}, values)
         blocks.append(block)
@@ -189,8 +185,8 @@ def stands_in_chain(block: GaussianChain, f: Factor) -> bool:
     kind, names = block.kind(f), {m.name for m in read_by(f)}
     if not set(block.plates) <= set(f.site.plates) or any(f"{m.name}[-" in n for m in block.paths for n in names):
         return False
-    if not kind:
-        return True
+    if not kind:  # a whole path, at several steps, is none of the chain's pieces
+        return not names & {m.name for m in block.paths}
     here = {m.name for m in block.paths}
     if kind == block.chain.bulk:
         here = {at_lag(n, i) for n in here for i in range(block.chain.lag + 1)}
@@ -299,8 +295,11 @@ def local_block(
             raise refuse(f"and rows of other plates than its own have a state of '{z.name}' each")
     for f in parts:
         refuse_random_weights(program, f.site)
-        if f.name in group.members and f.site.masked and any(a.startswith("#") for a in f.site.axes):
+        inner = f.name in group.members and any(a not in members[0].axes or a.startswith("#") for a in f.site.axes)
+        if inner and f.site.masked:
             raise refuse("and a mask takes out parts of its events")
+        if inner and f.site.scaled and not set(f.site.plates) <= set(plates):
+            refuse_scaled(program, [f])
     shape = tuple(s for a, s in zip(members[0].axes, members[0].shape, strict=True) if not a.startswith("#"))
     own = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
     found = {f.name: index[f.name, read_by(f)[0].name] for f in parts}
@@ -348,41 +347,3 @@ def at_home(ids: np.ndarray, own: np.ndarray, plates: Sequence[str], of_cells: S
     sizes = iter(own.transpose(order).shape)
     spread = own.transpose(order).reshape([next(sizes) if p in of_cells else 1 for p in plates])
     return bool((ids == np.broadcast_to(spread, ids.shape)).all())
-
-
-def read_by(f: Factor) -> tuple[Continuous, ...]:
-    assert f.completions is not None
-    return f.completions.members
-
-
-def fits(member: Continuous, f: Factor) -> bool:
-    """Whether a factor has all plates of a latent, in its order."""
-    return [p for p in f.site.plates if p in member.plates] == list(member.plates)
-
-
-def agree(index: Mapping[tuple[str, str], np.ndarray], f: Factor) -> bool:
-    """Whether the rows of a factor read all its latents in the same cell."""
-    found = [v for (s, _), v in index.items() if s == f.name]
-    return all(np.array_equal(found[0], v) for v in found[1:])
-
-
-def cells_of_rows(
-    program: Program, f: Factor, member: Continuous, values: Mapping[Any, Any], by_mean: bool = False
-) -> np.ndarray:
-    """For each row of the factor's plates, the flat number of the latent's cell that it reads.
-
-    With `by_mean` it reads it in its mean alone, which tells rows apart where a multivariate density mixes them.
-    """
-    sizes = dict(zip(f.site.axes, f.site.shape, strict=True))
-    if f.name == member.name or (program.chain_of(program.base_of(member.name)) and fits(member, f)):
-        ids = np.arange(int(np.prod(member.shape, dtype=int)))
-        ids = ids.reshape([s for a, s in zip(member.axes, member.shape, strict=True) if not a.startswith("#")])
-        ids = ids[tuple(slice(None) if p in member.plates else None for p in f.site.plates)]
-        return np.broadcast_to(ids, [sizes[p] for p in f.site.plates])
-    try:
-        how = ("arg:loc", f._family.event_dim) if by_mean else ("elem", 0)
-        ids = row_cells(program, f.site, member, values, *how)
-    except ModelError:
-        raise Joined(member.name) from None
-    first = [0 if a.startswith("#") else slice(None) for a in f.site.axes]
-    return ids[tuple(first)]

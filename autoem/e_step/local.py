@@ -184,7 +184,9 @@ class LocalBlock:
         if f.name not in self.names or f.family is None:
             return chosen, None
         base = tuple(f"event{i}" for i in range(f.family.event_dim))
-        value = named(chosen[f.name], (*self.states, NODES, *f.site.axes, *base))
+        own = next(m for m in self.members if m.name == f.name).axes
+        axes = (*own, *(a for a in f.site.axes if a not in own))  # as `shaped` has them: cells first
+        value = named(chosen[f.name], (*self.states, NODES, *axes, *base))
         order = (*base, *(a for a in value.axes if a not in base))
         return chosen, Named(value.to(order), order)
 
@@ -312,10 +314,10 @@ class Cells:
             return None
         plain = dataclasses.replace(f, family=None)
         value = plain.argument(f"arg:{name}", self.values, family.arg_dims[family.args.index(name)])
-        axes = (*self.block.states, NODES, *f.site.axes)
-        if value.ndim > len(axes) or any(a.startswith("#") and value.shape[i] > 1 for i, a in enumerate(axes)):
+        axes, known = (*self.block.states, NODES, *f.site.axes), (*self.block.states, NODES, *self.block.plates)
+        if value.ndim > len(axes) or any(a not in known and value.shape[i] > 1 for i, a in enumerate(axes)):
             return None
-        return jax.lax.stop_gradient(named(value, axes).to((*self.block.states, NODES, *self.block.plates)))
+        return jax.lax.stop_gradient(named(value, axes).to(known))
 
     @property
     def present(self) -> Array | None:

@@ -48,8 +48,7 @@ def reads_others(f: Factor) -> bool:
 
 def own_axes(f: Factor) -> tuple[str, ...]:
     """Axes of a latent's own site that are part of one of its cells."""
-    assert f.family is not None
-    return f.site.axes[len(f.site.axes) - (len(member_of(f).event) - f.family.event_dim) :]
+    return tuple(a for a in f.site.axes if a not in member_of(f).axes)
 
 
 def pooled_statistics(f: Factor, rows: Rows, mean: Named, covariance: Named, weight: Named) -> tuple[Array, Array]:

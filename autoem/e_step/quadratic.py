@@ -115,7 +115,7 @@ def own_value(f: Factor, nodes: Named) -> Named:
 
 def events_of(f: Factor) -> tuple[str, ...]:
     """Axes of a latent's own site that are part of its event: of `to_event`, or of joined cells."""
-    return f.site.axes[len(f.site.axes) - (len(member_of(f).event) - f._family.event_dim) :]
+    return tuple(a for a in f.site.axes if a not in member_of(f).axes)
 
 
 def member_of(f: Factor) -> Continuous:
@@ -148,8 +148,9 @@ def residual(f: Factor, values: Mapping[Any, Any], rows: Rows) -> Residual:
         slope = slope - (jnp.take(value, jnp.arange(1, value.shape[at]), at) - zero)
     if own is not None:
         unit = unit_slope(f)
-        outer = slope.ndim - at - 1 - len(own.event)
-        slope = slope - unit.reshape(group.dim, *(1,) * outer, *own.event)
+        sizes = iter(own.event)
+        whole = [1 if a in own.axes else next(sizes) for a in f.site.axes]
+        slope = slope - unit.reshape(group.dim, *whole, *sizes)
         y = -first
     elif f.value_hidden:
         y = -first

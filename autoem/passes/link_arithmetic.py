@@ -92,7 +92,8 @@ def _mul(eqn, inputs):
         return Monomial(a.log + b.log, None, power, False, False)
     if isinstance(a, Monomial) and isinstance(b, Known):
         if b.uniform == 1.0:
-            return a
+            shape = eqn.outputs[0].shape  # of which a number alone need not be
+            return a if jnp.shape(a.log) == shape else each(a, lambda v: jnp.broadcast_to(v, shape))
         co = jnp.where(jnp.asarray(b.value, bool), a.co, 0) if b.switch and a.co is not None else None
         zero = {**a.zero, b.switch: b.value} if b.switch else a.zero
         return Monomial(a.log + log_of(b)[0], co, a.power, a.simple, False, zero)

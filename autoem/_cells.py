@@ -37,10 +37,15 @@ def merge_axes(ids: np.ndarray, axes: tuple[int, ...], keepdims: bool = False) -
     return np.where(some, SEVERAL, out)
 
 
-def cells_read(graph: Graph, atom: Atom, latent: tuple, shape: tuple[int, ...], values: Mapping) -> np.ndarray:
-    """Provenance of `atom` with respect to the input `latent`, whose batch has `shape`; `values` are the data."""
+def cells_read(
+    graph: Graph, atom: Atom, latent: tuple, shape: tuple[int, ...], values: Mapping, along: int | None = None
+) -> np.ndarray:
+    """Provenance of `atom` with respect to the input `latent`, whose batch has `shape`; `values` are the data.
+
+    Cells are told apart by their number `along` one axis, where that is given.
+    """
     source = graph.inputs[latent]
-    start = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
+    start = np.arange(int(np.prod(shape, dtype=int))).reshape(shape) if along is None else np.indices(shape)[along]
     start = np.broadcast_to(start.reshape(shape + (1,) * (len(source.shape) - len(shape))), source.shape)
     ids: dict[Variable, np.ndarray] = {source: start}
     walk(graph, graph.slice([atom]), ids, values)
