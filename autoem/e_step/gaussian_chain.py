@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -120,13 +121,43 @@ class GaussianChain:
         return p, s, Named(constant.sum((kind,)).array * steps, tuple(a for a in constant.axes if a != kind))
 
     def integrate(self, values: Mapping[Any, Any], rows: Mapping[str, Rows], cells: Mapping[str, Array]):
-        """`(table, moments)`: the integral over the latents, and their posterior."""
+        """`(table, moments)`: the integral over the latents, and their posterior.
+
+        In single precision squares of observations would cancel: there all is done anew about the means found first.
+        """
         del cells
+        found = residuals(self.factors, values, rows)
+        value, moments = self.over(found)
+        if jnp.result_type(float) != jnp.float64:
+            about = jax.lax.stop_gradient(moments)
+            value, moments = self.over([(f, self.less(f, r, about)) for f, r in found])
+            moments = self.moved(moments, about.smoothed)
+        return Table(value, frozenset(), frozenset(self.plates)), moments
+
+    def less(self, f: Factor, r: Residual, about: ChainMoments) -> Residual:
+        """A site's residual where the latents are counted from their means in `about`."""
+        mean, _, axes = self.of_factor(f, about)
+        at = named(mean, (*axes, DIM))
+        keep = tuple(a for a in dict.fromkeys((*r.slope.axes, *at.axes)) if a != DIM)
+        away = contract(keep, r.slope, at)
+        return dataclasses.replace(r, y=add(r.y, Named(-away.array, away.axes)))
+
+    def moved(self, moments: ChainMoments, by: kalman.Smoothed) -> ChainMoments:
+        """Moments of latents that were counted from the means in `by`, counted from zero."""
+        (start, steps, end, value), s, d = moments.swept, moments.smoothed, self.dim
+        last = by.mean[-1][..., d:] if len(by.mean) else by.start_mean[..., self.extra :]
+        swept = kalman.Swept(
+            kalman.moved(start, by.start_mean), kalman.moved(steps, by.mean), kalman.moved(end, last), value
+        )
+        return ChainMoments(swept, s._replace(start_mean=s.start_mean + by.start_mean, mean=s.mean + by.mean))
+
+    def over(self, sites: Sequence[tuple[Factor, Residual]]) -> tuple[Named, ChainMoments]:
+        """The integral of sites that are given by their residuals, and the posterior."""
         lag, steps = self.chain.lag, self.chain.length - self.chain.lag
         size, window = self.extra + lag * self.dim, (lag + 1) * self.dim
         real = jnp.result_type(float)
         start = jnp.zeros((*self.shape, size + 1, size + 1), real)
-        found = [(f, *self.terms(f, r)) for f, r in residuals(self.factors, values, rows)]
+        found = [(f, *self.terms(f, r)) for f, r in sites]
         constants = [constant for *_, constant in found]
         later: list[tuple[np.ndarray, Array, Array]] = []
         for f, p, s, _ in found:
@@ -153,8 +184,7 @@ class GaussianChain:
             zero = jnp.zeros((steps, *self.shape), real)
             swept = kalman.forward(start, kalman.augmented(precision, shift, zero), self.extra, self.dim)
             smoothed = kalman.backward(swept, self.dim)
-        value = add(named(swept.value, self.plates), *constants)
-        return Table(value, frozenset(), frozenset(self.plates)), ChainMoments(swept, smoothed)
+        return add(named(swept.value, self.plates), *constants), ChainMoments(swept, smoothed)
 
     def path(self, moments: ChainMoments) -> tuple[Array, Array]:
         """Mean `(steps, *batch, d)` and covariance of the state at every step."""

@@ -60,6 +60,12 @@ class Swept(NamedTuple):
     value: Array
 
 
+def moved(law: Given, by: Array) -> Given:
+    """The law where all coordinates, those eliminated before those that stay, are larger `by` so much."""
+    count = law.shift.shape[-1]
+    return law._replace(shift=law.shift + by[..., :count] + times(law.slope, by[..., count:]))
+
+
 def augmented(precision: Array, shift: Array, constant: Array) -> Array:
     """A quadratic as one symmetric matrix `(*batch, n + 1, n + 1)`."""
     column = shift[..., None]

@@ -118,6 +118,21 @@ def test_a_season_of_four_with_holes_has_the_law_of_its_dense_normal():
     hold_against(seasonal_law(result.params, 4, len(y)), y, result, {"level": 0, "slope": 1, "season": 2})
 
 
+def test_single_precision_keeps_what_far_observations_leave():
+    small = dict(zip(("move", "bend", "turn", "noise"), (0.03, 0.001, 0.008, 0.01), strict=True))
+    y = 5 + np.cumsum(np.random.default_rng(5).normal(size=40)) * 0.03
+    mean, covariance, reads, noise = seasonal_law(small, 2, len(y))
+    law = np.einsum("i,sitj,j->st", reads, covariance, reads) + noise**2 * np.eye(len(y))
+    expected = multivariate_normal(mean @ reads, law).logpdf(y)
+    with jax.enable_x64(False):
+        em = autoem.EM(seasonal, init={n: jnp.float32(v) for n, v in small.items()}, max_steps=20, progress=False)
+        result = em.run(KEY, jnp.asarray(y, jnp.float32), 2)
+        paths = result.posterior().sample(jax.random.key(1), 200)
+    assert abs(result.history[0] - expected) < 2e-3
+    assert np.diff(result.history).min() > -1e-3
+    assert np.abs((paths["level"] + paths["season"]).mean(0) - y).max() < 0.02
+
+
 def test_an_autoregression_of_four_lags_below_noise_has_the_law_of_its_dense_normal():
     y = np.random.default_rng(4).normal(size=12)
     result = fitted(autoregression, y)
