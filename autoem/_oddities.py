@@ -67,6 +67,24 @@ def oddities(built: Build, params: Mapping[str, Array], bundle: Bundle, bounded:
     return tuple(out)
 
 
+def above_zero(built: Build, likelihood: float) -> tuple[str, ...]:
+    """Of discrete data, whose probabilities are at most one, a log-likelihood above zero: a density lost its digits."""
+    kernel, records = built.kernel, built.found.records
+    seen = [s for s in built.program.sites.values() if s.role in ("observed", "factor")]
+    if not seen or not likelihood > 1e-6 * kernel.num_rows or kernel.treatment is not None or kernel.approximate:
+        return ()
+    found = [records.get(built.program.base_of(s.name)) for s in seen]
+    if not all(r is not None and getattr(r.base.support, "is_discrete", False) for r in found):
+        return ()
+    if any(f.site.role == "parameter" for f in kernel.likelihood_factors):
+        return ()
+    names = ", ".join(dict.fromkeys(f"{s.distribution} '{s.name}'" for s in seen))
+    return (
+        "the log-likelihood is above zero, which no probability of discrete data is: the density of "
+        f"{names} has lost its digits at these parameters, or is none; a prior would keep them in range",
+    )
+
+
 def boundaries(built: Build, params: Mapping[str, Array], odd: Sequence[str]) -> tuple[str, ...]:
     """Parameters with entries on the boundary of their domain, often rightly; those that are odd already excepted."""
     out = []

@@ -116,6 +116,12 @@ def shared(key: tuple) -> tuple[Future, bool]:
     return program, is_new
 
 
+def forget() -> None:
+    """Forget all programs, so that what is timed next compiles its own."""
+    with _lock:
+        _known.clear()
+
+
 def lower(part: Any, options: dict[str, Any] | None) -> Any:
     """A closed jaxpr, lowered."""
     return jax.jit(jex.jaxpr_as_fun(part), compiler_options=options).trace(*map(spec, part.in_avals)).lower()

@@ -20,7 +20,7 @@ from autoem._errors import DataError, PlanError
 from autoem._field import Field
 from autoem._field_posterior import FieldPosterior
 from autoem._fit import State
-from autoem._oddities import boundaries, cause, impossible, oddities
+from autoem._oddities import above_zero, boundaries, cause, impossible, oddities
 from autoem._plan import Plan
 from autoem._posterior import Posterior
 from autoem._stderr import StandardErrors, standard_errors
@@ -323,6 +323,7 @@ def make_result(
     history = np.asarray(state.history)[: int(state.step) + 1]
     error, worth = weighted_draws(built, state, bundle)
     odd = odd if worth is None else (*odd, *few_draws(built, worth))
+    odd = (*odd, *above_zero(built, likelihood))
     status = "; ".join([sentence, *odd])
     objective = float(state.objective) if np.isfinite(likelihood) else likelihood
     if built.kernel.noisy and np.isfinite(likelihood):

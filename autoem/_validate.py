@@ -24,6 +24,7 @@ from autoem._trace import Record, Source
 
 OPEN = (dist.Beta, dist.BetaProportion, dist.Dirichlet, dist.Kumaraswamy)  # of shares strictly between 0 and 1
 INTEGRAL = ("b", "i", "u")
+MULTINOMIAL = (dist.MultinomialProbs, dist.MultinomialLogits, dist.DirichletMultinomial)
 
 
 def validate(built: Build, source: Source, missing: str) -> None:
@@ -149,12 +150,15 @@ def check_support(name: str, record: Record, value: np.ndarray, hidden: np.ndarr
         return
     first = tuple(int(i) for i in np.argwhere(wrong)[0])
     count = int(wrong.sum())
+    mend = "correct the data, or choose a distribution that can produce them"
+    if isinstance(record.base, MULTINOMIAL):
+        mend += "; the counts of a value add up to total_count, which is 1 unless it is given: total_count=x.sum(-1)"
     raise DataError(
         name,
         problem=("1 of its values lies" if count == 1 else f"{count:,} of its values lie")
         + f" outside the support of {type(record.base).__name__} ({describe(support)}); "
         f"first in {place(first)}: {value_at(value, first, hidden, events)}",
-        mend="correct the data, or choose a distribution that can produce them",
+        mend=mend,
     )
 
 
@@ -210,6 +214,8 @@ def describe(support: Any) -> str:
     if all(b is None for b in limits) or any(isinstance(b, Tracer) or np.ndim(b) for b in limits):
         return str(support)
     low, high = limits
+    if low is None:
+        return f"vectors of whole numbers that add up to {high}" if support.event_dim else f"{whole} up to {high}"
     return f"{whole} from {low}" + ("" if high is None else f" to {high}")
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.distributions as dist
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
 from numpyro import handlers
@@ -37,7 +38,7 @@ def log_joint(model: Callable, params: dict, *args) -> jax.Array:
     def at(z) -> jax.Array:
         given = handlers.substitute(handlers.seed(model, 0), data={**params, "z": z})
         trace = handlers.trace(given).get_trace(*args)
-        parts = [(n, s["fn"].log_prob(s["value"])) for n, s in trace.items() if s["type"] == "sample"]
+        parts = [(n, density(s["fn"], s["value"])) for n, s in trace.items() if s["type"] == "sample"]
         priors = sum(p.sum() for n, p in parts if n in params)
         rows = sum(p.reshape((*p.shape[:1], -1)).sum(-1) for n, p in parts if n not in params)
         return priors, rows
@@ -46,6 +47,19 @@ def log_joint(model: Callable, params: dict, *args) -> jax.Array:
     states = trace["z"]["fn"].enumerate_support(expand=False).ravel() if "z" in trace else [0]
     both = [at(jnp.full(len(args[0]), k)) for k in states]
     return both[0][0] + jax.nn.logsumexp(jnp.stack([rows for _, rows in both]), axis=0).sum()
+
+
+def density(fn, value) -> jax.Array:
+    """NumPyro's log density; of a beta binomial by log gammas, since JAX's `betaln` is good to seven digits or so."""
+    base = fn.base_dist if isinstance(fn, dist.ExpandedDistribution) else fn
+    if not isinstance(base, dist.BetaBinomial):
+        return fn.log_prob(value)
+    a, b, n, log_gamma = base.concentration1, base.concentration0, base.total_count, jax.scipy.special.gammaln
+
+    def beta(a, b):
+        return log_gamma(a) + log_gamma(b) - log_gamma(a + b)
+
+    return beta(a + value, b + n - value) - beta(a, b) - jnp.log(n + 1.0) - beta(value + 1.0, n - value + 1.0)
 
 
 def assert_maximal(model: Callable, result: autoem.EMResult, *args) -> None:

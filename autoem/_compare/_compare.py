@@ -21,6 +21,7 @@ from autoem._compare._strategies import base_of, resolved
 from autoem._compare._yardstick import Yardstick, find, latents_of
 from autoem._em import EM, as_key
 from autoem._errors import DataError, PlanError
+from autoem._programs import forget
 from autoem._result import EMResult
 from autoem.baselines import AbstractBaseline, Fit
 from autoem.baselines._base import INTERRUPTED
@@ -165,6 +166,7 @@ def prepared(strategy: EM | AbstractBaseline, yardstick: Yardstick) -> Callable[
 
 def timed(row: Row, run: Callable[[Array], Result], rng_key: Array) -> Row:
     """Run twice, or four times where that is soon done; what happens after the first run does not lose its end."""
+    forget()  # what another strategy, or an earlier comparison, compiled
     began = time.perf_counter()
     result = jax.block_until_ready(run(rng_key))
     first = time.perf_counter() - began

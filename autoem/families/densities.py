@@ -36,8 +36,9 @@ def log_density(base: Any, value: Any) -> Array:
         inside = jnp.log1p(-gate) + log_density(base.base_dist, value)
         return jnp.where(value == 0, jnp.log(gate + jnp.exp(inside)), inside)
     if isinstance(base, dist.MixtureSameFamily) and held(base.component_distribution) and base.event_dim == 0:
+        weights: Any = base.mixing_distribution
         each = log_density(base.component_distribution, jnp.expand_dims(value, -1))
-        return jax.nn.logsumexp(jax.nn.log_softmax(jnp.asarray(base.mixing_distribution.logits)) + each, axis=-1)
+        return jax.nn.logsumexp(jax.nn.log_softmax(jnp.asarray(weights.logits)) + each, axis=-1)
     form = held(base)
     return form(base, jnp.asarray(value, jnp.result_type(float))) if form else base.log_prob(value)
 

@@ -130,10 +130,11 @@ class Problem:
         """
         factor, values = use.factor, graph_values(bundle, params)
         kind: list[Value] = []
+        switches = {("latent", z.name) for z in factor.latents if set(z.states.ravel().tolist()) <= {0, 1}}
 
         def parts(states: Mapping) -> tuple[Array, ...]:
             given = {**values, **states}
-            out = interpret(factor.graph, factor.graph.outputs[use.key], start(), given)
+            out = interpret(factor.graph, factor.graph.outputs[use.key], start(), given, switches)
             kind[:] = [dataclasses.replace(out) if not isinstance(out, Known) else out]
             return _parts(out)
 

@@ -7,7 +7,7 @@ from the name of a primitive to what it does to such values.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,12 +19,21 @@ class Declined(Exception):
     """The expression has no closed form in this algebra; the text says what stands in the way."""
 
 
+Switch = tuple[Any, bool]  # what is 0 or 1, by a name of its own, and which of the two counts as on
+
+
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A value that no target enters; `uniform` is its one entry where that is written in the model's text."""
+    """A value that no target enters; `uniform` is its one entry where that is written in the model's text.
+
+    `switch` names it where it is 0 or 1; it is 0 unless all of `zero` are on, and 1 unless one of `one` is.
+    """
 
     value: Any
     uniform: float | None = None
+    switch: Switch | None = None
+    zero: frozenset[Switch] = frozenset()
+    one: frozenset[Switch] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +56,8 @@ class Linear:
 class Monomial:
     """`exp(log)`, where `log` is affine in the logarithms of the targets.
 
-    `co` is the same for one minus the value, or None.
+    `co` is the same for one minus the value, or None. The value is 0 unless all of `zero` are on, and 1 unless one of
+    `one` is: switches with their values.
     """
 
     log: Any
@@ -55,6 +65,8 @@ class Monomial:
     power: float | None = 1.0
     simple: bool = True
     pure: bool = True
+    zero: Mapping[Switch, Any] = dataclasses.field(default_factory=dict)
+    one: Mapping[Switch, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,4 +116,5 @@ def each(x: Value, function: Callable[[Any], Any]) -> Value:
 
 
 def _each_of_monomial(x: Monomial, function: Callable[[Any], Any]) -> Monomial:
-    return dataclasses.replace(x, log=function(x.log), co=None if x.co is None else function(x.co))
+    co = None if x.co is None else function(x.co)
+    return dataclasses.replace(x, log=function(x.log), co=co, zero={}, one={})

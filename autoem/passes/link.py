@@ -12,7 +12,7 @@ expected counts flow back to the parameters through the transpose of the linear 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from autoem._jaxpr import Atom, Equation, Graph, Variable, graph_of
 from autoem.passes import link_arithmetic, link_copies
 from autoem.passes.forms import Declined, Known, Linear, Monomial, Rules, Value
+from autoem.passes.switches import marked, switch_of
 
 RULES = Rules({**link_copies.RULES, **link_arithmetic.RULES})
 UNIFORM = {  # copies of one number stay copies of one number
@@ -28,8 +29,16 @@ UNIFORM = {  # copies of one number stay copies of one number
 }  # fmt: skip
 
 
-def interpret(graph: Graph, atom: Atom, targets: Mapping[Any, Value], values: Mapping[Any, Any]) -> Value:
+def interpret(
+    graph: Graph,
+    atom: Atom,
+    targets: Mapping[Any, Value],
+    values: Mapping[Any, Any],
+    switches: Collection[Any] = (),
+) -> Value:
     """`atom` as a function of the `targets`, every other input standing at its value in `values`.
+
+    Of the inputs `switches` it is known that they are 0 or 1.
 
     Raises:
         Declined: a target enters in a way that the algebra does not hold.
@@ -39,7 +48,7 @@ def interpret(graph: Graph, atom: Atom, targets: Mapping[Any, Value], values: Ma
         if key in targets:
             env[var] = targets[key]
         elif key in values:
-            env[var] = Known(values[key])
+            env[var] = Known(values[key], switch=switch_of(values[key], var, key in switches))
     run(graph.slice([atom]), env)
     return look_up(atom, env)
 
@@ -64,8 +73,9 @@ def run(equations: list[Equation], env: dict[Variable, Value]) -> None:
         if len(known) == len(inputs):
             out = eqn.apply([i.value for i in known])
             entries = {i.uniform for i in known}
-            uniform = known[0].uniform if eqn.primitive.name in UNIFORM and len(entries) == 1 else None
-            env.update({v: Known(o, uniform) for v, o in zip(eqn.outputs, out, strict=True)})
+            same = eqn.primitive.name in UNIFORM or (eqn.primitive.name == "mul" and entries == {1.0})
+            uniform = known[0].uniform if same and len(entries) == 1 else None
+            env.update(zip(eqn.outputs, marked(eqn, known, [Known(o, uniform) for o in out]), strict=True))
             continue
         apply = RULES.get(eqn.primitive.name)
         if apply is None:

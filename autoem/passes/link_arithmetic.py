@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
 from autoem._jaxpr import Variable
 from autoem.passes.forms import Declined, Known, Linear, Monomial, Negated, Rules, Value, each, log_of
+from autoem.passes.link_copies import together
+from autoem.passes.switches import choice
 
 RULES = Rules()
 TINY = 1e-6  # clamps and guards closer than this to 0 or 1 leave a probability what it is
@@ -20,6 +23,8 @@ TINY = 1e-6  # clamps and guards closer than this to 0 or 1 leave a probability 
 @RULES.of("add", "add_any")
 def _add(eqn, inputs):
     a, b = inputs
+    if (chosen := choice(a, b, "zero", together)) is not None:
+        return chosen
     if isinstance(a, Negated) or isinstance(b, Negated):
         negated, other = (a, b) if isinstance(a, Negated) else (b, a)
         return _one_minus(other, negated.of)
@@ -73,6 +78,8 @@ def _neg(eqn, inputs):
 @RULES.of("mul")
 def _mul(eqn, inputs):
     a, b = inputs
+    if (chosen := choice(a, b, "one", together)) is not None:
+        return chosen
     if isinstance(a, Known):
         a, b = b, a
     if isinstance(a, Linear):
@@ -84,7 +91,11 @@ def _mul(eqn, inputs):
         power = None if a.power is None or b.power is None else a.power + b.power
         return Monomial(a.log + b.log, None, power, False, False)
     if isinstance(a, Monomial) and isinstance(b, Known):
-        return Monomial(a.log + log_of(b)[0], None, a.power, a.simple, False)
+        if b.uniform == 1.0:
+            return a
+        co = jnp.where(jnp.asarray(b.value, bool), a.co, 0) if b.switch and a.co is not None else None
+        zero = {**a.zero, b.switch: b.value} if b.switch else a.zero
+        return Monomial(a.log + log_of(b)[0], co, a.power, a.simple, False, zero)
     raise Declined("it enters a product with a term of another form")
 
 
@@ -118,9 +129,18 @@ def _integer_pow(eqn, inputs):
 
 @RULES.of("pow")
 def _pow(eqn, inputs):
-    if not isinstance(inputs[1], Known) or inputs[1].uniform is None:
+    x, exponent = inputs
+    if not isinstance(exponent, Known) or not isinstance(x, Monomial | Known):
         raise Declined("it stands in an exponent")
-    return _raised(inputs[0], inputs[1].uniform)
+    if exponent.uniform is not None:
+        return _raised(x, exponent.uniform)
+    if not isinstance(x, Monomial):
+        raise Declined("it stands in an exponent")
+    if exponent.switch:
+        on = jnp.asarray(exponent.value, bool)
+        chosen = together([x, Known(jnp.ones(on.shape), 1.0)], lambda parts: jnp.where(on, *parts))
+        return dataclasses.replace(chosen, one={exponent.switch: on})
+    return Monomial(exponent.value * x.log, None, None, x.simple, False)
 
 
 @RULES.of("sqrt")

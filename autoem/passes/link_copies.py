@@ -48,7 +48,7 @@ def _gather(eqn, inputs):
     return each(inputs[0], lambda v: eqn.apply([v, *index])[0])
 
 
-def _together(inputs: list, combine: Callable[[list], Any]) -> Value:
+def together(inputs: list, combine: Callable[[list], Any]) -> Value:
     """Join values of one kind (constants fit either) by an operation that copies elements."""
     kinds = {type(i) for i in inputs if not isinstance(i, Known)}
     if kinds == {Linear}:
@@ -73,12 +73,12 @@ def _agree(powers: list) -> float | None:
 
 @RULES.of("concatenate")
 def _concatenate(eqn, inputs):
-    return _together(inputs, lambda parts: jnp.concatenate(parts, eqn.params["dimension"]))
+    return together(inputs, lambda parts: jnp.concatenate(parts, eqn.params["dimension"]))
 
 
 @RULES.of("stack")
 def _stack(eqn, inputs):
-    return _together(inputs, lambda parts: eqn.apply(parts)[0])
+    return together(inputs, lambda parts: eqn.apply(parts)[0])
 
 
 @RULES.of("split", "unstack")
@@ -98,7 +98,7 @@ def _select(eqn, inputs):
     if not isinstance(inputs[0], Known):
         raise Declined("a choice depends on it")
     which = inputs[0].value
-    return _together(inputs[1:], lambda cases: jax.lax.select_n(which, *cases))
+    return together(inputs[1:], lambda cases: jax.lax.select_n(which, *cases))
 
 
 @RULES.of("pad")
@@ -106,7 +106,7 @@ def _pad(eqn, inputs):
     def combine(parts):
         return eqn.apply([parts[0], parts[1]])[0]
 
-    return _together(inputs, combine)
+    return together(inputs, combine)
 
 
 @RULES.of("scatter")
@@ -114,7 +114,7 @@ def _scatter(eqn, inputs):
     operand, index, update = inputs
     if not isinstance(index, Known):
         raise Declined("it is used as an index")
-    return _together([operand, update], lambda parts: eqn.apply([parts[0], index.value, parts[1]])[0])
+    return together([operand, update], lambda parts: eqn.apply([parts[0], index.value, parts[1]])[0])
 
 
 @RULES.of("dynamic_update_slice")
@@ -122,4 +122,4 @@ def _update_slice(eqn, inputs):
     if not all(isinstance(i, Known) for i in inputs[2:]):
         raise Declined("it is used as an index")
     index = [i.value for i in inputs[2:]]
-    return _together(inputs[:2], lambda parts: eqn.apply([*parts, *index])[0])
+    return together(inputs[:2], lambda parts: eqn.apply([*parts, *index])[0])

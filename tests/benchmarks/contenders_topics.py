@@ -80,6 +80,7 @@ def jax_fit(devices: int) -> Callable[[Workload], Callable[[], Outcome]]:
         import jax
         import jax.numpy as jnp
         from jax.scipy.special import digamma
+        from jax.sharding import Mesh
         from jax.sharding import PartitionSpec as P
 
         doc, k = w.data["doc"], len(w.start["topics"])
@@ -104,7 +105,7 @@ def jax_fit(devices: int) -> Callable[[Workload], Callable[[], Outcome]]:
             spread = jnp.zeros((len(ids), len(own))).at[jnp.arange(len(ids))[:, None], ids].add(share)
             return jax.lax.psum(t.T @ spread, "docs") * own.T
 
-        mesh = jax.make_mesh((devices,), ("docs",))
+        mesh = Mesh(np.array(jax.devices()[:devices]), ("docs",))
         shared = jax.shard_map(expect, mesh=mesh, in_specs=(P(), P("docs"), P("docs")), out_specs=P(), check_vma=False)
         fit = jax.jit(
             lambda topics, ids, times: jax.lax.fori_loop(

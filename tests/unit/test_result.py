@@ -198,3 +198,25 @@ def test_the_plan_says_each_note_once_and_that_nothing_is_maximised():
     plan = str(autoem.EM(sampled_rows).plan(LONE))
     assert plan.count("subsampled") == 1
     assert "no parameters: nothing to maximise" in plan
+
+
+class Improper(dist.Poisson):
+    """A Poisson law whose density is far too large."""
+
+    def log_prob(self, value):
+        return super().log_prob(value) + 10.0
+
+
+def test_a_likelihood_of_counts_above_zero_is_named():
+    def model(y, law):
+        rate = numpyro.param("rate", jnp.array([1.0, 5.0]), constraint=constraints.positive)
+        with numpyro.plate("rows", len(y)):
+            z = numpyro.sample("z", dist.Categorical(jnp.array([0.4, 0.6])))
+            numpyro.sample("y", law(rate[z]), obs=y)
+
+    y = np.array([0, 1, 1, 4, 6, 7])
+    good = autoem.EM(model, progress=False).run(jax.random.key(0), y, dist.Poisson)
+    bad = autoem.EM(model, progress=False).run(jax.random.key(0), y, Improper)
+    assert bad.log_likelihood > 0 > good.log_likelihood
+    assert "above zero" in bad.status and "'y'" in bad.status
+    assert "above zero" not in good.status

@@ -1,5 +1,7 @@
 """Models of discrete latents and chains that nobody tuned for, each against an answer worked out by other means."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,3 +181,65 @@ def test_a_probability_kept_to_a_part_of_the_unit_interval_is_counted(broken):
     own = broken * np.log(share) + (90 - broken) * np.log(1 - share)
     np.testing.assert_allclose(result.log_likelihood, own, rtol=1e-10)
     assert np.isnan(result.standard_errors()["r"]) == (broken > 45)
+
+
+ANSWERS = np.where(np.arange(40)[:, None] < 12, 0, np.random.default_rng(5).integers(0, 2, (40, 4)))
+NEEDS = np.array([[1, 0], [0, 1], [1, 1], [1, 0]])
+
+
+def share(name, value):
+    return numpyro.param(name, jnp.asarray(value), constraint=constraints.unit_interval)
+
+
+def occupancy(y):
+    psi, p = share("psi", 0.6), share("p", [0.4, 0.5, 0.6, 0.3])
+    with numpyro.plate("places", len(y), dim=-2):
+        z = numpyro.sample("z", dist.Bernoulli(psi))
+        with numpyro.plate("visits", 4):
+            numpyro.sample("y", dist.Bernoulli(z * p), obs=y)
+
+
+def two_sums(y):
+    known, slip, guess = share("known", 0.5), share("slip", [0.1, 0.2, 0.1, 0.1]), share("guess", 0.2)
+    with numpyro.plate("pupils", len(y)):
+        z = numpyro.sample("z", dist.Bernoulli(known))[..., None]
+        numpyro.sample("y", dist.Bernoulli(z * (1 - slip) + (1 - z) * guess).to_event(1), obs=y)
+
+
+def skills(y):
+    known, slip, guess = share("known", [0.5, 0.6]), share("slip", [0.1] * 4), share("guess", [0.2] * 4)
+    with numpyro.plate("pupils", len(y)):
+        skill = [numpyro.sample(f"skill_{k}", dist.Bernoulli(known[k])) for k in range(2)]
+        for j in range(4):
+            able = jnp.ones_like(skill[0])
+            for k in range(2):
+                able = able * (skill[k] if NEEDS[j, k] else 1)
+            numpyro.sample(f"y_{j}", dist.Bernoulli((1 - slip[j]) ** able * guess[j] ** (1 - able)), obs=y[:, j])
+
+
+def by_hand(model, p, y):
+    """Log-likelihood, by the sum over all states of a row."""
+    total = 0.0
+    for a, b in itertools.product([0, 1], repeat=2):
+        if model is skills:
+            able, prior = np.all(np.array([a, b]) >= NEEDS, 1), np.prod(np.where([a, b], p["known"], 1 - p["known"]))
+        else:
+            able, known = np.array([a] * 4), p["psi" if model is occupancy else "known"]
+            prior = 0.5 * (known if a else 1 - known)  # `b` is no latent of these two
+        one = np.where(able, p["p"], 0) if model is occupancy else np.where(able, 1 - p["slip"], p["guess"])
+        total = total + prior * np.where(y == 1, one, 1 - one).prod(1)
+    return np.log(total).sum()
+
+
+@pytest.mark.parametrize("model", [occupancy, two_sums, skills])
+def test_a_choice_written_as_arithmetic_is_counted(model):
+    """Products with a latent that is 0 or 1, sums and powers: closed forms, and the maximum is Newton's."""
+    options = dict(init="model", tol=1e-13, max_steps=5000, progress=False)
+    em = autoem.EM(model, **options)
+    plan, result = em.plan(ANSWERS), em.run(KEY, ANSWERS)
+    assert all(plan.m_step(n).startswith("closed form") for n in result.params)
+    params = {n: np.asarray(v) for n, v in result.params.items()}
+    np.testing.assert_allclose(result.log_likelihood, by_hand(model, params, ANSWERS), rtol=1e-12)
+    newton = {n: autoem.m_step.Newton() for n in params}
+    other = autoem.EM(model, m_step=newton, **options).run(KEY, ANSWERS)
+    np.testing.assert_allclose(result.log_likelihood, other.log_likelihood, rtol=1e-9)
