@@ -30,7 +30,7 @@ from autoem._errors import DataError, ModelError
 from autoem._folding import dtype_of, folded, only_of, reads, shape_of
 from autoem._jaxpr import Graph, trace_graph
 from autoem._reader import Reader, Record, outputs_of
-from autoem._scan_checks import conditioned, refuse_around, refuse_lists
+from autoem._scan_checks import REGISTER, conditioned, refuse_around, refuse_lists
 from autoem._support import bounds
 from autoem.ir import at_lag, at_step
 
@@ -80,11 +80,19 @@ class Scan:
         if self.length < 1:
             raise DataError(self.label, problem="the sequence is empty", mend="pass at least one step", kind="scan")
         self.compact = reader.compact
+        self.found: dict[int, tuple[dict, dict]] = {}
+        self.traced: dict[tuple, Body] = {}
         reader.given.update({(self.time, "carry", i): v for i, v in enumerate(self.init)})
         reader.given.update({(self.time, "x", i): v for i, v in enumerate(self.xs)})
 
     def trace(self, carry: Sequence[Any], latents: Mapping[str, Any]) -> Body:
         """The body as a graph of what it carries, its inputs and the latents, whose shapes are given."""
+        known = (len(latents), *((v.shape, v.dtype) for v in map(shape_of, carry)))
+        if known not in self.traced:  # the first steps of a register are many, and mostly of the same shapes
+            self.traced[known] = self._trace(carry, latents)
+        return self.traced[known]
+
+    def _trace(self, carry: Sequence[Any], latents: Mapping[str, Any]) -> Body:
         kept: list[Any] = []
 
         def run(inputs: dict) -> dict:
@@ -173,8 +181,7 @@ class Scan:
                     problem="what the step carries is computed from what it carried, and so from latents of any number "
                     "of steps back",
                     mend="carry sampled values alone: sample a running quantity, as Normal(phi * x, q) in place of "
-                    "phi * x + q * e; and of a vector that shifts its entries carry each entry by itself, "
-                    "(x, *earlier[:-1]) in place of jnp.concatenate",
+                    f"phi * x + q * e; and of {REGISTER}",
                 )
             if i not in lags:
                 older = [lag(k[1], (*path, i)) for k in needs[i] if k[0] == "·carry" and k[1] in decided]
@@ -330,23 +337,21 @@ class Scan:
 
     def values(self, lag: int) -> tuple[dict, dict]:
         """What the body reads at the steps `lag` before each later step: fixed values, and values along time."""
+        if lag in self.found:  # each leaf of a register asks for all those before it
+            return self.found[lag]
         start, stop = self.lag - lag, self.length - lag
         fixed: dict = {}
         varying: dict = {("·x", i): v[start:stop] for i, v in enumerate(self.xs)}
         varying |= {("·carry", i): v[start:stop] for i, v in enumerate(self.entering) if v is not None}
         for name in self.shapes:
             (fixed if self.is_compact(name) else varying)["latent", name] = self.latent(name, lag)
-        for i, oldest in self.states.items():
-            if lag + oldest <= self.lag:
-                value = self.carried(i, lag + 1)
-                (fixed if value[1] else varying)["·carry", i] = value[0][0] if value[1] else value[0]
+        keys = [("·carry", i) for i, oldest in self.states.items() if lag + oldest <= self.lag]
+        left = self.evaluate(keys, *self.values(lag + 1), self.lag - lag - 1) if keys else []
+        for key, value in zip(keys, left, strict=True):  # with a leading axis, of size one where all steps are alike
+            same = value.shape[0] == 1 and self.compact
+            (fixed if same else varying)[key] = value[0] if same else value
+        self.found[lag] = fixed, varying
         return fixed, varying
-
-    def carried(self, i: int, lag: int) -> tuple[Any, bool]:
-        """Leaf `i` as it left the steps `lag` back, with a leading axis; whether that is the same at all steps."""
-        fixed, varying = self.values(lag)
-        value = self.evaluate([("·carry", i)], fixed, varying, self.lag - lag)[0]
-        return value, value.shape[0] == 1 and self.compact
 
     @functools.cached_property
     def heads(self) -> list[tuple[Body, dict]]:

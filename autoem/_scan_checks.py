@@ -15,6 +15,12 @@ from numpyro.primitives import _PYRO_STACK
 
 from autoem._errors import DataError, ModelError
 
+REGISTER = (
+    "a vector that shifts its entries (A @ x, jnp.concatenate, jnp.roll) carry each entry by itself, in a tuple: "
+    'x = numpyro.sample("x", dist.Normal(a[0] * earlier[0] + a[1] * earlier[1], q)); '
+    "return (x, *earlier[:-1]), None"
+)
+
 
 def refuse_around(label: str) -> None:
     """Raise where a mask or a scale stands around a scan."""

@@ -23,6 +23,7 @@ from autoem._integrals import Integral
 from autoem._lower import with_nodes
 from autoem._named import Named, multiply, named, pick
 from autoem._programs import jit_once
+from autoem._scan_checks import REGISTER
 from autoem._trace import Source
 from autoem.e_step.along_time import pieces_of_paths
 from autoem.e_step.elimination import route_to_rows
@@ -53,7 +54,8 @@ def verify(built: Build) -> tuple[str, ...]:
     noise = noise_for(built, start)
     ours, theirs, size, _ = program(host_params(built, start, noise), noise, bundle, chosen)
     still = jax.tree.map(np.zeros_like, noise)
-    spread = program({n: np.asarray(v) for n, v in start.items()}, still, bundle, chosen)[3]
+    _, at_start, _, spread = program({n: np.asarray(v) for n, v in start.items()}, still, bundle, chosen)
+    refuse_without_density(built, theirs, at_start)
     eps = float(jnp.finfo(jnp.result_type(float)).eps)
     for name in ours:
         a, b, s = float(ours[name]), float(theirs[name]), float(size[name])
@@ -70,6 +72,18 @@ def verify(built: Build) -> tuple[str, ...]:
             )
     refuse_misread_masks(built, start, bundle)
     return no_spread(spread)
+
+
+def refuse_without_density(built: Build, *found: Mapping[str, Array]) -> None:
+    """Raise where a state's own density is no number at any values: its law has no spread in some direction."""
+    for name in built.program.strands:
+        if all(name in densities and bool(jnp.isnan(densities[name])) for densities in found):
+            raise ModelError(
+                built.program.base_of(name),
+                problem="its own density is not a number at the model's start, nor elsewhere: a scale is zero, or a "
+                "covariance has not full rank",
+                mend=f"sample what has noise of its own, and nothing else; of {REGISTER}",
+            )
 
 
 def refuse_misread_masks(built: Build, start: Mapping[str, Array], bundle: Bundle) -> None:

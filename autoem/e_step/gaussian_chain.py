@@ -7,6 +7,7 @@ as for `gaussian`: the integral, the posterior's moments, and the nodes of every
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ class GaussianChain:
         """Coordinates outside the chain."""
         return sum(m.dim for m in self.outside)
 
-    @property
+    @functools.cached_property
     def places(self) -> dict[str, int]:
         """Where each latent that a site reads begins: outside and first steps, in a window, or in a step."""
         out, start = {}, 0

@@ -26,6 +26,7 @@ from jax import Array
 
 SOURCE = "Rauch, Tung and Striebel 1965; Durbin and Koopman 2012, chapter 4 (Kalman smoother)"
 LOG_2PI = math.log(2 * math.pi)
+UNROLLED = 8  # coordinates that are swept one after the other in the program's text; more, in a loop
 
 
 class Given(NamedTuple):
@@ -69,9 +70,10 @@ def augmented(precision: Array, shift: Array, constant: Array) -> Array:
 
 def sweep(matrix: Array, count: int) -> tuple[Given, Array, Array]:
     """Eliminate the first `count` coordinates: their law given the rest, what is left, and the log determinant."""
-    log_det = jnp.zeros(matrix.shape[:-2], matrix.dtype)
     size = matrix.shape[-1]
-    for k in range(count):
+
+    def one(k, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        matrix, log_det = carry
         pivot = matrix[..., k, k]
         log_det = log_det + jnp.log(pivot)
         column = matrix[..., :, k] / pivot[..., None]
@@ -79,7 +81,15 @@ def sweep(matrix: Array, count: int) -> tuple[Given, Array, Array]:
         rest = matrix - column[..., :, None] * matrix[..., k, None, :]
         # the matrix is symmetric and stays so: pivot row and column alike
         rest = jnp.where(at[:, None], column[..., None, :], jnp.where(at, column[..., None], rest))
-        matrix = jnp.where(at[:, None] & at, -1 / pivot[..., None, None], rest)
+        return jnp.where(at[:, None] & at, -1 / pivot[..., None, None], rest), log_det
+
+    carry = matrix, jnp.zeros(matrix.shape[:-2], matrix.dtype)
+    if count > UNROLLED:
+        carry = jax.lax.fori_loop(0, count, one, carry)
+    else:
+        for k in range(count):
+            carry = one(k, carry)
+    matrix, log_det = carry
     law = Given(-matrix[..., :count, :count], matrix[..., :count, count:-1], matrix[..., :count, -1])
     return law, matrix[..., count:, count:], log_det
 
