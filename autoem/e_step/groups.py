@@ -76,8 +76,8 @@ def gaussian_block(
             latents=group.members,
             problem=f"it is carried from step to step and its sites read the discrete latent '{switch}': "
             "its posterior has a Gaussian for each combination of all steps",
-            mend=f"leave e_step out, and an approximation is chosen; or observe '{switch}', or give '{carried}' a grid of "
-            "values (Categorical)",
+            mend=f"leave e_step out, and an approximation is chosen; or observe '{switch}', "
+            f"or give '{carried}' a grid of values (Categorical)",
         )
     if not same and not discrete and not carried and size >= NESTED_FROM:
         nested, found = nested_block(program, members, parts, index)
