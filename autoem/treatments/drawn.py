@@ -144,7 +144,8 @@ class Hidden:
         out, pieces = jnp.zeros(len(next(iter(draws.values())))), self.pieces(each)
         for f in self.factors:
             if f.is_hidden and (mask := bundle.rows[f.name].mask) is not None:
-                gone = jnp.broadcast_to(mask.to(f.site.axes) == 0, pieces[f.name].shape[1:])
+                cells = f.site.plates if set(mask.axes) <= set(f.site.plates) else f.site.axes
+                gone = jnp.broadcast_to(mask.to(cells) == 0, pieces[f.name].shape[1:])
                 out = out + jnp.where(gone, pieces[f.name], 0).reshape(len(out), -1).sum(1)
         return out
 
