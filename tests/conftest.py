@@ -1,10 +1,18 @@
-"""Tests run in float64: the library leaves JAX's configuration to its user, and here the user is the test suite."""
+"""Tests run in float64, on programs compiled fast rather than well: most of their time goes into compiling small models.
+
+The library leaves JAX's configuration to its user, and here the user is the test suite. Examples, docs and benchmarks
+run programs as users have them.
+"""
 
 import itertools
+import os
 
 import jax
 import pytest
 
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+
+os.environ.setdefault("XLA_FLAGS", FAST)  # read when JAX is first used, not when it is imported
 jax.config.update("jax_enable_x64", True)
 
 TESTS = itertools.count(1)
