@@ -1,4 +1,4 @@
-"""Tests run in float64, on programs compiled fast rather than well: most of their time goes into compiling small models.
+"""Tests run in float64, on programs compiled fast rather than well: most of their time is the compiling of models.
 
 The library leaves JAX's configuration to its user, and here the user is the test suite. Examples, docs and benchmarks
 run programs as users have them.
