@@ -411,4 +411,4 @@ def test_single_precision_data_are_taken_in_double(cls, family):
     found = _natural(family, setting.distribution, setting.args, narrow)
     wide = _natural(family, setting.distribution, setting.args, narrow.astype(x.dtype))
     for a, b in zip(found, wide, strict=True):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, b, rtol=1e-14, atol=1e-14)
