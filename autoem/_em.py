@@ -198,7 +198,8 @@ class EM:
         together = count > 1 and sum(x.size for x in leaves) * count <= VMAP_UP_TO
         loop = (id(built), together, kernel is built.kernel)
         if loop not in self._loops:
-            small = sum(x.nbytes for x in leaves) * (count if together else 1) <= ONE_THREAD_UP_TO
+            several = kernel.chunks is not None and kernel.chunks.devices > 1
+            small = not several and sum(x.nbytes for x in leaves) * (count if together else 1) <= ONE_THREAD_UP_TO
             apart = kernel.treatment is None and sum(x.size for x in leaves) > APART_FROM
             self._loops[loop] = compile_loop(kernel, self.stop, together, small, apart, built.accelerator)
         return self._loops[loop], together, loop
