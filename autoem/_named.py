@@ -61,6 +61,11 @@ def multiply(a: Named, b: Named) -> Named:
     return Named(a.to(axes) * b.to(axes), axes)
 
 
+def choose(where: Named, value: Named, otherwise: float) -> Named:
+    axes = union(value.axes, where.axes)
+    return Named(jnp.where(where.to(axes) > 0, value.to(axes), otherwise), axes)
+
+
 def arranged(x: Named, axes: Sequence[str]) -> Named:
     """`x` with those of its axes that are in `axes` last and in that order."""
     order = tuple(a for a in x.axes if a not in axes) + tuple(a for a in axes if a in x.axes)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from autoem._errors import PlanError
-from autoem._named import Named, multiply
+from autoem._named import Named, choose, multiply
 from autoem.e_step.along_time import ChainStep, filtered_path, sums_until
 from autoem.e_step.chains import TIME
 from autoem.e_step.elimination import Layout, Step, Table, eliminate
-from autoem.e_step.tables import Factor, choose
+from autoem.e_step.tables import Factor
 from autoem.ir import Chain, Program, at_lag, at_step
 
 

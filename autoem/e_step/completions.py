@@ -39,11 +39,13 @@ class Completions:
     """The continuous latents that a factor reads, in the order in which nodes hold them.
 
     With `affine`, what reads them is affine in them: it is evaluated where all are zero and at each unit vector, the
-    same for all cells, and combined by the coordinates of each row's own nodes. Otherwise it is evaluated at the nodes.
+    same for all cells, and combined by the coordinates of each row's own nodes. Otherwise it is evaluated at the nodes;
+    where they are `fixed`, the table is not differentiated in them, only averaged over them.
     """
 
     members: tuple[Continuous, ...]
     affine: bool = True
+    fixed: bool = False
 
     @property
     def dim(self) -> int:

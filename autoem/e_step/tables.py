@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from autoem._jaxpr import Graph, Variable
-from autoem._named import Named, add, contract, contract_sum, looked_up, multiply, named, turned, union
+from autoem._named import Named, add, choose, contract, contract_sum, looked_up, multiply, named, turned, union
 from autoem.e_step.completions import NODES, Completions
 from autoem.e_step.elimination import Route, Table
 from autoem.e_step.regression import squared_residuals
@@ -239,6 +239,11 @@ class Factor:
         return self.over_states((self.name, "arg:loc"), at, 1, values)[0]
 
     @property
+    def _differentiated_twice(self) -> bool:
+        """Whether the table's derivative in nodes of latents is differentiated in turn."""
+        return self.completions is not None and not self.completions.fixed
+
+    @property
     def _family(self) -> Family:
         assert self.family is not None
         return self.family
@@ -280,14 +285,14 @@ class Factor:
             value = squared_residuals(keep, eta, x, lambda: self.features(rows), FEATURE)
             return add(value, self._constants(keep, constants))
         many = self.times or eta.size(FEATURE) >= LOOK_UP_FROM
-        looked = self._family.looks_up and many and self.completions is None
+        looked = self._family.looks_up and many and not self._differentiated_twice
         if looked and set(x.axes) <= set(keep) - set(eta.axes):
             value = looked_up(eta, FEATURE, x)
             value = value if rows.mask is None else multiply(value, rows.mask)
             return add(value, contract_sum(keep, self._counted(keep, constants, x, rows)))
         features = self.features(rows)
         counted = self._counted(keep, constants, features, rows)
-        return contract_sum(keep, (eta, features), counted, twice=self.completions is not None)
+        return contract_sum(keep, (eta, features), counted, twice=self._differentiated_twice)
 
     def _constants(self, keep: tuple[str, ...], value: Named) -> Named:
         """A term of every cell, summed over what is not kept."""
@@ -372,11 +377,6 @@ def on_latents(factor: Factor, values: Mapping[Any, Any], rows: Rows) -> dict[st
     loc = jnp.moveaxis(args["loc"], at, -1)
     loc = jnp.concatenate([loc[..., :1], loc[..., 1:] - loc[..., :1]], -1)
     return {**args, "loc": jnp.expand_dims(loc, at)}
-
-
-def choose(where: Named, value: Named, otherwise: float) -> Named:
-    axes = union(value.axes, where.axes)
-    return Named(jnp.where(where.to(axes) > 0, value.to(axes), otherwise), axes)
 
 
 def repeated(value: Named, times: float) -> Named:
