@@ -42,7 +42,7 @@ from autoem.m_step.problem import Bundle, Params, make_layout
 
 FIRST = 10  # sweeps over each row's own latents, at the start, before anything that all rows share is updated
 ROUNDS = 5  # of them, each of which begins those latents afresh
-AFRESH, MANY_ROUNDS = 20, 20  # the same where sweeps are cheap; and so many rounds, at most,
+AFRESH, MANY_ROUNDS = 10, 20  # the same where sweeps are cheap; and so many rounds, at most,
 RISE = 3e-4  # each of which raises the bound by so much of itself
 
 

@@ -40,12 +40,13 @@ LOG2, LOG3_2 = math.log(2), math.log(1.5)
 
 
 def gap(x: Array) -> Array:
-    """`digamma(x) - log(x)`, which cancels for large `x`."""
-    large = jnp.maximum(x, 12.0)
-    square = 1 / large**2
-    series = square * (1 / 12 - square * (1 / 120 - square * (1 / 252 - square * (1 / 240 - square / 132))))
-    small = jnp.minimum(x, 12.0)
-    return jnp.where(x > 12, -0.5 / large - series, digamma(small) - jnp.log(small))
+    """`digamma(x) - log(x)`, which cancels for large `x`: its recurrence eight times, then Stirling's series."""
+    y = x + 8
+    square = 1 / (y * y)
+    series = square * (1 / 240 - square * (1 / 132 - square * (691 / 32760 - square / 12)))
+    series = square * (1 / 12 - square * (1 / 120 - square * (1 / 252 - series)))
+    steps = sum((2 * x + 7) / ((x + i) * (x + 7 - i)) for i in range(4))  # 1 / (x + i), in pairs
+    return jnp.log1p(8 / x) - steps - 0.5 / y - series
 
 
 def matrix(variance: Array) -> Array:

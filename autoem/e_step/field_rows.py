@@ -25,12 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._named import made_once
-from autoem.e_step.field import Block, Group, log_probabilities
+from autoem.e_step.conjugate import DirichletNatural, gap
+from autoem.e_step.field import Block, Group
 from autoem.e_step.layout import Layout, Route
 from autoem.e_step.tables import Factor
 
 WASTE = 2.0  # padded rows to rows, beyond which cells of few rows are laid out apart from those of many
+IN_CACHE = 1 << 17  # numbers of a block of cells that are swept together
 ROWS, CELLS = "·rows", "·cells"
 
 
@@ -98,37 +99,27 @@ def own_of(groups: tuple[Group, ...], blocks: tuple[Block, ...], factors: Mappin
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Held:
-    """What stands still while the rows are swept: their table `(rows, states)` and counts, flat and side by side."""
+    """What stands still while the rows are swept: their table `(rows, states)`, their counts and cells.
+
+    `buckets` holds the numbers of the rows of each cell side by side, and the cells' own.
+    """
 
     own: Own
     table: Array
     count: Array
-    top: Array
-    buckets: tuple[tuple[Array, Array, Array], ...]
     cells: Array
+    buckets: tuple[tuple[Array, Array], ...]
 
-    def counts(self, nodes: Array) -> tuple[Array, Array]:
-        """Expected counts by cell and state under a law with such nodes, and the sum of the rows' `log Z`, in nats."""
-        scores = log_probabilities(self.own.factor, nodes)
-        top = scores.max(-1)
-        weights = jnp.exp(scores - top[:, None])
-        lost = jnp.finfo(scores.dtype).tiny ** 0.5
-        counts, total, least = jnp.zeros_like(weights), jnp.zeros(()), jnp.asarray(jnp.inf)
-        for cell, weight, count in self.buckets:
-            mine = weights[cell]
-            norm = jnp.einsum("dlk,dk->dl", weight, mine)
-            found = jnp.einsum("dlk,dl->dk", weight, count / norm)
-            counts = counts.at[cell].set(mine * found, unique_indices=True)
-            total = total + (count * jnp.log(norm)).sum() + (count.sum(1) * top[cell]).sum()
-            least = jnp.minimum(least, norm.min())
-        return jax.lax.cond(least > lost, lambda: (counts, total + self.top), lambda: self.in_logs(scores))
+    def block(self, rows: Array) -> tuple[Array, Array]:
+        """Of rows side by side `(cells, length)`: likelihoods `(.., states)`, each row's up to a factor, and counts."""
+        table = jnp.take(self.table, rows, 0, mode="fill", fill_value=0.0)
+        count = jnp.take(self.count, rows, mode="fill", fill_value=0.0)
+        return jnp.exp(table - table.max(-1, keepdims=True)), count
 
-    def in_logs(self, scores: Array) -> tuple[Array, Array]:
-        """The same, where a product of probabilities would have underflowed."""
-        joint = scores[self.cells] + self.table
-        log_norm = jax.nn.logsumexp(joint, axis=-1, keepdims=True)
-        law = self.count[:, None] * jnp.exp(joint - log_norm)
-        return jax.ops.segment_sum(law, self.cells, len(scores)), (self.count * log_norm[:, 0]).sum()
+    def in_logs(self, scores: Array) -> Array:
+        """Expected counts by cell and state, where a product of probabilities would underflow."""
+        law = self.count[:, None] * jax.nn.softmax(scores[self.cells] + self.table, axis=-1)
+        return jax.ops.segment_sum(law, self.cells, len(scores))
 
 
 def held(own: Own, table: Array, group: Group, layout: Layout) -> Held:
@@ -138,36 +129,71 @@ def held(own: Own, table: Array, group: Group, layout: Layout) -> Held:
     (name,) = group.latents
     scale = layout.scales.get(name)
     count = jnp.ones(sizes, table.dtype) if scale is None else jnp.broadcast_to(scale.to(route.source), sizes)
-    table, count = table.reshape(-1, states), count.reshape(-1)
-    top = table.max(-1)
-    weights, buckets, i = jnp.exp(table - top[:, None]), [], 0
+    buckets, i = [], 0
     while (key := f"{route.site}{ROWS}{i}") in cells:
-        rows = cells[key]
-        there = jnp.take(weights, rows, 0, mode="fill", fill_value=1.0)
-        buckets.append((cells[f"{route.site}{CELLS}{i}"], there, jnp.take(count, rows, mode="fill", fill_value=0.0)))
+        buckets.append((cells[key], cells[f"{route.site}{CELLS}{i}"]))
         i += 1
-    return Held(own, table, count, (count * top).sum(), tuple(buckets), cells[route.site].ravel())
+    return Held(own, table.reshape(-1, states), count.reshape(-1), cells[route.site].ravel(), tuple(buckets))
 
 
 def settled(rows: Held, natural: Any, prior: Callable[[Array], Array], most: int, tol: float) -> Any:
-    """The law of the simplex after at most so many sweeps, or once one raises the bound by less than `tol` of itself.
+    """The law of the simplex after at most so many sweeps of each cell, or once one moves few of its counts.
 
-    `prior` is the expected log density of the block's other factors at nodes of it.
+    `prior` is the expected log density of the block's other factors at nodes of it. Cells are swept in blocks whose
+    rows fit the cache, from the first sweep to the last; to second order the bound's rise is the square of the share
+    of counts that moves, whose limit is therefore the root of `tol`.
     """
-    law, factor = rows.own.block.law, rows.own.factor
+    law, shape = rows.own.block.law, natural.concentration.shape
+    points = law.points(natural)
+    base = law.solve(points, tuple(jax.grad(lambda u: prior(u[None]))(u) for u in points))
+    base = base.concentration.reshape(-1, shape[-1])  # of a cell without rows
+    start, least = natural.concentration.reshape(base.shape), jnp.asarray(jnp.inf, base.dtype)
+    found = base
+    for numbers, cells in rows.buckets:
+        new, lowest = swept(rows, numbers, cells, base, start, most, tol)
+        found, least = found.at[cells].set(new, unique_indices=True), jnp.minimum(least, lowest)
+    lost = jnp.finfo(base.dtype).tiny ** 0.5
+    found = jax.lax.cond(least > lost, lambda: found, lambda: swept_in_logs(rows, base, start, most))
+    return law.solve(points, ((found.reshape(shape) - 1) / points[0],))
 
-    def again(carry):
-        count, last, natural, _ = carry
-        nodes = made_once(law.nodes(natural))
-        seen, log_z = rows.counts(nodes)
-        new = log_z + prior(nodes) + law.entropy(natural)
 
-        def joint(u: Array) -> Array:
-            return prior(u[None]) + (seen * log_probabilities(factor, u[None])).sum()
+def swept(
+    rows: Held, numbers: Array, cells: Array, base: Array, start: Array, most: int, tol: float
+) -> tuple[Array, Array]:
+    """The concentrations of some cells, whose rows lie side by side, and the least norm of a row."""
+    law = rows.own.block.law
+    length, states = numbers.shape[1], base.shape[1]
+    size = int(np.clip(IN_CACHE // (length * states), 1, len(cells)))
 
-        points = law.points(natural)
-        found = law.solve(points, tuple(jax.grad(joint)(u) for u in points))
-        return count + 1, new, found, new - last > tol * jnp.maximum(jnp.abs(new), 1)
+    def one(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, least = carry
+        at = jnp.minimum(i * size, len(cells) - size)  # the last block overlaps the one before
+        mine = jax.lax.dynamic_slice_in_dim(cells, at, size)
+        weight, count = rows.block(jax.lax.dynamic_slice_in_dim(numbers, at, size))
+        prior, enough = base[mine], tol**0.5 * count.sum()
 
-    start = (jnp.zeros((), int), jnp.asarray(-jnp.inf), natural, jnp.asarray(True))
-    return jax.lax.while_loop(lambda c: c[3] & (c[0] < most), again, start)[2]
+        def again(carry):
+            sweeps, concentration, least, _ = carry
+            share = law.nodes(DirichletNatural(concentration, jnp.zeros(size)))[0]
+            norm = jnp.einsum("dlk,dk->dl", weight, share)
+            new = prior + share * jnp.einsum("dlk,dl->dk", weight, count / norm)
+            going = jnp.abs(new - concentration).sum() > enough
+            return sweeps + 1, new, jnp.minimum(least, norm.min()), going
+
+        begun = (jnp.zeros((), int), start[mine], least, jnp.asarray(True))
+        _, new, least, _ = jax.lax.while_loop(lambda c: c[3] & (c[0] < most), again, begun)
+        return jax.lax.dynamic_update_slice_in_dim(out, new, at, 0), least
+
+    blocks = -(-len(cells) // size)
+    return jax.lax.fori_loop(0, blocks, one, (start[cells], jnp.asarray(jnp.inf, base.dtype)))
+
+
+def swept_in_logs(rows: Held, base: Array, start: Array, most: int) -> Array:
+    """The concentrations of all cells after so many sweeps."""
+
+    def once(_, concentration: Array) -> Array:
+        total = concentration.sum(-1, keepdims=True)
+        scores = gap(concentration) + jnp.log(concentration) - gap(total) - jnp.log(total)
+        return base + rows.in_logs(scores)
+
+    return jax.lax.fori_loop(0, most, once, start)
