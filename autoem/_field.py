@@ -46,6 +46,11 @@ AFRESH, MANY_ROUNDS = 10, 20  # the same where sweeps are cheap; and so many rou
 RISE = 3e-4  # each of which raises the bound by so much of itself
 
 
+def level(x: Array) -> Array:
+    """The same number, their mean, in place of all."""
+    return jnp.full_like(x, x.mean())
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Field(AbstractTables):
     """Mean field over `groups` of discrete latents and `blocks` of continuous ones; the last group is updated last."""
@@ -93,13 +98,13 @@ class Field(AbstractTables):
     def _settled(self, kernel: Kernel, params: Params, bundle: Bundle, laws: Laws) -> Laws:
         """Start laws, settled at the start parameters; of what all rows share, after rounds that begin afresh.
 
-        In every round each row's own latents start anew under what is shared by then. Without that they would stay
-        where the first, shapeless law of what is shared has put them.
+        In every round each row's own latents start anew, all alike, under what is shared by then. Without that they
+        would stay where the first, shapeless law of what is shared has put them, or their own noise.
         """
         shared = [b for b in self.blocks if b.shared]
         if not shared and not any(g.cellwise for g in self.groups):
             return laws
-        own = {b.name: laws.natural[b.name] for b in self.blocks if not b.shared}
+        own = {b.name: jax.tree.map(level, laws.natural[b.name]) for b in self.blocks if not b.shared}
         layout, fast = make_layout(kernel.layout, bundle), self._fast(bundle)
 
         def once(_, laws: Laws) -> Laws:
