@@ -147,10 +147,10 @@ def build_field(model: Callable, args: tuple, kwargs: dict, options: Options, ke
         field = settled_laws(field, kernel, params, jit_once(whole)(data, key, cells))
         kernel = dataclasses.replace(kernel, treatment=field)
 
-    def completed(params: Params, bundle: Bundle) -> Bundle:
-        return with_nodes(bundle, field.nodes(field.init(kernel, params, bundle, key)))
+    def completed(bundle: Bundle) -> Bundle:
+        return with_nodes(bundle, field.nodes(field.begin(kernel, bundle, key)))
 
-    filled = jax.eval_shape(completed, params, shapes)
+    filled = jax.eval_shape(completed, shapes)
     wishes = asked(program, options)
     blocks = choose(problem, params, filled, wishes)
     sums = tuple(b for b in blocks if isinstance(b, Superposition))

@@ -382,7 +382,7 @@ def reproduced(field: Field, block: Block, params: Params, bundle: Bundle, laws:
         a, b = (2 * jax.random.normal(jax.random.key(i), jnp.shape(a)) for i in (44, 45))
     if block.law.event_dim:
         a, b = (x / x.sum(-1, keepdims=True) for x in (a * jnp.exp(a), b))
-    theirs = [field.joint(block, u[None], params, bundle, laws, layout) for u in (a, b)]
+    theirs = jax.vmap(lambda u: field.joint(block, u[None], params, bundle, laws, layout))(jnp.stack([a, b]))
     ours = [block.law.value(natural, u).sum() for u in (a, b)]
     apart, eps = theirs[0] - theirs[1], jnp.finfo(theirs[0].dtype).eps
     rounding = 64 * eps * (jnp.abs(theirs[0]) + jnp.abs(theirs[1]))

@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.scipy.special import digamma, gammaln
+from jax.scipy.special import gammaln
 
 from autoem.e_step.local import AbstractMethod, CellPosterior, Cells, LocalBlock, Points
 from autoem.ir import Continuous
@@ -39,6 +40,7 @@ SOURCE = "Diaconis and Ylvisaker 1979 (conjugate posteriors)"
 LOG2, LOG3_2 = math.log(2), math.log(1.5)
 
 
+@functools.partial(jax.jit, inline=True)
 def gap(x: Array) -> Array:
     """`digamma(x) - log(x)`, which cancels for large `x`: its recurrence eight times, then Stirling's series."""
     y = x + 8
