@@ -22,6 +22,7 @@ from autoem._condense import note_of
 from autoem._errors import Intractable, PlanError
 from autoem._field_build import cells_by
 from autoem._integrals import Integral
+from autoem._jumps import refuse_jumps
 from autoem._local import settled
 from autoem._lower import Kernel
 from autoem._options import Options
@@ -46,7 +47,7 @@ from autoem.m_step.problem import Bundle, Params, Problem
 from autoem.m_step.strategies import AbstractMStep
 from autoem.m_step.superposition import Superposition
 from autoem.passes.classify import classify, continuous_latents
-from autoem.treatments import drawn_treatment, treatment_of, try_out
+from autoem.treatments import AbstractDrawn, drawn_treatment, treatment_of, try_out
 from autoem.treatments.discrete import STRATEGIES as DISCRETE
 
 LARGE = 1_000_000  # entries of the data from which their preparation is compiled well rather than fast
@@ -273,6 +274,7 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
     layout = build_layout(program, values, cells)
     treatment = drawn_treatment(program, factors, lambda d: call_of(source, d), list(drawn.values()))
     drawing = treatment is not None
+    refuse_jumps(program, taken_as_smooth(integrals, treatment), params, values)
     treatment = treatment_of(program, options.e_step, options.accelerate, treatment)
     # whatever a treatment makes of the tables, logarithms lose nothing
     layout = dataclasses.replace(layout, scales=dict.fromkeys(layout.scales), cells={}, logs=treatment is not None)
@@ -300,6 +302,13 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
         plan, kernel, found, source, factors, support_limits(found, source), model_start, sums=sums,
         mixed=frozenset(mixed), accelerator=accelerator, routes=Routes(frozenset(cells)),
     )  # fmt: skip
+
+
+def taken_as_smooth(integrals: Sequence[Integral], drawn: AbstractTreatment | None) -> set[str]:
+    """The continuous latents whose integral rests on derivatives, or on a rule for smooth functions."""
+    blocks = [i.block for i in integrals if isinstance(i.block, LocalBlock) and i.block.how.smooth]
+    names = {n for b in blocks for n in b.names}
+    return names | set(drawn.hidden.names) if isinstance(drawn, AbstractDrawn) and drawn.smooth else names
 
 
 def accelerated(

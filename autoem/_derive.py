@@ -28,6 +28,7 @@ from autoem._bundle import make_bundle, with_passed_on
 from autoem._errors import ModelError, PlanError
 from autoem._field import Field
 from autoem._field_build import FieldWish, field_factors, field_of, settled_laws
+from autoem._jumps import refuse_jumps
 from autoem._lower import Kernel, with_nodes
 from autoem._options import Options
 from autoem._plan import MEMORY_LIMIT, Cost, LatentRow, Plan, human, notes_of, parameter_rows, unread
@@ -144,6 +145,7 @@ def build_field(model: Callable, args: tuple, kwargs: dict, options: Options, ke
     shapes = dataclasses.replace(shapes, data=jax.eval_shape(lambda d: d, data))
     cost = measured(kernel, field, params, shapes)
     if field.blocks:
+        refuse_jumps(program, {b.name for b in field.blocks}, params, values)
         field = settled_laws(field, kernel, params, jit_once(whole)(data, key, cells))
         kernel = dataclasses.replace(kernel, treatment=field)
 

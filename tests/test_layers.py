@@ -29,7 +29,7 @@ LAYERS = """
     e_step
     m_step
     _integrals
-    _local
+    _local _jumps
     _chunks _render accelerate
     _options
     _alternatives

@@ -58,6 +58,7 @@ class ImportanceCells(Gauss):
     wish: Importance
 
     strategy = "importance"
+    smooth = False
     source = SOURCE
 
     def nodes(self, mode: Array, root: Array, at: int) -> tuple[Array, Array]:

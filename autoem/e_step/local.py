@@ -51,10 +51,11 @@ class CellPosterior:
 
 
 class AbstractMethod(abc.ABC):
-    """How the integral over one cell is done."""
+    """How the integral over one cell is done; where it is `smooth`, that rests on a density without jumps."""
 
     strategy = "exact"
     source = ""
+    smooth = False
 
     @abc.abstractmethod
     def integrate(self, cells: Cells) -> CellPosterior:

@@ -55,6 +55,7 @@ class Gauss(AbstractMethod):
     kinds: tuple[str, ...]
     why: str
     strategy = "quadrature"
+    smooth = True
     source = "Naylor and Smith 1982; Liu and Pierce 1994 (adaptive quadrature); Bock and Aitkin 1981"
 
     def from_free(self, cells: Cells, x: Array) -> tuple[Points, Array]:

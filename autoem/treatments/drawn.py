@@ -228,6 +228,7 @@ class AbstractDrawn(AbstractTreatment):
     hidden: Hidden
 
     strategy = ""
+    smooth = False
 
     @property
     def num_draws(self) -> int:

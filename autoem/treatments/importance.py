@@ -47,6 +47,7 @@ class JointImportance(JointLaplace):
 
     objective_name = OBJECTIVE
     strategy = "importance"
+    smooth = False
     source = SOURCE
 
     @property

@@ -53,6 +53,7 @@ class Guide(AbstractDrawn):
     objective_name = "ELBO"
     noisy = True
     strategy = "variational"
+    smooth = True
     source = "Neal and Hinton 1998; Kingma and Welling 2014; Kucukelbir et al. 2017 (variational EM)"
 
     @property
