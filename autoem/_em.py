@@ -10,28 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._build import Build
-from autoem._check import Report, run_checks
-from autoem._condense import condensed
-from autoem._derive import derive
 from autoem._errors import DataError, ModelError, PlanError
-from autoem._fit import Loop, State, compile_loop, ended, initial_state, run_loop
-from autoem._init import given_start, starts
-from autoem._lower import Kernel, disagree
-from autoem._options import Options
-from autoem._plan import Plan
-from autoem._programs import jit_once
-from autoem._progress import Progress
-from autoem._replay import refuse_misread
-from autoem._result import EMResult, Restarts, make_result
-from autoem._stop import DIVERGED, FELL, INTERRUPTED, LIMIT, RUNNING, SETTLED, Stop
-from autoem._trace import Source
-from autoem._validate import validate
-from autoem._verify import LARGE, shrunken, verify
 from autoem.accelerate import AbstractAcceleration
+from autoem.answers.result import EMResult, Restarts, make_result
+from autoem.checks.check import Report, run_checks
+from autoem.checks.replay import refuse_misread
+from autoem.checks.validate import validate
+from autoem.checks.verify import LARGE, shrunken, verify
 from autoem.e_step.strategies import AbstractEStep
+from autoem.fitting.loop import Loop, State, compile_loop, ended, initial_state, run_loop
+from autoem.fitting.progress import Progress
+from autoem.fitting.starts import given_start, starts
+from autoem.fitting.stop import DIVERGED, FELL, INTERRUPTED, LIMIT, RUNNING, SETTLED, Stop
+from autoem.graph.programs import jit_once
+from autoem.lowering.condense import condensed
+from autoem.lowering.kernel import Kernel, disagree
 from autoem.m_step.problem import Bundle
 from autoem.m_step.strategies import AbstractMStep
+from autoem.planning.build import Build
+from autoem.planning.derive import derive
+from autoem.planning.options import Options
+from autoem.planning.plan import Plan
+from autoem.reading.trace import Source
 
 ONE_THREAD_UP_TO = 4 << 20  # bytes of the rows: below, one kernel after the other is faster than several at once
 APART_FROM = 50_000  # entries of the rows: beyond, a last step without an M-step is worth a program of its own

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from autoem._errors import AutoEMBug
-from autoem._jaxpr import Graph, Key
 from autoem.families import Family, Opaque
+from autoem.graph.jaxpr import Graph, Key
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,9 @@ from jax import Array
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.infer import NUTS as Sampler
 
-from autoem._init import inside
 from autoem.baselines._base import AbstractBaseline, Fit, require, whole
 from autoem.baselines._target import Free, Target
+from autoem.fitting.starts import inside
 from autoem.ir import Param
 from autoem.m_step.unconstrained import to_constrained
 

@@ -16,15 +16,15 @@ import numpy as np
 from jax import Array
 from numpyro.distributions import biject_to
 
-from autoem._build import Build
 from autoem._em import EM
 from autoem._errors import PlanError
-from autoem._lower import Kernel
-from autoem._result import one_device
-from autoem._stderr import off_boundary
-from autoem._trace import Source
+from autoem.answers.result import one_device
+from autoem.answers.stderr import off_boundary
+from autoem.lowering.kernel import Kernel
 from autoem.m_step.problem import Bundle
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
+from autoem.planning.build import Build
+from autoem.reading.trace import Source
 
 Free = dict[str, Array]
 

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from autoem._errors import Intractable, PlanError
-from autoem.e_step.censoring import find_pieces
-from autoem.e_step.factors import refuse_random_weights
-from autoem.e_step.gaussian import GaussianBlock, index_name
-from autoem.e_step.gaussian_chain import GaussianChain
+from autoem.e_step.cells.censoring import find_pieces
+from autoem.e_step.cells.local import LocalBlock
+from autoem.e_step.elimination.places import plates_of, scale_of
+from autoem.e_step.gaussian.block import GaussianBlock, index_name
+from autoem.e_step.gaussian.chain import GaussianChain
+from autoem.e_step.gaussian.levels import cells_of, find_levels
+from autoem.e_step.gaussian.missing import MissingEntries, patterns_of
+from autoem.e_step.gaussian.nested import NestedBlock
 from autoem.e_step.joined import agree, cells_of_rows, join_companions, read_by
-from autoem.e_step.levels import cells_of, find_levels
-from autoem.e_step.local import LocalBlock
-from autoem.e_step.missing import MissingEntries, patterns_of
-from autoem.e_step.nested import NestedBlock
-from autoem.e_step.places import plates_of, scale_of
-from autoem.e_step.tables import Factor
+from autoem.e_step.tables.factors import refuse_random_weights
+from autoem.e_step.tables.tabulate import Factor
 from autoem.ir import Continuous, Latent, Program, at_lag
 from autoem.passes.gaussian import Group, latent_groups
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from autoem._errors import Intractable, ModelError
-from autoem.e_step.factors import row_cells
-from autoem.e_step.tables import Factor
+from autoem.e_step.tables.factors import row_cells
+from autoem.e_step.tables.tabulate import Factor
 from autoem.ir import Continuous, Program
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jax import Array
 
 if TYPE_CHECKING:
-    from autoem._lower import Kernel
+    from autoem.lowering.kernel import Kernel
     from autoem.m_step.problem import Bundle, Params
 
 

@@ -18,18 +18,18 @@ from jax.core import Tracer
 from numpyro.distributions import constraints
 
 from autoem._errors import PlanError
-from autoem.e_step.tables import Factor
+from autoem.e_step.tables.tabulate import Factor
 from autoem.families import NoClosedForm
-from autoem.m_step import augmented, location
-from autoem.m_step._base import AbstractBlock
-from autoem.m_step.augmented import Reweighted
+from autoem.m_step.block import AbstractBlock
+from autoem.m_step.closed_form import augmented, location
+from autoem.m_step.closed_form.augmented import Reweighted
+from autoem.m_step.closed_form.location import LeastSquares, Mean, untied
+from autoem.m_step.closed_form.power import Scale
+from autoem.m_step.closed_form.rules import Asked, abstractly, closed_form
 from autoem.m_step.gradient import GradientBlock
-from autoem.m_step.location import LeastSquares, Mean, untied
 from autoem.m_step.newton import NewtonBlock
-from autoem.m_step.power import Scale
 from autoem.m_step.problem import Bundle, Params, Problem, uses_of
 from autoem.m_step.refuse import refuse_bounds, refuse_unconstrained
-from autoem.m_step.rules import Asked, abstractly, closed_form
 from autoem.m_step.strategies import AbstractMStep, ClosedForm, Fixed, Gradient, Newton
 from autoem.m_step.strategies import Augmented as AugmentedStep
 from autoem.passes.link import Declined

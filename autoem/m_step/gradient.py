@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from autoem.m_step._base import GRADIENT, AbstractBlock
-from autoem.m_step.counting import latex_name
+from autoem.m_step.block import GRADIENT, AbstractBlock
+from autoem.m_step.closed_form.counting import latex_name
 from autoem.m_step.problem import Bundle, Params, Statistics
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
 

@@ -15,10 +15,10 @@ import numpy as np
 from jax import Array
 
 from autoem.ir import Param
-from autoem.m_step._base import AbstractBlock
+from autoem.m_step.block import AbstractBlock
 from autoem.m_step.choose import kind_of
+from autoem.m_step.closed_form.superposition import Superposition
 from autoem.m_step.problem import Params, Use
-from autoem.m_step.superposition import Superposition
 from autoem.m_step.unconstrained import to_constrained, unconstrained_shape
 from autoem.passes.signs import nonnegative
 

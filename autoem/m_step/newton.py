@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from autoem.e_step.tables import Factor
+from autoem.e_step.tables.tabulate import Factor
 from autoem.families import Family, Median
-from autoem.m_step._base import NEWTON, AbstractBlock
-from autoem.m_step.counting import latex_name
-from autoem.m_step.location import newton_direction
+from autoem.m_step.block import NEWTON, AbstractBlock
+from autoem.m_step.closed_form.counting import latex_name
+from autoem.m_step.closed_form.location import newton_direction
 from autoem.m_step.problem import Bundle, Params, Statistics, graph_values, inner
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from autoem._named import Named
-from autoem.e_step.elimination import Layout
-from autoem.e_step.tables import Factor, Rows
+from autoem.e_step.elimination.eliminate import Layout
+from autoem.e_step.tables.tabulate import Factor, Rows
+from autoem.graph.named import Named
 from autoem.ir import Param
 from autoem.passes.link import Declined, Known, Linear, Monomial, Value, interpret
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from autoem._errors import ModelError
 from autoem.families import Counting, Covariance, Family, Opaque, Power
+from autoem.m_step.closed_form.rules import Asked
 from autoem.m_step.problem import Use
-from autoem.m_step.rules import Asked
 from autoem.passes.link import Declined, Linear
 
 

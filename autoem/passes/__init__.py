@@ -1,1 +1,1 @@
-"""Program to Program, one decision a file."""
+"""Stage 2: a `Program` in, a `Program` out, one decision a file."""

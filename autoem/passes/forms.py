@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from autoem._jaxpr import Equation
+from autoem.graph.jaxpr import Equation
 
 
 class Declined(Exception):

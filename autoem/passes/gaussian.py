@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from autoem._jaxpr import Atom, Graph
 from autoem.families import Family
+from autoem.graph.jaxpr import Atom, Graph
 from autoem.ir import Program, Site
 from autoem.passes.link import Declined, Linear, interpret
 

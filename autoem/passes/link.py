@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from autoem._jaxpr import Atom, Equation, Graph, Variable, graph_of
+from autoem.graph.jaxpr import Atom, Equation, Graph, Variable, graph_of
 from autoem.passes import link_arithmetic, link_copies
 from autoem.passes.forms import Declined, Known, Linear, Monomial, Rules, Value
 from autoem.passes.switches import marked, switch_of

@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from autoem._jaxpr import Variable
+from autoem.graph.jaxpr import Variable
 from autoem.passes.forms import Declined, Known, Linear, Monomial, Negated, Rules, Value, each, log_of
 from autoem.passes.link_copies import together
 from autoem.passes.switches import choice

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from autoem._cells import NONE, walk
-from autoem._jaxpr import Graph, Variable
+from autoem.graph.cells import NONE, walk
+from autoem.graph.jaxpr import Graph, Variable
 
 
 def alias(name: str, number: int) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.interpreters import partial_eval
 
-from autoem._jaxpr import Atom, Equation, Graph, Variable, graph_of
+from autoem.graph.jaxpr import Atom, Equation, Graph, Variable, graph_of
 from autoem.passes.forms import Declined, Known
 
 Sign = Known | bool  # a number, or whether the value is known not to be negative

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from autoem._jaxpr import Atom, Graph, Variable
+from autoem.graph.jaxpr import Atom, Graph, Variable
 from autoem.ir import Program, Site
 from autoem.passes.gaussian import affine_atom
 

@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._build import Build
 from autoem._em import EM, ONE_THREAD_UP_TO, VMAP_UP_TO, underflowed
-from autoem._fit import State, em_step, initial_state
-from autoem._init import seeded, starts
-from autoem._lower import Kernel
-from autoem._programs import jit_small, jit_well
-from autoem._stop import DIVERGED, FELL, RUNNING, Stop
-from autoem._trace import Source
+from autoem.fitting.loop import State, em_step, initial_state
+from autoem.fitting.starts import seeded, starts
+from autoem.fitting.stop import DIVERGED, FELL, RUNNING, Stop
+from autoem.graph.programs import jit_small, jit_well
+from autoem.lowering.kernel import Kernel
 from autoem.m_step.problem import Bundle
+from autoem.planning.build import Build
+from autoem.reading.trace import Source
 
 Call = tuple[tuple, dict[str, Any]]
 Params = Mapping[str, Array]
@@ -42,7 +42,7 @@ class Ends:
         objective, log_likelihood: `(data sets,)`, in nats; NaN where every start broke down.
         params: by name, `(data sets, *shape)`.
         num_steps: `(data sets,)`.
-        status: `(data sets,)`, as in `autoem._stop`.
+        status: `(data sets,)`, as in `autoem.fitting.stop`.
         together: whether they ran as one compiled program.
     """
 

@@ -15,7 +15,7 @@ from jax import Array
 
 from autoem._em import as_key
 from autoem._errors import DataError, PlanError
-from autoem._result import EMResult
+from autoem.answers.result import EMResult
 from autoem.selection._batch import fit_many
 from autoem.selection._simulate import draws, refuse_approximate, with_draws
 

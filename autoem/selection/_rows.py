@@ -17,10 +17,10 @@ import numpy as np
 from jax import Array
 
 from autoem._errors import DataError, PlanError
-from autoem._per_datum import datum_plate, per_datum
-from autoem._programs import jit_once
-from autoem._result import EMResult
-from autoem._source import path_name
+from autoem.answers.per_datum import datum_plate, per_datum
+from autoem.answers.result import EMResult
+from autoem.graph.programs import jit_once
+from autoem.reading.source import path_name
 from autoem.selection._batch import Call, fit_many, plain
 from autoem.selection._simulate import refuse_approximate
 from autoem.treatments import AbstractDrawn

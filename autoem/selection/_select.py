@@ -16,8 +16,8 @@ from jax import Array
 
 from autoem._em import EM, as_key
 from autoem._errors import DataError, ModelError, PlanError
-from autoem._result import EMResult
-from autoem._stop import DIVERGED, FELL, SENTENCES
+from autoem.answers.result import EMResult
+from autoem.fitting.stop import DIVERGED, FELL, SENTENCES
 from autoem.selection._grid import Structure, structures
 from autoem.selection._rows import deal, held_out, row_plate
 from autoem.selection._selection import CRITERIA, Entry, Selection

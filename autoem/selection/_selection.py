@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autoem._result import EMResult
+from autoem.answers.result import EMResult
 from autoem.selection._grid import Structure
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ import numpyro
 from jax import Array
 from numpyro import handlers
 
-from autoem._check import Call as Derived
-from autoem._check import observing, simulate
 from autoem._em import EM
 from autoem._errors import DataError, ModelError, PlanError
-from autoem._programs import jit_once
-from autoem._result import EMResult
+from autoem.answers.result import EMResult
+from autoem.checks.check import Call as Derived
+from autoem.checks.check import observing, simulate
+from autoem.graph.programs import jit_once
 from autoem.ir import Program
 
 READ = ("elem", "mask", "scale", "low", "high")  # fields of a site that its density is made of

@@ -18,11 +18,11 @@ from jax import Array
 
 from autoem._em import as_key
 from autoem._errors import PlanError
-from autoem._init import FEW, responsibilities, row_features, seeded
-from autoem._named import Named, named
-from autoem._oddities import oddities
-from autoem._result import EMResult, Restarts, make_result
-from autoem._stop import DIVERGED, FELL, SENTENCES
+from autoem.answers.oddities import oddities
+from autoem.answers.result import EMResult, Restarts, make_result
+from autoem.fitting.starts import FEW, responsibilities, row_features, seeded
+from autoem.fitting.stop import DIVERGED, FELL, SENTENCES
+from autoem.graph.named import Named, named
 from autoem.ir import Latent
 from autoem.passes.classify import nearest
 from autoem.selection._simulate import refuse_approximate

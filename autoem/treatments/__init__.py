@@ -13,13 +13,13 @@ from typing import Any
 import jax
 
 from autoem._errors import PlanError
-from autoem._lower import Kernel
 from autoem.accelerate import AbstractAcceleration
 from autoem.e_step.groups import refuse_scaled
 from autoem.e_step.strategies import SAEM, AbstractEStep, Importance, Laplace, MonteCarlo, Variational
-from autoem.e_step.tables import Factor
+from autoem.e_step.tables.tabulate import Factor
 from autoem.e_step.treatment import AbstractTreatment
 from autoem.ir import Program
+from autoem.lowering.kernel import Kernel
 from autoem.m_step.problem import Bundle, Params
 from autoem.passes.gaussian import latent_groups
 from autoem.treatments.discrete import discrete_treatment

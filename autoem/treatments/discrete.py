@@ -20,14 +20,14 @@ import numpy as np
 from jax import Array
 
 from autoem._errors import PlanError
-from autoem._lower import Kernel
-from autoem._named import Named, multiply
 from autoem.accelerate import AbstractAcceleration
-from autoem.e_step.reductions import Drawn, Partly, Reduce, Tempered, largest, removing
+from autoem.e_step.elimination.reductions import Drawn, Partly, Reduce, Tempered, largest, removing
 from autoem.e_step.strategies import AbstractEStep, Annealed, Hard, Stochastic
-from autoem.e_step.tables import Factor, Rows
+from autoem.e_step.tables.tabulate import Factor, Rows
 from autoem.e_step.treatment import AbstractTreatment, Ending, Expectation
+from autoem.graph.named import Named, multiply
 from autoem.ir import Program
+from autoem.lowering.kernel import Kernel
 from autoem.m_step.problem import Bundle, Params
 
 STRATEGIES = (Hard, Stochastic, Annealed)

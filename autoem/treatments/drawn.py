@@ -22,19 +22,19 @@ import numpy as np
 from jax import Array
 from numpyro.distributions import biject_to
 
-from autoem._integrals import pulled_back, with_value
-from autoem._lower import with_nodes
-from autoem._named import Named, named
-from autoem.e_step.along_time import pieces_of_paths
-from autoem.e_step.completions import NODES
-from autoem.e_step.elimination import Table, eliminate
-from autoem.e_step.tables import Factor
+from autoem.e_step.elimination.along_time import pieces_of_paths
+from autoem.e_step.elimination.eliminate import Table, eliminate
+from autoem.e_step.tables.completions import NODES
+from autoem.e_step.tables.tabulate import Factor
 from autoem.e_step.treatment import AbstractTreatment, Expectation, TreatedRow
+from autoem.graph.named import Named, named
 from autoem.ir import Continuous, Program
+from autoem.lowering.integrals import pulled_back, with_value
+from autoem.lowering.kernel import with_nodes
 from autoem.m_step.problem import Bundle, Params, graph_values, make_layout
 
 if TYPE_CHECKING:
-    from autoem._lower import Kernel
+    from autoem.lowering.kernel import Kernel
 
 Draws = Mapping[str, Array]  # by latent, `(draws, *shape, *event)`
 

@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from autoem.e_step.importance import OBJECTIVE, SOURCE, t_density, t_draws
+from autoem.e_step.cells.importance import OBJECTIVE, SOURCE, t_density, t_draws
 from autoem.e_step.treatment import Expectation
 from autoem.treatments.laplace import JointLaplace
 from autoem.treatments.sampling import estimated
 
 if TYPE_CHECKING:
-    from autoem._lower import Kernel
     from autoem.e_step.strategies import Importance
+    from autoem.lowering.kernel import Kernel
     from autoem.m_step.problem import Bundle, Params
 
 

@@ -28,7 +28,7 @@ from autoem.treatments.laplace import MAX_COORDINATES, JointLaplace
 from autoem.treatments.sampling import BATCHES, proposals
 
 if TYPE_CHECKING:
-    from autoem._lower import Kernel
+    from autoem.lowering.kernel import Kernel
     from autoem.m_step.problem import Bundle, Params
 
 ENOUGH = 100.0  # draws of equal weight that the weighted ones have to be worth

@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._lower import LAPLACE
-from autoem.e_step.completions import standard_nodes
-from autoem.e_step.quadrature import principal
+from autoem.e_step.cells.quadrature import principal
+from autoem.e_step.tables.completions import standard_nodes
 from autoem.e_step.treatment import Expectation
+from autoem.lowering.kernel import LAPLACE
 from autoem.treatments.drawn import AbstractDrawn, Draws
 
 if TYPE_CHECKING:
-    from autoem._lower import Kernel
+    from autoem.lowering.kernel import Kernel
     from autoem.m_step.problem import Bundle, Params
 
 ROUNDS, CLOSE, HALVINGS = 50, 1e-8, 12

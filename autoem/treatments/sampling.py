@@ -25,14 +25,14 @@ import jax.numpy as jnp
 from jax import Array
 from numpyro.infer.hmc import hmc
 
-from autoem.e_step.importance import t_density, t_draws
+from autoem.e_step.cells.importance import t_density, t_draws
 from autoem.e_step.treatment import Expectation
 from autoem.treatments.drawn import AbstractDrawn
 from autoem.treatments.laplace import MAX_COORDINATES, JointLaplace
 
 if TYPE_CHECKING:
-    from autoem._lower import Kernel
     from autoem.e_step.strategies import SAEM, MonteCarlo
+    from autoem.lowering.kernel import Kernel
     from autoem.m_step.problem import Bundle, Params
 
 MAX_TREE_DEPTH = 7

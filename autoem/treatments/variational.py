@@ -27,8 +27,8 @@ from autoem.e_step.treatment import Expectation
 from autoem.treatments.drawn import AbstractDrawn, Draws
 
 if TYPE_CHECKING:
-    from autoem._lower import Kernel
     from autoem.e_step.strategies import Variational
+    from autoem.lowering.kernel import Kernel
     from autoem.m_step.problem import Bundle, Params
 
 FINAL = 1000  # draws of the reported bound

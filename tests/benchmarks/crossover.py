@@ -2,9 +2,9 @@
 
 Run by `__main__`, which sets the environment first: `python -m tests.benchmarks.crossover 10000`. Each cell is the
 milliseconds of the log-likelihood with all its derivatives (marginals and pairs of neighbours) from tables of
-logarithms: by `total` of `autoem.e_step.chains`, one scan each way, and by the blocked and the associative form of
-`chain_messages`. A cell is left empty where its products are too many or too large to be a choice, or where the time
-is up.
+logarithms: by `total` of `autoem.e_step.elimination.chains`, one scan each way, and by the blocked and the associative
+form of `chain_messages`. A cell is left empty where its products are too many or too large to be a choice, or where the
+time is up.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def own(start, single, trans):
     """autoem's: the state before the first step follows `start`, so that every step has the same tables."""
     import jax
 
-    from autoem._named import Named
-    from autoem.e_step import chain_tables, chains
+    from autoem.e_step.elimination import chain_tables, chains
+    from autoem.graph.named import Named
 
     frame = chain_tables.Frame((), ("p",), ("c",))
 

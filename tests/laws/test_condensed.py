@@ -11,7 +11,7 @@ from numpyro.distributions import constraints
 
 import autoem
 from autoem import _em
-from autoem._condense import points
+from autoem.lowering.condense import points
 
 RNG = np.random.default_rng(8)
 KEY = jax.random.key(0)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import autoem
-from autoem._programs import jit_once
-from autoem.e_step.local import LocalBlock
+from autoem.e_step.cells.local import LocalBlock
+from autoem.graph.programs import jit_once
 
 from ..local_models import GROUP, PAIRS, ROWS, Pair, X, on_a_grid
 

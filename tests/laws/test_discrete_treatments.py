@@ -15,11 +15,11 @@ from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
 import autoem
-from autoem._named import Named
 from autoem.e_step import Annealed, Hard, Stochastic
-from autoem.e_step.along_time import in_pieces
-from autoem.e_step.elimination import Table, eliminate
-from autoem.e_step.reductions import Drawn
+from autoem.e_step.elimination.along_time import in_pieces
+from autoem.e_step.elimination.eliminate import Table, eliminate
+from autoem.e_step.elimination.reductions import Drawn
+from autoem.graph.named import Named
 from autoem.m_step.problem import make_layout
 from tests.brute_force import Oracle
 from tests.chain_models import unrolled

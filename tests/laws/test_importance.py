@@ -14,7 +14,7 @@ from scipy.stats import multivariate_normal
 
 import autoem
 from autoem.e_step import Importance, Quadrature
-from autoem.e_step.importance import t_density, t_draws
+from autoem.e_step.cells.importance import t_density, t_draws
 from autoem.m_step import Fixed
 from autoem.treatments.sampling import estimated
 

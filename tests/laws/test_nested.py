@@ -9,7 +9,7 @@ import pytest
 from numpyro.distributions import constraints
 
 import autoem
-from autoem.e_step.nested import NestedBlock
+from autoem.e_step.gaussian.nested import NestedBlock
 
 KEY = jax.random.key(0)
 

@@ -9,8 +9,8 @@ import pytest
 from scipy import integrate, special
 
 import autoem
-from autoem._programs import jit_once
-from autoem.e_step.pieces import Pieces, between, upper_tail
+from autoem.e_step.cells.pieces import Pieces, between, upper_tail
+from autoem.graph.programs import jit_once
 
 from ..cut_models import MODELS, SEEN, X, Y
 

@@ -9,8 +9,8 @@ import pytest
 from numpyro.distributions import constraints
 
 import autoem
-from autoem._programs import jit_once
-from autoem.e_step.quadrature import Gauss
+from autoem.e_step.cells.quadrature import Gauss
+from autoem.graph.programs import jit_once
 
 from ..local_models import GROUP, QUADRATURE, ROWS, X, on_a_grid
 

@@ -9,8 +9,8 @@ import pytest
 from numpyro.contrib.control_flow import scan
 
 import autoem
-from autoem.e_step import kalman
-from autoem.e_step.settled import FROM, backward_alike, forward_alike
+from autoem.e_step.gaussian import kalman
+from autoem.e_step.gaussian.settled import FROM, backward_alike, forward_alike
 
 STEPS = FROM + 40
 

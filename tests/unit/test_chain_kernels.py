@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from autoem._named import READ_AT_ONCE, Named, contract, contract_sum, looked_up
-from autoem.e_step import chains
-from autoem.e_step.chain_tables import TIME, ChainTables, Frame, fits, small_product
-from autoem.e_step.reductions import log_sum_exp
+from autoem.e_step.elimination import chains
+from autoem.e_step.elimination.chain_tables import TIME, ChainTables, Frame, fits, small_product
+from autoem.e_step.elimination.reductions import log_sum_exp
+from autoem.graph.named import READ_AT_ONCE, Named, contract, contract_sum, looked_up
 
 RNG = np.random.default_rng(0)
 

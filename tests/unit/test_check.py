@@ -9,7 +9,7 @@ import pytest
 from numpyro.distributions import constraints
 
 import autoem
-from autoem import _check
+from autoem.checks import check
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(3)
@@ -36,7 +36,7 @@ def _em(model=mixture, **options) -> autoem.EM:
     return autoem.EM(model, progress=False, **options)
 
 
-def _named(report: _check.Report, words: str) -> _check.Check:
+def _named(report: check.Report, words: str) -> check.Check:
     return next(c for c in report.checks if words in c.name)
 
 
@@ -53,14 +53,14 @@ def test_simulated_data_have_the_shape_and_the_gaps_of_the_data(missing):
     x = np.where(np.arange(100) % 7 == 0, np.nan, X) if missing == "marginalize" else X
     em = _em(missing=missing)
     result = em.run(KEY, x)
-    call = _check.Call(*em._derive((x,), {}), (x,), {})
-    drawn = np.asarray(_check.simulate(mixture, result.params, KEY, call)["x"])
+    call = check.Call(*em._derive((x,), {}), (x,), {})
+    drawn = np.asarray(check.simulate(mixture, result.params, KEY, call)["x"])
     np.testing.assert_array_equal(np.isnan(drawn), np.isnan(x))
     assert abs(np.nanmean(drawn) - np.nanmean(x)) < 1.5
 
 
 def test_data_of_another_model_do_not_lead_back(monkeypatch):
-    monkeypatch.setattr(_check, "simulate", lambda *a: {"x": jnp.asarray(X + 0.1 * X**2)})
+    monkeypatch.setattr(check, "simulate", lambda *a: {"x": jnp.asarray(X + 0.1 * X**2)})
     report = _em().check(KEY, X)
     assert not report.ok
     assert not _named(report, "simulated").ok

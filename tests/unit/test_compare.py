@@ -13,8 +13,8 @@ import pytest
 from numpyro.distributions import constraints
 
 import autoem
-from autoem._compare._strategies import options_of
 from autoem.baselines import SVI, AbstractBaseline, Fit, GradientAscent
+from autoem.comparison.strategies import options_of
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)

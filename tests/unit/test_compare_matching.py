@@ -12,11 +12,11 @@ from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
 import autoem
-from autoem._compare import _match
-from autoem._compare._row import Latents
-from autoem._compare._strategies import base_of
-from autoem._compare._yardstick import find
 from autoem.baselines import GradientAscent
+from autoem.comparison import _match
+from autoem.comparison.row import Latents
+from autoem.comparison.strategies import base_of
+from autoem.comparison.yardstick import find
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)

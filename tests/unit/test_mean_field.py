@@ -15,7 +15,7 @@ from sklearn.decomposition import LatentDirichletAllocation
 
 import autoem
 from autoem.e_step import MeanField
-from autoem.e_step.conjugate import DirichletNatural
+from autoem.e_step.cells.conjugate import DirichletNatural
 
 KEY = jax.random.key(0)
 

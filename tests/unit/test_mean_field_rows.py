@@ -10,9 +10,9 @@ from numpyro import handlers
 from sklearn.decomposition import LatentDirichletAllocation
 
 import autoem
-from autoem._field import Field
 from autoem.e_step import MeanField
-from autoem.e_step.field_rows import CELLS, ROWS, padded
+from autoem.mean_field.field import Field
+from autoem.mean_field.rows import CELLS, ROWS, padded
 
 KEY = jax.random.key(0)
 FIELD = {"theta": MeanField(), "topics": MeanField()}

@@ -11,9 +11,9 @@ from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
 import autoem
-from autoem import _grouping, _programs
-from autoem._grouping import grouped
-from autoem._programs import jit_once, jit_small
+from autoem.graph import grouping, programs
+from autoem.graph.grouping import grouped
+from autoem.graph.programs import jit_once, jit_small
 
 
 def run_parts(function, *args):
@@ -41,7 +41,7 @@ def rows():
 
 
 def test_grouping_changes_no_value_and_no_derivative(monkeypatch, rows):
-    monkeypatch.setattr(_grouping, "MANY", 50)
+    monkeypatch.setattr(grouping, "MANY", 50)
     scale = np.random.default_rng(1).normal(size=(5, 3))
     function = jax.value_and_grad(sites, (0, 1))
     found, parts = run_parts(function, scale, rows)
@@ -52,7 +52,7 @@ def test_grouping_changes_no_value_and_no_derivative(monkeypatch, rows):
 
 
 def test_a_loop_carries_stacks_and_gives_back_what_it_carried(monkeypatch, rows):
-    monkeypatch.setattr(_grouping, "MANY", 50)
+    monkeypatch.setattr(grouping, "MANY", 50)
 
     def function(limit, values, rows):
         def step(carry):
@@ -71,7 +71,7 @@ def test_a_loop_carries_stacks_and_gives_back_what_it_carried(monkeypatch, rows)
 
 
 def test_loops_side_by_side_end_each_at_its_own_step(monkeypatch, rows):
-    monkeypatch.setattr(_grouping, "MANY", 20)
+    monkeypatch.setattr(grouping, "MANY", 20)
 
     def count(limit, values):
         step = lambda c: (c[0] + 1, [jnp.sin(v) + jnp.exp(-v) * r.sum() for v, r in zip(c[1], rows, strict=True)])  # noqa: E731
@@ -86,7 +86,7 @@ def test_loops_side_by_side_end_each_at_its_own_step(monkeypatch, rows):
 
 
 def test_what_is_not_finite_stays_so_and_stays_where_it_is(monkeypatch):
-    monkeypatch.setattr(_grouping, "MANY", 20)
+    monkeypatch.setattr(grouping, "MANY", 20)
     xs = [np.array([1.0, v]) for v in (0.0, 2.0, -1.0, np.inf, 3.0, 0.5, 4.0, 9.0, 1.5, 2.5)]
     function = lambda xs: [jnp.log(x) - jnp.sqrt(x) / (x - 2) for x in xs]  # noqa: E731
     found, _ = run_parts(function, xs)
@@ -101,12 +101,12 @@ def test_programs_that_differ_in_a_constant_alone_are_two():
 
 
 def test_a_program_is_shared_whatever_function_it_came_from_but_not_its_options():
-    _programs.forget()
+    programs.forget()
     x = jnp.arange(7.0)
-    programs = [make(lambda x: jnp.sin(x).sum() * 0.125) for make in (jit_once, jit_once, jit_small)]
-    values = [float(p(x)) for p in programs]
+    made = [make(lambda x: jnp.sin(x).sum() * 0.125) for make in (jit_once, jit_once, jit_small)]
+    values = [float(p(x)) for p in made]
     np.testing.assert_allclose(values, 0.125 * np.sin(np.arange(7)).sum())
-    assert len(_programs._known) == 2
+    assert len(programs._known) == 2
 
 
 def test_a_program_that_failed_to_compile_says_so_again():
@@ -134,7 +134,7 @@ def latent_class(answers, apart):
 
 def test_sites_in_a_python_loop_fit_as_the_same_in_one_site(monkeypatch):
     """The path of EM is the same, whether equal sites are grouped or were never apart."""
-    monkeypatch.setattr(_grouping, "MANY", 200)
+    monkeypatch.setattr(grouping, "MANY", 200)
     rng = np.random.default_rng(2)
     kind = rng.random(150) < 0.5
     answers = (rng.random((150, 12)) < np.where(kind[:, None], 0.8, 0.3)).astype(int)
@@ -162,10 +162,10 @@ def test_another_em_of_the_same_model_compiles_nothing_and_its_loop_was_compiled
     y = np.repeat([-1.0, 1.0, -1.0, 1.0], 10) + rng.normal(size=40)
     fit = lambda em: em.run(jax.random.key(0), y)  # noqa: E731
     first = autoem.EM(hidden_markov, progress=False)
-    result, known = fit(first), len(_programs._known)
+    result, known = fit(first), len(programs._known)
     assert [len(loop.advance._compiled) for loop in first._loops.values()] == [1]
     again = fit(autoem.EM(hidden_markov, progress=False))
-    assert len(_programs._known) == known
+    assert len(programs._known) == known
     np.testing.assert_array_equal(result.history, again.history)
     errors = result.standard_errors()  # of tables made along time, twice differentiated
     assert np.isfinite(np.asarray(errors["level"])).all()

@@ -13,8 +13,8 @@ from numpyro.distributions import constraints
 from scipy.stats import multivariate_normal
 
 import autoem
-from autoem._scan import Scan
-from autoem._trace import trace
+from autoem.reading.scan import Scan
+from autoem.reading.trace import trace
 
 KEY = jax.random.key(0)
 POSITIVE = constraints.positive

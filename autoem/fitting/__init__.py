@@ -1,0 +1,1 @@
+"""Stage 5, run: a `Kernel`, a start and data in; the state at the end of one compiled loop out."""
