@@ -208,9 +208,10 @@ def prepare(w: Workload) -> Callable[[], Outcome]:
     start = {name: jnp.asarray(value) for name, value in w.start.items()}
     model = MODELS[w.family](w.num_states)
     em = autoem.EM(model, init=start, max_steps=w.num_steps, tol=0.0, progress=False)
+    key = jax.random.key(0)
 
     def run() -> Outcome:
-        result = em.run(jax.random.key(0), **data)
+        result = em.run(key, **data)
         if result.num_steps != w.num_steps:
             raise RuntimeError(f"autoem made {result.num_steps} steps in place of {w.num_steps}: {result.status}")
         return Outcome({name: np.asarray(result.params[name]) for name in w.start})

@@ -15,7 +15,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jax import Array
 from autoem._errors import PlanError
 from autoem.e_step.elimination.along_time import ChainStep, close, opened, renamed_ends
 from autoem.e_step.elimination.layout import Held, Layout, Route, Step, Table, route_to_rows
-from autoem.e_step.elimination.reductions import Reduction, log_sum_exp, maximum, removing
+from autoem.e_step.elimination.reductions import Reduction, log_sum_exp, maximum, removing, total_log_sum_exp
 from autoem.graph.named import Named, add, multiply, union
 
 SOURCE = "Obermeyer et al. 2019 (plated variable elimination); Darwiche 2003 (marginals as derivatives)"
@@ -53,12 +53,13 @@ def eliminate(
     pending = [renamed_ends(t, layout) for t in tables]
     held: dict[str, list[Table]] = {}
     total = jnp.zeros(())
+    whole = reduce is log_sum_exp and steps is None and parts is None
     while pending:
         leaf = innermost(pending)
         group = [t for t in pending if t.plates == leaf]
         pending = [t for t in pending if t.plates != leaf]
         for component in components(group, layout, leaf):
-            remaining = sum_out(component, layout, leaf, reduce, steps)
+            remaining = sum_out(component, layout, leaf, reduce, steps, whole)
             if chain := layout.chain_at(leaf):
                 held.setdefault(chain.time, []).extend(t for t in remaining if t.latents & chain.names)
                 remaining = [t for t in remaining if not t.latents & chain.names]
@@ -96,9 +97,10 @@ def components(group: Sequence[Table], layout: Layout, leaf: frozenset[str]) -> 
     return [tables for _, tables in parts]
 
 
-def sum_out(tables, layout: Layout, leaf: frozenset[str], reduce, steps) -> list[Table]:
+def sum_out(tables, layout: Layout, leaf: frozenset[str], reduce, steps, whole: bool = False) -> list[Table]:
     """Remove every latent that lives in `leaf` itself from the tables of one component.
 
+    With `whole` nobody asks for its cells one by one, and what is left without latents may be one number.
     What is carried along a chain stays while its steps are apart, and is removed with the whole chain once they are
     together; whatever else stands beside the chain's first steps is removed before it.
     """
@@ -108,6 +110,7 @@ def sum_out(tables, layout: Layout, leaf: frozenset[str], reduce, steps) -> list
     if not local:
         return list(tables)
     removed = sorted(local)
+    whole = whole and chain is None and all(layout.scales.get(z) is None for z in removed)
     while local:
         waiting = [t for t in tables if t.held]
         free = local - frozenset().union(*(t.latents for t in waiting))
@@ -120,6 +123,8 @@ def sum_out(tables, layout: Layout, leaf: frozenset[str], reduce, steps) -> list
         latent = min(free - late or late, key=lambda z: (joint_size(tables, z), z))
         local.remove(latent)
         holding = [t for t in tables if latent in t.latents]
+        if whole and not local and all(t.latents == {latent} for t in holding):
+            return [t for t in tables if latent not in t.latents] + [total_without(holding, latent, layout)]
         if isinstance(reduce, Reduction) and reduce.apart:
             holding.append(one_by_one(latent, leaf, layout))
         tables = [t for t in tables if latent not in t.latents] + [remove(holding, latent, reduce, steps)]
@@ -157,6 +162,14 @@ def remove(tables: Sequence[Table], latent: str, reduce, steps: list[Step | Chai
     return Table(Named(value, rest), latents, tables[0].plates, shared_route(tables, latents))
 
 
+def total_without(tables: Sequence[Table], latent: str, layout: Layout) -> Table:
+    """Sum `latent`, the last one, out of the product of `tables`, and add the logarithms of all cells up."""
+    joint = add(*(t.value for t in tables))
+    rest = tuple(a for a in joint.axes if a != latent)
+    value = total_log_sum_exp(joint.to((latent, *rest))) * repeats_of(tables[0].plates, rest, layout)
+    return Table(Named(value, ()), frozenset(), frozenset())
+
+
 def shared_route(tables: Sequence[Table], latents: frozenset[str]) -> Route | None:
     routes = {t.route.site: t.route for t in tables if t.route}
     if len(routes) <= 1 or not latents:
@@ -190,8 +203,12 @@ def multiplicity(tables, layout: Layout, removed: Sequence[str]) -> Named | None
 
 def total_of(table: Table, layout: Layout) -> Array:
     """Sum over all plates; a plate without an axis repeats the value."""
-    repeats = np.prod([layout.sizes[p] for p in table.plates if p not in table.value.axes], dtype=float)
-    return table.value.array.sum() * repeats
+    return table.value.array.sum() * repeats_of(table.plates, table.value.axes, layout)
+
+
+def repeats_of(plates: Iterable[str], axes: Sequence[str], layout: Layout) -> float:
+    """How often a value counts that has no axis for some of its plates."""
+    return float(np.prod([layout.sizes[p] for p in plates if p not in axes], dtype=float))
 
 
 def lift(table: Table, layout: Layout, leaf: frozenset[str]) -> Table:
@@ -207,7 +224,7 @@ def lift(table: Table, layout: Layout, leaf: frozenset[str]) -> Table:
             mend="no exact elimination of bounded cost exists; nest the plates, or fix one of the latents by data",
         )
     gone = leaf - target
-    repeats = np.prod([layout.sizes[p] for p in gone if p not in table.value.axes], dtype=float)
+    repeats = repeats_of(gone, table.value.axes, layout)
     value = table.value.sum(gone)
     value = value if repeats == 1 else Named(value.array * repeats, value.axes)
     return Table(value, table.latents, target)

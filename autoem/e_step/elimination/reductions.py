@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from autoem._errors import PlanError
+
+MOST_FACTORS = 32  # of one product, whose rounding errors add up
 
 
 @jax.custom_jvp
@@ -29,22 +32,56 @@ def _log_sum_exp(x: Array) -> Array:
 
 @_log_sum_exp.defjvp
 def _log_sum_exp_jvp(primals, tangents):
-    # the derivative is written so that a row without any density has derivative zero rather than NaN, and so that the
-    # exponentials of the forward pass serve the backward pass
-    (x,), (dx,) = primals, tangents
+    top, total, slope = _parts(primals[0], tangents[0])
+    return (jnp.log(total) + top)[0], slope
+
+
+@jax.custom_jvp
+def _total(x: Array) -> Array:
+    return _total_jvp((x,), (x,))[0]
+
+
+@_total.defjvp
+def _total_jvp(primals, tangents):
+    top, total, slope = _parts(primals[0], tangents[0])
+    return _sum_of_logs(total, len(primals[0])) + top.sum(), slope.sum()
+
+
+def _parts(x: Array, dx: Array) -> tuple[Array, Array, Array]:
+    """The largest entry, the sum of exponentials about it, and the derivative along `dx`, of every column.
+
+    The derivative is written so that a column without any density has derivative zero rather than NaN, and so that the
+    exponentials of the forward pass serve the backward pass.
+    """
     top = jnp.max(x, axis=0, keepdims=True)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
     weight = jnp.exp(x - top)
     total = weight.sum(axis=0, keepdims=True)
     share = weight / jnp.where(total > 0, total, 1)
-    out = jnp.log(total) + top
-    tangent = jnp.sum(share * jnp.where(weight > 0, dx, 0), axis=0)
-    return out[0], tangent
+    return top, total, jnp.sum(share * jnp.where(weight > 0, dx, 0), axis=0)
+
+
+def _sum_of_logs(x: Array, most: int) -> Array:
+    """The sum of `log(x)` for entries between 1 and `most` (or zero), as logarithms of products.
+
+    Logarithms cost more than all else in a mixture of few components; a product of entries cannot overflow here.
+    """
+    flat = x.ravel()
+    digits = np.log(float(jnp.finfo(x.dtype).max)) - 1
+    count = int(np.clip(digits / np.log(max(most, 2)), 1, MOST_FACTORS))
+    whole = flat.size - flat.size % count
+    products = jnp.prod(flat[:whole].reshape(count, -1), axis=0)
+    return jnp.log(products).sum() + jnp.log(jnp.prod(flat[whole:]))
 
 
 def log_sum_exp(x: Array) -> Array:
     """`log sum exp` along the first axis, in nats; `-inf` entries and all-`-inf` columns are safe."""
     return _log_sum_exp(x)
+
+
+def total_log_sum_exp(x: Array) -> Array:
+    """The sum of `log_sum_exp(x)` over all columns."""
+    return _total(x)
 
 
 def maximum(x: Array) -> Array:
