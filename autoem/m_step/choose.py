@@ -23,8 +23,9 @@ from autoem.families import NoClosedForm
 from autoem.m_step.block import AbstractBlock
 from autoem.m_step.closed_form import augmented, location
 from autoem.m_step.closed_form.augmented import Reweighted
-from autoem.m_step.closed_form.location import LeastSquares, Mean, untied
+from autoem.m_step.closed_form.location import LeastSquares, Mean
 from autoem.m_step.closed_form.power import Scale
+from autoem.m_step.closed_form.regress import specialised
 from autoem.m_step.closed_form.rules import Asked, abstractly, closed_form
 from autoem.m_step.gradient import GradientBlock
 from autoem.m_step.newton import NewtonBlock
@@ -124,7 +125,7 @@ def choose(
                 raise PlanError(name, problem=f"has no closed form: {reason}", mend=mend) from None
             declined[name] = str(reason)
     blocks = join_least_squares(blocks, problem, params, bundle)
-    blocks = [dataclasses.replace(b, groups=untied(b, params)) if isinstance(b, LeastSquares) else b for b in blocks]
+    blocks = [specialised(b, params) for b in blocks]
     blocks += [Reweighted(names, problem, "asked for") for names in sharing(problem, weighed)]
     numeric = numerical(problem, declined, asked_for, lambda names: derivatives(problem, names, params, bundle))
     blocks += [with_profile(b, blocks, factors) for b in numeric]
