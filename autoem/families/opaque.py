@@ -11,6 +11,7 @@ from typing import Any
 import numpyro.distributions as dist
 
 from autoem.families._family import Opaque, nothing, register_family
+from autoem.families.intervals import base_of
 
 _SUPPORT = "its support depends on its arguments"
 _HIDDEN = "its density is a sum over a hidden component"
@@ -134,10 +135,8 @@ def _of(*names: str) -> Callable[[Any], dict[str, Any]]:
 
 def _of_normal(distribution: Any) -> dict[str, Any]:
     """Location and scale of a Normal, or of the logarithm of a LogNormal, that is seen in part."""
-    base: Any = distribution.base_dist
-    while isinstance(base, dist.ExpandedDistribution):
-        base = base.base_dist
-    return {"loc": base.loc, "scale": base.scale} if type(base) in (dist.Normal, dist.LogNormal) else {}
+    base = base_of(distribution)
+    return {} if base is None else {"loc": base.loc, "scale": base.scale}
 
 
 _PARTS: dict[type, Callable[[Any], dict[str, Any]]] = {

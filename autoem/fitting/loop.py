@@ -124,10 +124,9 @@ def em_step(
     )
     history = state.history.at[state.step].set(jnp.where(back, jnp.nan, value))
     counts = ~back & (state.step >= min(kernel.warmup, stop.max_steps))
+    moved = state.params
     if kernel.blocks and not last:
         moved, optimizer = kernel.maximise(state.params, statistics, bundle, optimizer)
-    else:
-        moved = state.params
     ahead = state.ahead
     if accelerator and not last:
         unsettled = first | (change > jnp.maximum(1, SMALL_GAIN * size))

@@ -23,8 +23,8 @@ ROWS: Key = ("rows", 0)
 ELEMENTWISE = {
     "add", "add_any", "sub", "mul", "div", "neg", "max", "min", "pow", "integer_pow", "square", "sqrt", "rsqrt", "exp",
     "exp2", "expm1", "log", "log1p", "abs", "sign", "floor", "ceil", "round", "logistic", "tanh", "sin", "cos", "erf",
-    "erfc", "lgamma", "digamma", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "xor", "rem", "select_n",
-    "clamp", "is_finite", "convert_element_type", "reduce_precision", "copy", "copy_p", "stop_gradient",
+    "erfc", "real", "imag", "lgamma", "digamma", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "xor", "rem",
+    "select_n", "clamp", "is_finite", "convert_element_type", "reduce_precision", "copy", "copy_p", "stop_gradient",
 }  # fmt: skip
 
 Cut = tuple[tuple[int | None, ...], Mapping[str, Any]]  # the axis of rows in each input, and the parameters' changes
@@ -78,14 +78,12 @@ class Taker:
         """A value; of its rows along `axis` those that were asked for."""
         if axis is None:
             return self.whole(atom)
+        if isinstance(atom, Constant) or atom not in self.graph.makers:
+            return jnp.take(jnp.asarray(self.whole(atom)), self.rows, axis, mode="clip")
         if (atom, axis) not in self.known:
-            if isinstance(atom, Constant) or atom not in self.graph.makers:
-                array = jnp.asarray(self.whole(atom))
-                self.known[atom, axis] = jnp.take(array, self.rows, axis, mode="clip")
-            else:
-                equation = self.graph.equations[self.graph.makers[atom]]
-                for out, array in zip(equation.outputs, self.taken(equation, atom, axis), strict=True):
-                    self.known[out, axis] = array
+            equation = self.graph.equations[self.graph.makers[atom]]
+            found = self.taken(equation, atom, axis)
+            self.known.update({(o, axis): x for o, x in zip(equation.outputs, found, strict=True)})
         return self.known[atom, axis]
 
     def whole(self, atom: Atom) -> Array:
@@ -230,12 +228,13 @@ def _dot(equation: Equation, axis: int, count: int) -> Cut:
 def _gather(equation: Equation, axis: int, count: int) -> Cut:
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     operand = shape_of(equation.inputs[0])
-    if numbers.operand_batching_dims:
-        raise mixing(equation)
     if axis not in numbers.offset_dims:
         batch = [d for d in range(len(equation.outputs[0].shape)) if d not in numbers.offset_dims]
-        return (None, batch.index(axis)), {}
-    kept = [d for d in range(len(operand)) if d not in numbers.collapsed_slice_dims]
+        own = batch.index(axis)
+        pairs = dict(zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True))
+        return (pairs.get(own), own), {}
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    kept = [d for d in range(len(operand)) if d not in gone]
     own = kept[numbers.offset_dims.index(axis)]
     if sizes[own] != operand[own] or own in numbers.start_index_map:
         raise mixing(equation)

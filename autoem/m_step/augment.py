@@ -46,13 +46,18 @@ def place_at(asked: Asked, use: Use) -> Place:
     return place
 
 
-def superposition(asked: Asked) -> AbstractBlock:
-    """The parameter as a term of rates, of Poisson counts and of negative binomial ones.
+def augmented(asked: Asked) -> Superposition | tuple[Place, ...]:
+    """The augmentation that serves a parameter: its places; or its rates, of Poisson counts or negative binomial ones.
 
     Raises:
-        Declined: it is none.
+        Declined: none does.
     """
-    return superposition_rule(asked, mixed=True)
+    if asked.kind != "positive":
+        return places(asked)
+    try:
+        return superposition_rule(asked, mixed=True)
+    except Declined as reason:
+        raise Declined(f"it is constrained, so least squares may leave its domain, and {reason}") from None
 
 
 def as_asked(asked: Asked, wish: Augmented | OrderedSubsets) -> AbstractBlock | tuple[Place, ...]:
@@ -61,34 +66,27 @@ def as_asked(asked: Asked, wish: Augmented | OrderedSubsets) -> AbstractBlock | 
     Raises:
         PlanError: it does not serve the parameter.
     """
-    name = asked.name
+    name, what = asked.name, "ordered subsets do" if isinstance(wish, OrderedSubsets) else "an augmentation does"
+    mend = f'leave "{name}" out of m_step=, or m_step={{"{name}": autoem.m_step.Newton()}}'
     try:
-        if isinstance(wish, OrderedSubsets):
-            block = superposition(asked)
-            assert isinstance(block, Superposition)
-            return subsets_of(block, wish.num_subsets)
-        return superposition(asked) if asked.kind == "positive" else places(asked)
+        if isinstance(wish, Augmented):
+            return augmented(asked)
+        whole = superposition_rule(asked, mixed=True)
+        mend = f'm_step={{"{name}": autoem.m_step.ClosedForm()}}, or write the rate row by row, as system @ {name} or '
+        mend += f"(weight * {name}[index]).sum(1)"
+        return subsets_of(whole, wish.num_subsets)
     except Declined as reason:
-        mend = f'leave "{name}" out of m_step=, or m_step={{"{name}": autoem.m_step.Newton()}}'
-        problem = f"no augmentation serves it: {reason}"
-        if isinstance(wish, OrderedSubsets):
-            problem = f"ordered subsets do not serve it: {reason}"
-            mend = f'leave "{name}" out of m_step=' + (
-                "; or write the rate row by row, as system @ activity or (weight * activity[index]).sum(1)"
-                if "rows" in str(reason)
-                else ""
-            )
-        raise PlanError(name, problem=problem, mend=mend) from None
+        raise PlanError(name, problem=f"{what} not serve it: {reason}", mend=mend) from None
 
 
 def offer(asked: Asked) -> str:
     """That an augmentation would serve a parameter that is maximised otherwise, for the plan; or an empty string."""
     try:
-        if asked.kind == "positive":
-            would, source = "split its counts", superposition(asked).source
-        else:
-            served = [p.law for p in places(asked) if p.law is not QUADRATIC]
-            would, source = "make it least squares", "; ".join(dict.fromkeys(law.source for law in served))
+        found = augmented(asked)
     except Declined:
         return ""
-    return f'm_step={{"{asked.name}": Augmented()}} would {would}: {source}'
+    if isinstance(found, Superposition):
+        would, sources = "split its counts", [found.source]
+    else:
+        would, sources = "make it least squares", [p.law.source for p in found if p.law is not QUADRATIC]
+    return f'm_step={{"{asked.name}": Augmented()}} would {would}: {"; ".join(dict.fromkeys(sources))}'

@@ -21,14 +21,14 @@ from numpyro.distributions import constraints
 from autoem._errors import PlanError
 from autoem.e_step.tables.tabulate import Factor
 from autoem.families import NoClosedForm
-from autoem.m_step.augment import as_asked, offer, superposition
+from autoem.m_step.augment import as_asked, offer
 from autoem.m_step.block import AbstractBlock
 from autoem.m_step.closed_form import location
 from autoem.m_step.closed_form.augmented import served
 from autoem.m_step.closed_form.location import LeastSquares, Mean, untied
 from autoem.m_step.closed_form.places import Place
 from autoem.m_step.closed_form.power import Scale
-from autoem.m_step.closed_form.rules import Asked, abstractly, closed_form
+from autoem.m_step.closed_form.rules import Asked, abstractly, closed_form, superposition_rule
 from autoem.m_step.gradient import GradientBlock
 from autoem.m_step.newton import NewtonBlock
 from autoem.m_step.problem import Bundle, Params, Problem, uses_of
@@ -148,7 +148,7 @@ def by_default(asked: Asked, wish: AbstractMStep | None) -> AbstractBlock:
     except Declined as reason:
         if wish is None and np.prod(asked.problem.params[asked.name].shape, dtype=int) > MAX_NEWTON:
             with contextlib.suppress(Declined):
-                return superposition(asked)
+                return superposition_rule(asked, mixed=True)
         raise reason from None
 
 

@@ -100,16 +100,16 @@ def zero_where(base: Any, z: Any) -> Any:
 def one_of(components: list[Any], z: Any, support: Any) -> Any:
     """The component of number `z` of a list; of one family, with its arguments indexed by `z`."""
     parts = [parted(c) for c in components]
-    kind, taken = parts[0][0], parts[0][1]
-    same = all(k is kind and t == taken for k, t, _ in parts) and kind.arg_constraints and support is None
-    if same and not any(len(set(MATRICES) & set(vars(b))) for _, _, b in parts):
-        args = {}
-        for name, constraint in kind.arg_constraints.items():
-            arrays = jnp.broadcast_arrays(*(jnp.asarray(getattr(b, name)) for _, _, b in parts))
-            events = constraint.event_dim + taken
-            args[name] = entry(jnp.stack(arrays, axis=-1 - events), z, events, len(components))
-        return kind(**args).to_event(taken)
-    return OneOf(components, z, support)
+    (kind, taken, _), names = parts[0], [list(arguments(b)) for _, _, b in parts]
+    alike = all((k, t) == (kind, taken) for k, t, _ in parts) and all(n == names[0] for n in names)
+    if not alike or not names[0] or support is not None:
+        return OneOf(components, z, support)
+    args = {}
+    for name, constraint in arguments(parts[0][2]).items():
+        arrays = jnp.broadcast_arrays(*(jnp.asarray(getattr(b, name)) for _, _, b in parts))
+        events = constraint.event_dim + taken
+        args[name] = entry(jnp.stack(arrays, axis=-1 - events), z, events, len(components))
+    return kind(**args).to_event(taken)
 
 
 def parted(component: Any) -> tuple[type, int, Any]:
@@ -178,11 +178,16 @@ def picked(components: Any, z: Any, events: int = 0) -> Any:
     count = components.batch_shape[len(components.batch_shape) - 1 - events]
     if isinstance(components, dist.ExpandedDistribution):
         components = components.base_dist
-    own = {n: c for n, c in components.arg_constraints.items() if n not in MATRICES or n in vars(components)}
-    given = [n for n in MATRICES if n in own]
-    kept = {n: c for n, c in own.items() if n not in given[1:]}
-    args = {n: entry(jnp.asarray(getattr(components, n)), z, c.event_dim + events, count) for n, c in kept.items()}
+    own = arguments(components)
+    args = {n: entry(jnp.asarray(getattr(components, n)), z, c.event_dim + events, count) for n, c in own.items()}
     return type(components)(**args)
+
+
+def arguments(distribution: Any) -> dict[str, Any]:
+    """The constraints of the arguments that a distribution is made of, of its matrices that alone which was given."""
+    own = {n: c for n, c in distribution.arg_constraints.items() if n not in MATRICES or n in vars(distribution)}
+    given = [n for n in MATRICES if n in own]
+    return {n: c for n, c in own.items() if n not in given[1:]}
 
 
 def entry(array: jax.Array, z: Any, events: int, count: int) -> jax.Array:

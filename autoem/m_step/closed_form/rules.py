@@ -218,7 +218,7 @@ def median_rule(asked: Asked) -> AbstractBlock:
     return Middle((asked.name,), asked.problem, why(asked, "the location of"), asked.uses)
 
 
-def superposition_rule(asked: Asked, mixed: bool = False) -> AbstractBlock:
+def superposition_rule(asked: Asked, mixed: bool = False) -> Superposition:
     """Poisson rates that are non-negative sums; where `mixed`, means of negative binomials as well."""
     if asked.kind != "positive" or not asked.uses:
         raise Declined("it is not positive")
