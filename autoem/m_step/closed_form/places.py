@@ -9,15 +9,16 @@ it is then evaluated, and held against the cumulative normal and the logistic fu
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.scipy.special import logit, ndtr, ndtri
+from jax.scipy.special import ndtr
 
 from autoem.e_step.tables.tabulate import Factor
-from autoem.families import Counting
+from autoem.families import Counting, Location
 from autoem.graph.jaxpr import Atom, Graph, Variable
 from autoem.graph.programs import jit_once
 from autoem.m_step.closed_form.laws import BY_SITE, LOGISTIC, PROBIT, QUADRATIC, Law
@@ -26,7 +27,9 @@ from autoem.passes.link import Declined
 
 PLACE = "place"  # the argument's name, among the outputs of the site
 NEAR = 1e-6  # clamps of a probability closer than this to 0 or 1 leave it what it is
-SPREAD = 8.0  # probabilities of utilities beyond it are 0 or 1 to all digits
+NARROW, SPREAD = 0.5, 8.0  # utilities up to which probabilities are compared; beyond, they are 0 or 1 to most digits
+# what a probability may be of the place, and its slope at zero
+FUNCTIONS = ((PROBIT, ndtr, 1 / math.sqrt(2 * math.pi)), (LOGISTIC, jax.nn.sigmoid, 0.25))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,8 +89,9 @@ def read_beside(graph: Graph, factor: Factor, atom: Atom) -> set:
 def by_name(factor: Factor) -> Place | None:
     """The place that the distribution has as an argument; None where it may be inside a probability."""
     graph, name, family = factor.graph, factor.site.distribution, factor.family
-    if name == "Normal" and family is not None:
-        argument, law = "loc", QUADRATIC
+    quadratic = [a for a, rule in family.rules.items() if isinstance(rule, Location)] if family else []
+    if quadratic:
+        argument, law = quadratic[0], QUADRATIC
     elif name in BY_SITE:
         argument, law = BY_SITE[name]
         if (factor.name, f"arg:{argument}") not in graph.outputs:
@@ -136,23 +140,30 @@ def inside(graph: Graph, probs: Atom, name: str) -> tuple[Variable, Law, float] 
 
 def law_between(graph: Graph, value: Variable, probs: Atom) -> tuple[Law, float] | None:
     """Which function of a value a probability is, element by element, and of what multiple of it; None if of none."""
-    assert isinstance(probs, Variable)
-    if probs.shape != value.shape:
+    if not isinstance(probs, Variable) or probs.shape != value.shape or not np.prod(value.shape, dtype=int):
         return None
-    drawn = np.random.default_rng(0).uniform(-SPREAD, SPREAD, value.shape).astype(value.aval.dtype)
-    scale = np.array([0.5, 0.05, 1.0], value.aval.dtype).reshape(-1, *(1,) * drawn.ndim)
-    at = scale * drawn
-    at[0] = 0.5
-    out = np.asarray(jit_once(jax.vmap(lambda v: graph.evaluate_atoms([probs], {}, {value: v})[0]))(at))
-    first = float(out[0].flat[0]) if out.size else 0.0
-    if not 0 < first < 1 or (out[0] != out[0].flat[0]).any():
-        return None
-    for law, function, inverse in ((PROBIT, ndtr, ndtri), (LOGISTIC, jax.nn.sigmoid, logit)):
-        slope = float(inverse(first)) / 0.5
-        digits = 1e2 * float(np.finfo(value.aval.dtype).eps)
-        error = np.abs(out - np.asarray(function(slope * at)))
-        if slope and error.max() <= max(NEAR, digits) and error[:2].max() <= digits:
-            return law, slope
+    kind = value.aval.dtype
+    drawn = np.random.default_rng(0).uniform(-1, 1, value.shape).astype(kind)
+
+    def compared(drawn: Array) -> tuple[Array, Array]:
+        """The slope at zero, and the largest error of each law with that slope, near zero and all over."""
+
+        def probability(v: Array) -> Array:
+            return graph.evaluate_atoms([probs], {}, {value: v})[0]
+
+        rise = jax.jvp(probability, (jnp.zeros_like(drawn),), (jnp.ones_like(drawn),))[1].min()
+        errors = []
+        for spread in (NARROW, SPREAD):
+            found = probability(spread * drawn)
+            errors += [jnp.abs(found - f(spread * drawn * rise / d)).max() for _, f, d in FUNCTIONS]
+        return rise, jnp.stack(errors)
+
+    rise, errors = (np.asarray(x) for x in jit_once(compared)(drawn))
+    digits = 1e2 * float(np.finfo(kind).eps)
+    for i, (law, _, steepness) in enumerate(FUNCTIONS):
+        near, far = errors[i], errors[i + len(FUNCTIONS)]
+        if rise and near <= digits and far <= max(NEAR, digits):
+            return law, float(rise) / steepness
     return None
 
 
