@@ -160,13 +160,19 @@ class Family:
         return data
 
 
+def nothing(distribution: Any) -> dict[str, Any]:
+    """What is read of a distribution that no augmentation serves."""
+    del distribution
+    return {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Opaque:
     """A distribution known to have no natural form in all its arguments; its own `log_prob` is used.
 
     `reason` is the sentence that the plan prints; `nearest` names the rewrite that would have a closed form, or is
     empty. `bounded` says that its support depends on its arguments, all of them: no parameter may stand in them.
-    `args` are arguments that an augmentation reads.
+    `parts` gives what an augmentation reads of a distribution, by name.
     """
 
     name: str
@@ -174,7 +180,7 @@ class Opaque:
     nearest: str = ""
     source: str = ""
     bounded: bool = False
-    args: tuple[str, ...] = ()
+    parts: Callable[[Any], Mapping[str, Any]] = nothing
 
 
 _REGISTRY: dict[type, list[Family | Opaque]] = {}

@@ -8,7 +8,9 @@ left (at 1e16, hundreds of nats) looks like a better fit. Here every difference 
 
 .. math:: \log \frac{\Gamma(c + y)}{\Gamma(c)} = y \log c + (c + y - \tfrac12) \log(1 + y / c) - y + R(c + y) - R(c)
 
-with Stirling's remainder `R`, whose rounding error is that of `y log c`.
+with Stirling's remainder `R`, whose rounding error is that of `y log c`. For values that are censored or truncated see
+`intervals`. Of log-odds that are exactly zero, where fits like to start, NumPyro's derivatives are not those of its
+density, which it writes with a clip; here they are.
 
 References:
     Abramowitz and Stegun 1964, Handbook of Mathematical Functions, 6.1.40 to 6.1.42.
@@ -25,6 +27,9 @@ import numpyro.distributions as dist
 from jax import Array
 from jax.scipy.special import gammaln, xlog1py
 from numpyro.distributions.discrete import ZeroInflatedProbs
+
+from autoem.families._arrays import finite
+from autoem.families.intervals import FORMS
 
 LARGE = 64.0  # from here on four terms of Stirling's remainder are exact in double precision
 
@@ -74,6 +79,18 @@ def _beta_binomial(d: Any, y: Any) -> Array:
     return ways + log_rising(a, y) + log_rising(b, n - y) - log_rising(a + b, n)
 
 
+def _binomial_logits(d: Any, y: Any) -> Array:
+    n = d.total_count
+    ways = gammaln(n + 1.0) - gammaln(y + 1.0) - gammaln(n - y + 1.0)
+    logits = finite(d.logits)
+    return ways + y * jax.nn.log_sigmoid(logits) + (n - y) * jax.nn.log_sigmoid(-logits)
+
+
+def _bernoulli_logits(d: Any, y: Any) -> Array:
+    logits = finite(d.logits)
+    return y * logits - jax.nn.softplus(logits)
+
+
 def _dirichlet_multinomial(d: Any, y: Any) -> Array:
     c, n = d.concentration, jnp.sum(y, -1)
     ways = gammaln(n + 1.0) - gammaln(y + 1.0).sum(-1)
@@ -92,4 +109,7 @@ STABLE: dict[type, Callable[[Any, Any], Array]] = {
     dist.BetaBinomial: _beta_binomial,
     dist.DirichletMultinomial: _dirichlet_multinomial,
     dist.StudentT: _student,
+    dist.BinomialLogits: _binomial_logits,
+    dist.BernoulliLogits: _bernoulli_logits,
+    **FORMS,
 }

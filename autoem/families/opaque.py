@@ -5,12 +5,20 @@ A site of one of these is evaluated by its own `log_prob`; what this table adds 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpyro.distributions as dist
 
-from autoem.families._family import Opaque, register_family
+from autoem.families._family import Opaque, nothing, register_family
+from autoem.families.intervals import base_of
 
 _SUPPORT = "its support depends on its arguments"
 _HIDDEN = "its density is a sum over a hidden component"
+_CENSORED = "a value that is not seen stands inside a cumulative distribution function"
+_TRUNCATED = "its location and scale stand in the probability of what truncation leaves"
+_LATENT_VALUE = "write the value as a latent, and what is known of it as Bernoulli((value > limit) * 1.0) seen as 1"
+_COMPONENTS = "have the component written: handlers.reparam(model, config={site: autoem.Components()})"
 
 _ENTRIES: tuple[tuple[type, str, str], ...] = (
     # heavy tails: a normal whose precision is latent
@@ -100,34 +108,19 @@ _ENTRIES: tuple[tuple[type, str, str], ...] = (
         "write the latent rate: r ~ Gamma(concentration, rate), then x ~ Poisson(r); "
         "or, with a known concentration, NegativeBinomial(concentration, probs)",
     ),
+    # values known to lie in an interval
+    (dist.LeftCensoredDistribution, _CENSORED, _LATENT_VALUE),
+    (dist.RightCensoredDistribution, _CENSORED, _LATENT_VALUE),
+    (dist.IntervalCensoredDistribution, _CENSORED, _LATENT_VALUE),
+    (dist.LeftTruncatedDistribution, _TRUNCATED, ""),
+    (dist.RightTruncatedDistribution, _TRUNCATED, ""),
+    (dist.TwoSidedTruncatedDistribution, _TRUNCATED, ""),
     # hidden components
-    (
-        dist.ZeroInflatedPoisson,
-        f"{_HIDDEN} (a zero by the gate or by the rate)",
-        "write the component: z ~ Bernoulli(gate), then x ~ Poisson(rate * (1 - z))",
-    ),
-    (
-        dist.ZeroInflatedProbs,
-        f"{_HIDDEN} (a zero by the gate or by the base distribution)",
-        "write the component: z ~ Bernoulli(gate), and a base certain of 0 where z is 1, as Poisson(rate * (1 - z))",
-    ),
-    (
-        dist.ZeroInflatedLogits,
-        f"{_HIDDEN} (a zero by the gate or by the base distribution)",
-        "write the component: z ~ Bernoulli(logits=gate_logits), "
-        "and a base certain of 0 where z is 1, as Poisson(rate * (1 - z))",
-    ),
-    (
-        dist.MixtureSameFamily,
-        _HIDDEN,
-        "write the component: z ~ Categorical(probs), then x from the distribution with arguments indexed by z; "
-        "or have it written: handlers.reparam(model, config={site: autoem.Components()})",
-    ),
-    (
-        dist.MixtureGeneral,
-        _HIDDEN,
-        "write the component: z ~ Categorical(probs), then one masked site for each distribution",
-    ),
+    (dist.ZeroInflatedPoisson, f"{_HIDDEN} (a zero by the gate or by the rate)", _COMPONENTS),
+    (dist.ZeroInflatedProbs, f"{_HIDDEN} (a zero by the gate or by the base distribution)", _COMPONENTS),
+    (dist.ZeroInflatedLogits, f"{_HIDDEN} (a zero by the gate or by the base distribution)", _COMPONENTS),
+    (dist.MixtureSameFamily, _HIDDEN, _COMPONENTS),
+    (dist.MixtureGeneral, _HIDDEN, _COMPONENTS),
     (
         dist.OrderedLogistic,
         "its probabilities are differences of logistic functions",
@@ -135,8 +128,30 @@ _ENTRIES: tuple[tuple[type, str, str], ...] = (
     ),
 )
 
-_AUGMENTED = {dist.StudentT: ("df", "loc", "scale"), dist.Cauchy: ("loc", "scale")}
+
+def _of(*names: str) -> Callable[[Any], dict[str, Any]]:
+    return lambda distribution: {name: getattr(distribution, name) for name in names}
+
+
+def _of_normal(distribution: Any) -> dict[str, Any]:
+    """Location and scale of a Normal, or of the logarithm of a LogNormal, that is seen in part."""
+    base = base_of(distribution)
+    return {} if base is None else {"loc": base.loc, "scale": base.scale}
+
+
+_PARTS: dict[type, Callable[[Any], dict[str, Any]]] = {
+    dist.StudentT: _of("df", "loc", "scale"),
+    dist.Cauchy: _of("loc", "scale"),
+    dist.NegativeBinomial2: _of("concentration", "rate"),
+    dist.GammaPoisson: _of("concentration", "rate"),
+    dist.LeftCensoredDistribution: _of_normal,
+    dist.RightCensoredDistribution: _of_normal,
+    dist.IntervalCensoredDistribution: _of_normal,
+    dist.LeftTruncatedDistribution: _of_normal,
+    dist.RightTruncatedDistribution: _of_normal,
+    dist.TwoSidedTruncatedDistribution: _of_normal,
+}
 
 for _cls, _reason, _nearest in _ENTRIES:
-    _args = _AUGMENTED.get(_cls, ())
-    register_family(_cls, Opaque(_cls.__name__, _reason, _nearest, bounded=_reason == _SUPPORT, args=_args))
+    _parts = _PARTS.get(_cls, nothing)
+    register_family(_cls, Opaque(_cls.__name__, _reason, _nearest, bounded=_reason == _SUPPORT, parts=_parts))

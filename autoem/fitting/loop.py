@@ -110,6 +110,7 @@ def em_step(
         still = still & (stop.tol > 0) & (state.step >= kernel.least)
     else:
         still = ~warm & (change <= jnp.maximum(stop.tol * size, rounding)) & (stop.tol > 0)
+    still, optimizer = at_rest(kernel, state.optimizer, still)
     flat = jnp.where(still, state.flat + ~trial, jnp.where(refused, state.flat, 0))
     status = jnp.where(state.step >= stop.max_steps, LIMIT, RUNNING)
     end = SETTLED if kernel.noisy else jnp.where(rounding > stop.tol * size, ROUNDED, CONVERGED)
@@ -123,10 +124,9 @@ def em_step(
     )
     history = state.history.at[state.step].set(jnp.where(back, jnp.nan, value))
     counts = ~back & (state.step >= min(kernel.warmup, stop.max_steps))
+    moved = state.params
     if kernel.blocks and not last:
-        moved, optimizer = kernel.maximise(state.params, statistics, bundle, state.optimizer)
-    else:
-        moved, optimizer = state.params, state.optimizer
+        moved, optimizer = kernel.maximise(state.params, statistics, bundle, optimizer)
     ahead = state.ahead
     if accelerator and not last:
         unsettled = first | (change > jnp.maximum(1, SMALL_GAIN * size))
@@ -147,6 +147,18 @@ def em_step(
         e_step=e_step,
         ahead=ahead,
     )
+
+
+def at_rest(kernel: Kernel, states: tuple, still: Array) -> tuple[Array, tuple]:
+    """Whether the fit may end where it is still, and the states of the blocks to go on with if not."""
+    ends, after = still, []
+    for block, state in zip(kernel.blocks, states, strict=True):
+        may_end, onward = block.rest(state)
+        if onward is not state:
+            ends = ends & may_end
+            state = jax.tree.map(lambda now, then: jnp.where(still, then, now), state, onward)
+        after.append(state)
+    return ends, tuple(after)
 
 
 def evaluated(kernel: Kernel, state: State, bundle: Bundle, last: bool) -> Expectation:

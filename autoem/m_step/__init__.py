@@ -1,5 +1,5 @@
 """M-steps: how parameters are maximised. Public: the strategy objects."""
 
-from autoem.m_step.strategies import AbstractMStep, Augmented, ClosedForm, Fixed, Gradient, Newton
+from autoem.m_step.strategies import AbstractMStep, Augmented, ClosedForm, Fixed, Gradient, Newton, OrderedSubsets
 
-__all__ = ["AbstractMStep", "Augmented", "ClosedForm", "Fixed", "Gradient", "Newton"]
+__all__ = ["AbstractMStep", "Augmented", "ClosedForm", "Fixed", "Gradient", "Newton", "OrderedSubsets"]

@@ -57,6 +57,10 @@ class AbstractBlock(abc.ABC):
         del params
         return None
 
+    def rest(self, state: Any) -> tuple[Any, Any]:
+        """Asked where the objective rests: whether the fit may end there, and the state to go on with if not."""
+        return True, state
+
     @property
     @abc.abstractmethod
     def update(self) -> str:

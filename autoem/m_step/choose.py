@@ -7,6 +7,7 @@ refusal never moves another off its closed form: only those that refused are joi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,19 +21,20 @@ from numpyro.distributions import constraints
 from autoem._errors import PlanError
 from autoem.e_step.tables.tabulate import Factor
 from autoem.families import NoClosedForm
+from autoem.m_step.augment import as_asked, offer
 from autoem.m_step.block import AbstractBlock
-from autoem.m_step.closed_form import augmented, location
-from autoem.m_step.closed_form.augmented import Reweighted
+from autoem.m_step.closed_form import location
+from autoem.m_step.closed_form.augmented import served
 from autoem.m_step.closed_form.location import LeastSquares, Mean
+from autoem.m_step.closed_form.places import Place
 from autoem.m_step.closed_form.power import Scale
 from autoem.m_step.closed_form.regress import specialised
-from autoem.m_step.closed_form.rules import Asked, abstractly, closed_form
+from autoem.m_step.closed_form.rules import Asked, abstractly, closed_form, superposition_rule
 from autoem.m_step.gradient import GradientBlock
 from autoem.m_step.newton import NewtonBlock
 from autoem.m_step.problem import Bundle, Params, Problem, uses_of
 from autoem.m_step.refuse import refuse_bounds, refuse_unconstrained
-from autoem.m_step.strategies import AbstractMStep, ClosedForm, Fixed, Gradient, Newton
-from autoem.m_step.strategies import Augmented as AugmentedStep
+from autoem.m_step.strategies import AbstractMStep, Augmented, ClosedForm, Fixed, Gradient, Newton, OrderedSubsets
 from autoem.passes.link import Declined
 
 MAX_NEWTON = 256
@@ -99,7 +101,8 @@ def choose(
     factors = list(problem.factors.values())
     blocks: list[AbstractBlock] = []
     declined: dict[str, str] = {}
-    weighed: list[str] = []
+    weighed: dict[str, tuple[Place, ...]] = {}
+    offers: dict[str, str] = {}
     for name, param in problem.params.items():
         wish = asked_for.get(name)
         if isinstance(wish, Fixed):
@@ -114,47 +117,46 @@ def choose(
         if isinstance(wish, Newton | Gradient):
             declined[name] = "asked for"
             continue
-        if isinstance(wish, AugmentedStep):
-            weighed.append(accept_augmented(asked))
+        if isinstance(wish, Augmented | OrderedSubsets):
+            found = as_asked(asked, wish)
+            blocks += [found] if isinstance(found, AbstractBlock) else []
+            weighed |= {name: found} if isinstance(found, tuple) else {}
             continue
         try:
-            blocks.append(closed_form(asked))
+            blocks.append(by_default(asked, wish))
         except Declined as reason:
             if isinstance(wish, ClosedForm):
                 mend = f'EM(model, m_step={{"{name}": autoem.m_step.Newton()}})'
                 raise PlanError(name, problem=f"has no closed form: {reason}", mend=mend) from None
-            declined[name] = str(reason)
+            declined[name], offers[name] = str(reason), offer(asked)
     blocks = join_least_squares(blocks, problem, params, bundle)
     blocks = [specialised(b, params) for b in blocks]
-    blocks += [Reweighted(names, problem, "asked for") for names in sharing(problem, weighed)]
+    blocks += served(problem, weighed)
     numeric = numerical(problem, declined, asked_for, lambda names: derivatives(problem, names, params, bundle))
+    numeric = [with_offers(b, offers) for b in numeric]
     blocks += [with_profile(b, blocks, factors) for b in numeric]
     return tuple(sorted(blocks, key=lambda b: b.order))
 
 
-def accept_augmented(asked: Asked) -> str:
-    """The parameter's name, where an augmentation makes every place of it a location.
+def by_default(asked: Asked, wish: AbstractMStep | None) -> AbstractBlock:
+    """The closed form; or a superposition, where there is none and entries are too many for Newton's method.
 
     Raises:
-        PlanError: it does not.
+        Declined: it has neither.
     """
     try:
-        if asked.kind != "real":
-            raise Declined("it is constrained, so least squares may leave its domain")
-        asked.at_each(lambda use, p, b: augmented.accept(asked.problem, use, asked.name, p, b))
+        return closed_form(asked)
     except Declined as reason:
-        mend = f'leave "{asked.name}" out of m_step=, or m_step={{"{asked.name}": autoem.m_step.Newton()}}'
-        raise PlanError(asked.name, problem=f"no augmentation serves it: {reason}", mend=mend) from None
-    return asked.name
+        if wish is None and np.prod(asked.problem.params[asked.name].shape, dtype=int) > MAX_NEWTON:
+            with contextlib.suppress(Declined):
+                return superposition_rule(asked, mixed=True)
+        raise reason from None
 
 
-def sharing(problem: Problem, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Parameters in groups that share a site."""
-    groups: list[tuple[str, ...]] = []
-    for name in names:
-        near = [g for g in groups if set(problem.touched(g)) & set(problem.touched([name]))]
-        groups = [g for g in groups if g not in near] + [(*(n for g in near for n in g), name)]
-    return groups
+def with_offers(block: AbstractBlock, offers: Mapping[str, str]) -> AbstractBlock:
+    """The block, with what else would serve its parameters in its reason."""
+    told = [offers[n] for n in block.names if offers.get(n)]
+    return dataclasses.replace(block, reason="; ".join([block.reason, *told]))
 
 
 def with_profile(block: AbstractBlock, closed: Sequence[AbstractBlock], factors: Sequence[Factor]) -> AbstractBlock:

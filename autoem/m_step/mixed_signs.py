@@ -17,6 +17,7 @@ from jax import Array
 from autoem.ir import Param
 from autoem.m_step.block import AbstractBlock
 from autoem.m_step.choose import kind_of
+from autoem.m_step.closed_form.subsets import Subsets
 from autoem.m_step.closed_form.superposition import Superposition
 from autoem.m_step.problem import Params, Use
 from autoem.m_step.unconstrained import to_constrained, unconstrained_shape
@@ -28,14 +29,20 @@ PLACES = 3  # values of the other parameters at which coefficients are looked at
 NEVER_NEGATIVE = ("positive", "unit", "simplex")
 
 
+def superpositions(blocks: Sequence[AbstractBlock]) -> tuple[Superposition, ...]:
+    """The superpositions among the blocks, those by ordered subsets among them."""
+    whole = [b.whole if isinstance(b, Subsets) else b for b in blocks]
+    return tuple(b for b in whole if isinstance(b, Superposition))
+
+
 def mixed_signs(
-    blocks: Sequence[AbstractBlock], params: Mapping[str, Param], start: Params, values: Mapping[Any, Any]
+    blocks: Sequence[Superposition], params: Mapping[str, Param], start: Params, values: Mapping[Any, Any]
 ) -> dict[str, str]:
     """Parameters that are no superposition with these data, each with the reason; `values` are the graph's inputs."""
     out = {}
     for block in blocks:
-        for use in block.uses if isinstance(block, Superposition) else ():
-            reason = negative_part(use, block.names[0], params, start, values)
+        for rate in block.rates:
+            reason = negative_part(rate.use, block.names[0], params, start, values)
             if reason:
                 out[block.names[0]] = reason
     return out

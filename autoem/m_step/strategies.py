@@ -52,16 +52,46 @@ class Gradient(AbstractMStep):
 
 @dataclasses.dataclass(frozen=True)
 class Augmented(AbstractMStep):
-    """Least squares with the weights of a latent that the model's text does not hold, one solution an M-step.
+    """A latent that the model's text does not hold, integrated inside the M-step, which its update then solves at once.
 
-    For parameters that enter the location of a Student t, a Cauchy or a Laplace, or the logits of a Bernoulli,
-    affinely: these sites are Normal once a scale (or a Polya-Gamma variable) is given. A parameter that enters anything
-    else is refused.
-    Scales and degrees of freedom are left to their own strategy, on the likelihood itself.
+    For parameters that enter affinely
+
+    - the location of a Student t, a Cauchy or a Laplace: a Normal once a scale is given;
+    - the log-odds of a Bernoulli, a Binomial or a NegativeBinomial, as `logits=` or by a logistic function in
+      `probs=`: a Normal once a Polya-Gamma variable is given;
+    - the utility of a probit, `probs=` by a cumulative normal however that is written: a Normal utility, not seen;
+    - the location of a Normal or LogNormal that is censored, or a Normal that is truncated: the value itself;
+
+    and may be negative: one least squares an M-step. And for positive parameters of which the mean of a
+    `NegativeBinomial2` is a non-negative sum: a Poisson count whose rate a Gamma variable multiplies, split over its
+    terms. A parameter that enters anything else is refused. Scales, concentrations and degrees of freedom are left to
+    their own strategy, on the likelihood itself.
 
     References:
-        Liu and Rubin 1995 (ECME); Andrews and Mallows 1974; Polson, Scott and Windle 2013.
+        Liu and Rubin 1995 (ECME); Andrews and Mallows 1974; Polson, Scott and Windle 2013; Albert and Chib 1993;
+        Dempster, Laird and Rubin 1977; Amemiya 1984; Shepp and Vardi 1982.
     """
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderedSubsets(AbstractMStep):
+    """Multiplicative updates of tomography from interleaved subsets of the rows in turn, for the price of one.
+
+    For a positive parameter whose M-step is a superposition, in a rate that is computed row by row. A pass that does
+    not raise `Q` is made anew with half as many subsets, down to plain EM, so the fit ends where plain EM does.
+
+    Args:
+        num_subsets: subsets at first, at least 2; best a power of two.
+
+    References:
+        Hudson and Larkin 1994, "Accelerated image reconstruction using ordered subsets of projection data".
+    """
+
+    num_subsets: int = 8
+
+    def __post_init__(self):
+        if self.num_subsets < 2:
+            raise ValueError(f"OrderedSubsets(num_subsets={self.num_subsets}): num_subsets must be at least 2")
 
 
 @dataclasses.dataclass(frozen=True)

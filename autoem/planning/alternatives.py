@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 WIDTH = 110
 M_STEPS: tuple[tuple[AbstractMStep, str], ...] = (
-    (m_steps.ClosedForm(), "the maximum of Q at once"),
+    (m_steps.ClosedForm(), "the maximum of Q at once, or of a bound that touches it"),
+    (m_steps.Augmented(), "the maximum of a bound of Q at once, by a latent that is not in the text: more EM steps"),
+    (m_steps.OrderedSubsets(), "several updates for the price of one, far from the maximum; near it plain EM"),
     (m_steps.Newton(), "the maximum of Q by iterations"),
     (m_steps.Gradient(), "raises Q by steps along its gradient and does not maximise it: more EM steps"),
     (m_steps.Fixed(), "stays at its start value: nothing is estimated"),
@@ -41,6 +43,7 @@ class Alternative:
         strategy: the strategy, as it is written.
         changes: what becomes of the objective and the answer.
         price: what a step costs.
+        source: where it is derived.
         options: what to give `EM` to have it, as `EM(model, **options)`; the options that were given are among them.
     """
 
@@ -49,6 +52,7 @@ class Alternative:
     changes: str
     price: str
     options: Mapping[str, Any]
+    source: str = ""
 
 
 class Alternatives(tuple[Alternative, ...]):
@@ -59,7 +63,8 @@ class Alternatives(tuple[Alternative, ...]):
             return "no other strategy can do it"
         lines = []
         for a in self:
-            text = f"{a.changes} (price: {a.price})" if a.price else a.changes
+            told = [f"price: {a.price}"] * bool(a.price) + [a.source] * bool(a.source)
+            text = f"{a.changes} ({'; '.join(told)})" if told else a.changes
             lines += [f"{a.name}  {a.strategy}"]
             lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
         return "\n".join(lines)
@@ -67,8 +72,8 @@ class Alternatives(tuple[Alternative, ...]):
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
-        rows = [(a.name, *(html.escape(t) for t in (a.strategy, a.changes, a.price))) for a in self]
-        return _table(("name", "strategy", "what it changes", "price"), rows)
+        rows = [(a.name, *(html.escape(t) for t in (a.strategy, a.changes, a.price, a.source))) for a in self]
+        return _table(("name", "strategy", "what it changes", "price", "source"), rows)
 
 
 def alternatives(plan: Plan, name: str | None = None) -> Alternatives:
@@ -113,7 +118,8 @@ def other_e_step(plan: Plan, latent: str, row: Strategy) -> Iterator[Alternative
     if found.e_step(latent) != plan.e_step(latent):
         where = f", with {', '.join(n for n in names if n != latent)}" if len(names) > 1 else ""
         price = f"{row.price}: {found.cost}" if found.cost.entries else row.price
-        yield Alternative(latent, f"autoem.e_step.{row.example}{where}", row.changes, price, {**plan.asked, **options})
+        how = f"autoem.e_step.{row.example}{where}"
+        yield Alternative(latent, how, row.changes, price, {**plan.asked, **options}, row.source)
 
 
 def other_m_steps(plan: Plan, param: str) -> Iterator[Alternative]:
@@ -121,8 +127,14 @@ def other_m_steps(plan: Plan, param: str) -> Iterator[Alternative]:
     for strategy, changes in M_STEPS:
         options = {"m_step": {**by_name(plan.asked.get("m_step"), plan.program.params), param: strategy}}
         found = derived(plan, options)
-        if found is not None and found.m_step(param) != plan.m_step(param):
-            yield Alternative(param, f"autoem.m_step.{strategy}", changes, "", {**plan.asked, **options})
+        if found is not None and told(found, param) != told(plan, param):
+            source = told(found, param)[1]
+            yield Alternative(param, f"autoem.m_step.{strategy}", changes, "", {**plan.asked, **options}, source)
+
+
+def told(plan: Plan, param: str) -> tuple[str, str]:
+    """What tells two ways to maximise over a parameter apart: the kind, and where it is derived."""
+    return next((r.strategy, r.source) for r in plan.parameters if r.name == param)
 
 
 def derived(plan: Plan, options: Mapping[str, Any]) -> Plan | None:

@@ -37,7 +37,7 @@ from autoem.lowering.methods import settled
 from autoem.m_step.block import AbstractBlock
 from autoem.m_step.choose import choose
 from autoem.m_step.closed_form.superposition import Superposition
-from autoem.m_step.mixed_signs import mixed_signs
+from autoem.m_step.mixed_signs import mixed_signs, superpositions
 from autoem.m_step.problem import Bundle, Params, Problem
 from autoem.m_step.strategies import AbstractMStep
 from autoem.mean_field.build import cells_by
@@ -283,7 +283,7 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
         shapes = jax.eval_shape(kernel.completed, params, shapes)
     wishes = asked(program, options)
     blocks = choose(problem, params, shapes, wishes)
-    sums = tuple(b for b in blocks if isinstance(b, Superposition))
+    sums = superpositions(blocks)
     if mixed := mixed_signs(sums, program.params, params, values):
         blocks = choose(problem, params, shapes, wishes, mixed)
     chunks = None if integrals or drawing else plan_chunks(program, problem, layout, params, shapes)

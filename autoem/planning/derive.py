@@ -24,8 +24,7 @@ from autoem.ir import Program
 from autoem.lowering.bundle import make_bundle, with_passed_on
 from autoem.lowering.kernel import Kernel, with_nodes
 from autoem.m_step.choose import choose
-from autoem.m_step.closed_form.superposition import Superposition
-from autoem.m_step.mixed_signs import mixed_signs
+from autoem.m_step.mixed_signs import mixed_signs, superpositions
 from autoem.m_step.problem import Bundle, Params, Problem, make_layout
 from autoem.mean_field.build import FieldWish, field_factors, field_of, settled_laws
 from autoem.mean_field.field import Field
@@ -155,7 +154,7 @@ def build_field(model: Callable, args: tuple, kwargs: dict, options: Options, ke
     filled = jax.eval_shape(completed, shapes)
     wishes = asked(program, options)
     blocks = choose(problem, params, filled, wishes)
-    sums = tuple(b for b in blocks if isinstance(b, Superposition))
+    sums = superpositions(blocks)
     if mixed := mixed_signs(sums, program.params, params, values):
         blocks = choose(problem, params, filled, wishes, mixed)
     kernel = dataclasses.replace(kernel, blocks=blocks)

@@ -59,5 +59,5 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
     steps = options.m_step.values() if isinstance(options.m_step, Mapping) else [options.m_step]
     for step in steps:
         if step is not None and not isinstance(step, AbstractMStep):
-            mend = "use autoem.m_step.ClosedForm(), Augmented(), Newton(), Gradient(...) or Fixed()"
+            mend = "use autoem.m_step.ClosedForm(), Augmented(), OrderedSubsets(), Newton(), Gradient(...) or Fixed()"
             raise PlanError("m_step", problem=f"{step!r} is no M-step strategy", mend=mend)

@@ -352,7 +352,7 @@ def outputs_of(
             for arg in (*family.args, *family.fixed):
                 out[name, f"arg:{arg}"] = jnp.asarray(getattr(r.base, arg))
         elif family is not None:
-            out.update({(name, f"arg:{arg}"): jnp.asarray(getattr(r.base, arg)) for arg in family.args})
+            out.update({(name, f"arg:{part}"): jnp.asarray(v) for part, v in family.parts(r.base).items()})
         out.update({(name, b): v for b, v in moving_bounds(r).items()})
         if name in latents:
             out[name, "low"], out[name, "high"] = (jnp.asarray(b) for b in bounds(name, r.base, truncated))

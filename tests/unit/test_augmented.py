@@ -128,6 +128,174 @@ def test_many_entries_go_by_conjugate_gradients():
     np.testing.assert_allclose(em.run(KEY, x, y).params["beta"], expected, rtol=1e-6, atol=1e-8)
 
 
+WAYS = {
+    "a distribution": lambda w: dist.Normal(0.0, 1.0).cdf(w),
+    "scipy": lambda w: jax.scipy.stats.norm.cdf(w),
+    "ndtr": lambda w: jax.scipy.special.ndtr(w),
+    "erf": lambda w: 0.5 * (1 + jax.scipy.special.erf(w / jnp.sqrt(2.0))),
+    "erfc": lambda w: 0.5 * jax.scipy.special.erfc(-w / np.sqrt(2.0)),
+    "one minus": lambda w: 1 - jax.scipy.special.ndtr(-w),
+    "kept off zero": lambda w: jnp.clip(jax.scipy.special.ndtr(w), 1e-7, 1 - 1e-7),
+    "of a standard deviation": lambda w: dist.Normal(0.0, 3.0).cdf(3 * w),
+}
+
+
+def binary(probability):
+    def model(x, y):
+        beta = numpyro.param("beta", jnp.zeros(3))
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.Bernoulli(probs=probability(x @ beta)), obs=y)
+
+    return model
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_probit_is_known_however_it_is_written(way):
+    """Albert and Chib 1993, section 3: the first update is least squares on the expected utilities, by SciPy."""
+    expected = np.where(SIGN > 0, stats.truncnorm.mean(0, np.inf), stats.truncnorm.mean(-np.inf, 0))
+    result = fitted(binary(way), SIGN, max_steps=1)
+    np.testing.assert_allclose(result.params["beta"], least_squares(np.ones(len(X)), expected), rtol=1e-6, atol=1e-7)
+    assert "the sign of a latent Normal utility" in str(result.plan)
+
+
+def test_a_logistic_probability_is_known_and_scaled_ones_are():
+    plain = fitted(logistic, SIGN, max_steps=2).params["beta"]
+    for way in (jax.nn.sigmoid, lambda w: 1 / (1 + jnp.exp(-w)), lambda w: 1 - jax.nn.sigmoid(-w)):
+        np.testing.assert_allclose(fitted(binary(way), SIGN, max_steps=2).params["beta"], plain, rtol=1e-6)
+    steep = fitted(binary(lambda w: jax.nn.sigmoid(1.702 * w)), SIGN, max_steps=2)
+    np.testing.assert_allclose(steep.params["beta"], plain / 1.702, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda w: 0.5 + jnp.arctan(w) / jnp.pi,
+        lambda w: 1 - jnp.exp(-jnp.exp(w)),
+        lambda w: jax.scipy.special.ndtr(w**3),
+        lambda w: jax.scipy.special.ndtr(w) ** 2,
+        lambda w: jnp.flip(jax.scipy.special.ndtr(w)),
+        lambda w: jax.scipy.special.ndtr(w) * jax.nn.sigmoid(w[0]),
+        lambda w: 0.1 + 0.8 * jax.scipy.special.ndtr(w),
+    ],
+    ids=["cauchit", "cloglog", "curved", "squared", "other rows", "two", "lapses"],
+)
+def test_other_probabilities_are_not_taken_for_it(way):
+    model = binary(way)
+    with pytest.raises(PlanError, match="an augmentation does not serve it"):
+        autoem.EM(model, m_step=Augmented(), progress=False).plan(X, SIGN)
+    assert "Augmented" not in str(autoem.EM(model, progress=False).plan(X, SIGN))
+
+
+def test_a_probit_in_single_precision():
+    with jax.enable_x64(False):
+        x, y = jnp.asarray(X, "float32"), jnp.asarray(SIGN, "float32")
+        em = autoem.EM(binary(WAYS["ndtr"]), init="model", m_step=Augmented(), max_steps=200, progress=False)
+        found = em.run(KEY, x, y).params["beta"]
+    np.testing.assert_allclose(found, fitted(binary(WAYS["ndtr"]), SIGN).params["beta"], rtol=2e-2)
+
+
+def test_a_censored_regression_takes_the_value_that_is_expected():
+    """Amemiya 1984, section 4: least squares on the values, those not seen at their expectation, by SciPy."""
+    over = Y > 2
+
+    def tobit(x, y):
+        beta = numpyro.param("beta", jnp.zeros(3))
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.RightCensoredDistribution(dist.Normal(x @ beta, 1.5), over), obs=y)
+
+    limit = np.minimum(Y, 2.0)
+    expected = np.where(over, stats.truncnorm.mean(limit / 1.5, np.inf, scale=1.5), limit)
+    result = fitted(tobit, limit, max_steps=1)
+    np.testing.assert_allclose(result.params["beta"], least_squares(np.ones(len(X)), expected), rtol=1e-8)
+
+
+def test_parameters_that_multiply_each_other_take_turns():
+    """A product is affine in each factor and not in both: one least squares of both would overshoot."""
+
+    def model(x, y):
+        a, b = numpyro.param("a", jnp.array([1.0, 1.0, -1.0])), numpyro.param("b", jnp.ones(3))
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.StudentT(4.0, (x * a) @ b, 0.5), obs=y)
+
+    result = fitted(model, Y, m_step=Augmented())
+    assert [b.names for b in result.plan.blocks] == [("a",), ("b",)]
+    assert (np.diff(result.history) >= -1e-9).all()
+    alone = fitted(fixed_student, Y)
+    assert result.log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-5)
+
+
+def fixed_student(x, y):
+    beta = numpyro.param("beta", jnp.zeros(3))
+    with numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.StudentT(4.0, x @ beta, 0.5), obs=y)
+
+
+def test_a_location_of_a_normal_beside():
+    """One coefficient in robust and in Normal rows: SciPy maximises the sum of both."""
+
+    def model(x, y, more):
+        beta = numpyro.param("beta", jnp.zeros(3))
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.StudentT(4.0, x @ beta, 0.5), obs=y)
+            numpyro.sample("more", dist.Normal(2 * (x @ beta), 1.5), obs=more)
+
+    more = np.random.default_rng(7).normal(size=len(Y)) + Y
+    em = autoem.EM(model, init="model", m_step=Augmented(), max_steps=2000, tol=1e-14, progress=False)
+    result = em.run(KEY, X, Y, more)
+
+    def loss(b):
+        return -(stats.t.logpdf(Y, 4.0, X @ b, 0.5) + stats.norm.logpdf(more, 2 * (X @ b), 1.5)).sum()
+
+    best = optimize.minimize(loss, np.zeros(3), method="BFGS", options={"gtol": 1e-8})
+    assert result.log_likelihood == pytest.approx(-best.fun, abs=1e-7)
+    np.testing.assert_allclose(result.params["beta"], best.x, atol=1e-5)
+    with pytest.raises(PlanError, match="quadratic without one"):
+        autoem.EM(plain_normal, m_step=Augmented(), progress=False).plan(X, Y)
+
+
+def plain_normal(x, y):
+    beta = numpyro.param("beta", jnp.zeros(3))
+    with numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.Normal(x @ beta, 1.0), obs=y)
+
+
+def test_a_parameter_that_enters_twice_is_refused():
+    def model(x, y):
+        beta = numpyro.param("beta", jnp.zeros(3))
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.StudentT(jnp.exp(beta[0]), x @ beta, 1.0), obs=y)
+
+    with pytest.raises(PlanError, match="otherwise than through the location"):
+        autoem.EM(model, m_step=Augmented(), progress=False).plan(X, Y)
+
+    def other_base(x, y):
+        beta = numpyro.param("beta", jnp.zeros(3))
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.TruncatedCauchy(x @ beta, 1.0, low=-90.0), obs=y)
+
+    with pytest.raises(PlanError, match="another base than a Normal"):
+        autoem.EM(other_base, m_step=Augmented(), progress=False).plan(X, Y)
+
+
+@pytest.mark.parametrize(
+    ("model", "y", "source"),
+    [
+        (student, Y, "Liu and Rubin 1995"),
+        (logistic, SIGN, "Polson, Scott and Windle 2013"),
+        (binary(WAYS["erf"]), SIGN, "Albert and Chib 1993"),
+    ],
+)
+def test_it_is_offered_where_it_would_serve(model, y, source):
+    plan = autoem.EM(model, progress=False).plan(X, y)
+    assert f'm_step={{"beta": Augmented()}} would make it least squares: {source}' in " ".join(str(plan).split())
+    offered = next(a for a in plan.alternatives("beta") if "Augmented" in a.strategy)
+    assert offered.source == source and source in " ".join(str(plan.alternatives("beta")).split())
+    taken = autoem.EM(model, progress=False, **offered.options).plan(X, y)
+    assert "least squares with the augmented weights" in str(taken)
+    if model is student:
+        assert "Augmented" not in str(plan.alternatives("scale"))
+
+
 def test_the_plan_names_the_latent():
     text = str(autoem.EM(student, m_step={"beta": Augmented()}, progress=False).plan(X, Y))
     assert "a Normal whose precision is Gamma" in text and "least squares with the augmented weights" in text
@@ -139,7 +307,7 @@ def test_what_has_no_augmentation_is_refused():
         with numpyro.plate("rows", len(y)):
             numpyro.sample("y", dist.StudentT(4.0, jnp.sin(x @ beta), 1.0), obs=y)
 
-    with pytest.raises(PlanError, match="site 'beta': no augmentation serves it: "):
+    with pytest.raises(PlanError, match="site 'beta': an augmentation does not serve it: "):
         autoem.EM(curved, m_step={"beta": Augmented()}, progress=False).plan(X, Y)
-    with pytest.raises(PlanError, match="site 'scale': no augmentation serves it: it is constrained"):
+    with pytest.raises(PlanError, match="site 'scale': an augmentation does not serve it: it is constrained"):
         autoem.EM(student, m_step={"scale": Augmented()}, progress=False).plan(X, Y)

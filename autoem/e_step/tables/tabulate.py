@@ -394,5 +394,5 @@ def log_density_constant(factor: Factor, rows: Rows) -> Named | None:
         log_spread = jnp.log(rows.spread)
         base = base - (log_spread.sum() if events else named(log_spread, factor.site.axes).to(axes))
     out = Named(jnp.broadcast_to(base, value.array.shape[events:]), axes)
-    out = out if rows.mask is None else multiply(out, rows.mask)
+    out = out if rows.mask is None else choose(rows.mask, out, 0.0)  # what stands in for a hidden value may be none
     return out if rows.weight is None else multiply(out, rows.weight)

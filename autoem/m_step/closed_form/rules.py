@@ -23,7 +23,6 @@ from autoem.m_step.closed_form import (
     median,
     power,
     structured,
-    superposition,
 )
 from autoem.m_step.closed_form.counting import Count
 from autoem.m_step.closed_form.covariance import Scatter
@@ -32,8 +31,9 @@ from autoem.m_step.closed_form.location import LeastSquares, Mean
 from autoem.m_step.closed_form.median import Middle
 from autoem.m_step.closed_form.power import Scale
 from autoem.m_step.closed_form.priors import COUNTS, MATRICES, NORMAL, POWERS, prior_of, readable
+from autoem.m_step.closed_form.rates import MixedRate, rate_of
 from autoem.m_step.closed_form.superposition import Superposition
-from autoem.m_step.problem import Bundle, Params, Problem, Use
+from autoem.m_step.problem import Bundle, Params, Problem, Use, graph_values
 from autoem.passes.link import Declined
 
 T = TypeVar("T")
@@ -218,20 +218,21 @@ def median_rule(asked: Asked) -> AbstractBlock:
     return Middle((asked.name,), asked.problem, why(asked, "the location of"), asked.uses)
 
 
-def superposition_rule(asked: Asked) -> AbstractBlock:
-    """Poisson rates that are non-negative sums."""
+def superposition_rule(asked: Asked, mixed: bool = False) -> Superposition:
+    """Poisson rates that are non-negative sums; where `mixed`, means of negative binomials as well."""
     if asked.kind != "positive" or not asked.uses:
         raise Declined("it is not positive")
     prior = prior_of(asked.name, asked.problem.factors)
     entry = POWERS.get(prior.site.distribution) if prior else None
     if prior and (entry is None or entry[1] not in (None, 1.0) or not readable(prior, entry[0])):
         raise Declined(f"its prior {prior.site.distribution} is not conjugate to it")
-    for use in asked.uses:
-        asked.read(lambda p, b, use=use: superposition.accept(asked.problem, use, asked.name, p, b))
+    rates = asked.at_each(lambda use, p, b: rate_of(use, asked.name, graph_values(b, p)))
+    if not mixed and (other := next((r for r in rates if isinstance(r, MixedRate)), None)):
+        raise Declined(f"it enters {other.use}, which is no rate of a Poisson count")
     if asked.mixed:
         raise Declined(asked.mixed)
     how = "EM by superposition, each count split over the terms of its rate, a non-negative sum"
-    return Superposition((asked.name,), asked.problem, why(asked, how), asked.uses)
+    return Superposition((asked.name,), asked.problem, why(asked, how), tuple(rates))
 
 
 RULES: tuple[Callable[[Asked], AbstractBlock], ...] = (

@@ -1,4 +1,4 @@
-r"""Poisson rates that are non-negative sums: EM by superposition, the counts split over their sources.
+r"""Rates that are non-negative sums: EM by superposition, the counts split over their sources.
 
 A Poisson count whose rate is :math:`\lambda_i = b_i + \sum_j a_{ij} \theta_j` is a sum of Poisson counts, one for each
 term. Given the total they are multinomial, so the expected counts of source `j` come from a weighted sum over the data,
@@ -8,8 +8,9 @@ and the M-step divides them by the exposure:
 
 Both sums are the transpose of the link from the parameter to the rate, so no count is ever divided and the operator may
 be a matrix, sparse, or a JAX function. With discrete latents beside, `y` and the ones below it are expected counts. A
-Gamma prior adds `concentration - 1` above and `rate` below. Several parameters in one rate are taken in turn,
-each with the rate that its predecessors left.
+negative binomial count is a Poisson one whose rate a Gamma variable multiplies: the ones below are the expectations of
+that variable, see `rates`. A Gamma prior adds `concentration - 1` above and `rate` below. Several parameters in one
+rate are taken in turn, each with the rate that its predecessors left.
 
 Where a coefficient or the rest of the rate may be negative, there is no such split: see `mixed_signs`.
 
@@ -21,6 +22,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,83 +30,73 @@ import jax.numpy as jnp
 from jax import Array
 
 from autoem.m_step.block import AbstractBlock
-from autoem.m_step.closed_form.counting import fit, latex_name
+from autoem.m_step.closed_form.counting import latex_name
 from autoem.m_step.closed_form.priors import POWERS, arguments_of, prior_of
-from autoem.m_step.problem import Bundle, Params, Statistics, Use, graph_values
-from autoem.passes.link import Declined
-from autoem.passes.signs import refuse_curved
+from autoem.m_step.closed_form.rates import AbstractRate, MixedRate
+from autoem.m_step.problem import Bundle, Params, Statistics, graph_values
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Superposition(AbstractBlock):
-    """The multiplicative update of a non-negative parameter of which Poisson rates are sums."""
+    """The multiplicative update of a non-negative parameter of which rates of counts are sums."""
 
-    uses: tuple[Use, ...] = ()
+    rates: tuple[AbstractRate, ...] = ()
 
     order = 2
     maximises = False
     source = "Shepp and Vardi 1982; Lange and Carson 1984"
 
     @property
+    def mixed(self) -> bool:
+        """Whether a Gamma variable multiplies a rate."""
+        return any(isinstance(r, MixedRate) for r in self.rates)
+
+    @property
     def augmentation(self) -> str:
-        sites = ", ".join(dict.fromkeys(f"'{u.factor.name}'" for u in self.uses))
-        return f"the counts of {sites} are split over their sources (superposition), inside the M-step"
+        sites = ", ".join(dict.fromkeys(f"'{r.use.factor.name}'" for r in self.rates))
+        given = ", Poisson given a Gamma variable," if self.mixed else ""
+        return f"the counts of {sites}{given} are split over their sources (superposition), inside the M-step"
 
     @property
     def update(self) -> str:
         (name,) = self.names
-        return f"{name} * A'(E[count] / rate) / A'1, where A is d rate / d {name}"
+        exposure = "E[multiplier]" if self.mixed else "1"
+        return f"{name} * A'(E[count] / rate) / A'{exposure}, where A is d rate / d {name}"
 
     @property
     def latex(self) -> str:
         name = latex_name(self.names[0])
-        return rf"{name}_j \leftarrow {name}_j \frac{{\sum_i a_{{ij}}\, y_i / \lambda_i}}{{\sum_i a_{{ij}}}}"
+        exposure = r"a_{ij}\, \frac{r_i + y_i}{c_i + \lambda_i}" if self.mixed else "a_{ij}"
+        return rf"{name}_j \leftarrow {name}_j \frac{{\sum_i a_{{ij}}\, y_i / \lambda_i}}{{\sum_i {exposure}}}"
 
     def solve(self, params: Params, statistics: Statistics, bundle: Bundle, state: Any):
         (name,) = self.names
-        old = params[name]
-        seen, exposure = jnp.zeros_like(old), jnp.zeros_like(old)
-        for use in self.uses:
-            s, e = self.sums(use, params, statistics, bundle)
-            seen, exposure = seen + s, exposure + e
-        prior = prior_of(name, self.problem.factors)
+        values = graph_values(bundle, params)
+        sums = [self.sums(r, statistics[r.use.factor.name], values) for r in self.rates]
+        seen, exposure = (sum(s[i] for s in sums) for i in (0, 1))
+        return {name: self.moved(params[name], seen, exposure, params, bundle)}, state
+
+    def moved(
+        self, old: Array, seen: Array | int, exposure: Array | int, params: Params, bundle: Bundle, share: Any = 1.0
+    ) -> Array:
+        """Expected counts by exposure, with a `share` of the prior's pseudo-counts."""
+        prior = prior_of(self.names[0], self.problem.factors)
         lowest = 0.0
         if prior is not None:
             names, _, terms = POWERS[prior.site.distribution]
             more, rate = terms(arguments_of(prior, names, graph_values(bundle, params)))
-            seen, exposure = seen + more, exposure + rate
+            seen, exposure = seen + share * more, exposure + share * rate
             lowest = jnp.finfo(old.dtype).tiny  # a prior's own density is infinite, or 0 times log 0, at zero
-        told = exposure > 0  # no datum tells anything of the others, which stay
+        told = jnp.asarray(exposure) > 0  # no datum tells anything of the others, which stay
         new = jnp.maximum(jnp.maximum(seen, 0) / jnp.where(told, exposure, 1), lowest)
-        return {name: jnp.where(told, new, old).astype(old.dtype)}, state
+        return jnp.where(told, new, old).astype(old.dtype)
 
-    def sums(self, use: Use, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, Array]:
+    def sums(self, rate: AbstractRate, statistics: Any, values: Mapping[Any, Any]) -> tuple[Array, Array]:
         """Expected counts from every entry of the parameter in one place, and the entry's exposure."""
-        name = self.names[0]
-        rate, pull = jax.vjp(lambda v: self.rate(use, v, params, bundle), params[name])
-        t, n = self.problem.statistics(use, statistics)
-        counts, times = fit(t[..., 0], rate.shape), fit(n, rate.shape)
-        # a count of zero asks for nothing, and one that no source may bring must not make the others infinite
-        possible = (counts > 0) & (rate > 4 * jnp.finfo(rate.dtype).tiny * counts)
-        share = jnp.where(possible, counts / jnp.where(possible, rate, 1), 0)
-        return params[name] * pull(share)[0], pull(jnp.broadcast_to(times, rate.shape))[0]
-
-    def rate(self, use: Use, value: Array, params: Params, bundle: Bundle) -> Array:
-        return self.problem.arguments(use, {**params, self.names[0]: value}, bundle)[use.argument or ""]
+        key = ("param", self.names[0])
+        found, pull = jax.vjp(lambda v: rate.value({**values, key: v}), values[key])
+        share, times = rate.split(found, statistics, values)
+        return values[key] * pull(share)[0], pull(times)[0]
 
 
-def accept(problem, use: Use, name: str, params: Params, bundle: Bundle) -> None:
-    """Check that the place is a Poisson rate that is affine in the parameter, by any JAX code.
-
-    Raises:
-        Declined: it is not.
-    """
-    if use.argument is None:
-        raise Declined(f"it enters the density of {use} as a whole")
-    if use.factor._family.name != "Poisson":
-        raise Declined(f"it enters {use}, which is no rate of a Poisson count")
-    if use.factor.completions is not None:
-        raise Declined(f"it enters {use} beside a continuous latent")
-    refuse_curved(
-        lambda v: problem.arguments(use, {**params, name: v}, bundle)[use.argument], jnp.asarray(params[name])
-    )
+__all__ = ["Superposition"]
