@@ -85,7 +85,7 @@ class Posterior:
         known = {m.name: m for m in (*self._built.program.continuous.values(), *blocks)}
         variances = {n: jnp.diagonal(c, axis1=-2, axis2=-1) for n, c in self.covariance.items()}
         out = {n: jnp.sqrt(jnp.maximum(v, 0)).reshape(known[n].shape + known[n].event) for n, v in variances.items()}
-        return Marginals({n: known[n].as_model(v) for n, v in out.items()})
+        return Marginals({n: known[n].in_model(v) for n, v in out.items()})
 
     def interval(self, name: str, level: float = 0.95) -> tuple[Array, ...]:
         """Lower and upper end of the central interval that holds a continuous latent with probability `level`.

@@ -16,12 +16,13 @@ from autoem._errors import Intractable, PlanError
 from autoem.e_step.cells.censoring import find_pieces
 from autoem.e_step.cells.local import LocalBlock
 from autoem.e_step.elimination.places import plates_of, scale_of
+from autoem.e_step.gaussian.beside import named_index
 from autoem.e_step.gaussian.block import GaussianBlock, index_name
 from autoem.e_step.gaussian.chain import GaussianChain
 from autoem.e_step.gaussian.levels import cells_of, find_levels
 from autoem.e_step.gaussian.missing import MissingEntries, patterns_of
 from autoem.e_step.gaussian.nested import NestedBlock
-from autoem.e_step.joined import agree, cells_of_rows, join_companions, read_by
+from autoem.e_step.joined import agree, cells_of_rows, join_companions, joined_at, read_by
 from autoem.e_step.tables.factors import refuse_random_weights
 from autoem.e_step.tables.tabulate import Factor
 from autoem.ir import Continuous, Latent, Program, at_lag
@@ -62,7 +63,7 @@ def gaussian_block(
     refuse_scaled(program, parts)
     discrete = tuple({z.name: z for f in parts for z in f.latents}.values())
     if (chain := gaussian_chain(program, members, parts, discrete)) is not None:
-        return chain, {}
+        return chain, path_rows(program, chain, values)
     index = {(f.name, m.name): cells_of_rows(program, f, m, values, True) for f in parts for m in read_by(f)}
     every = {m.name for f in parts for m in read_by(f)}
     same = len({m.axes for m in members}) == 1 and all(agree(index, f) for f in parts) and every <= set(group.members)
@@ -175,10 +176,32 @@ def gaussian_chain(
     shape = tuple(s for a, s in zip(paths[0].axes, paths[0].shape, strict=True) if not a.startswith("#"))[1:]
     if any(m.plates[1:] != plates for m in paths) or any(m.plates != plates for m in outside):
         return None
-    block = GaussianChain(
-        chain, paths, outside, tuple(factors), plates, shape, {p.name: p.size for p in program.plates.values()}
+    bases = {m.name for m in paths}
+    steps = (chain.time, chain.bulk)
+    beside = frozenset(
+        f.name for f in factors if {m.name for m in read_by(f)} <= bases and not set(steps) & set(f.site.axes)
     )
-    return block if all(stands_in_chain(block, f) for f in factors) else None
+    block = GaussianChain(
+        chain, paths, outside, tuple(factors), plates, shape, {p.name: p.size for p in program.plates.values()}, beside
+    )
+    return block if all(stands_in_chain(block, f) for f in factors if f.name not in beside) else None
+
+
+def path_rows(program: Program, chain: GaussianChain, values: Mapping[Any, Any]) -> dict[str, np.ndarray]:
+    """Of the sites beside a chain, the cell of its path that every row reads.
+
+    Raises:
+        Intractable: a row reads several of them.
+    """
+    out = {}
+    for f in (f for f in chain.factors if f.name in chain.beside):
+        index = {(f.name, m.name): cells_of_rows(program, f, m, values, True) for m in read_by(f)}
+        first = next(iter(index.values()))
+        if not agree(index, f):
+            raise joined_at(program, f, read_by(f)[0], frozenset())
+        name, found = named_index(f, first, int(np.prod(chain.cells, dtype=int)))
+        out[name] = found
+    return out
 
 
 def stands_in_chain(block: GaussianChain, f: Factor) -> bool:
@@ -236,7 +259,7 @@ def with_gaps(
 def partly_seen(program: Program, f: Factor, values: Mapping[Any, Any]) -> np.ndarray | None:
     """The data of a multivariate normal site, where some of its vectors are seen in part."""
     key = (f.name, "given")
-    if f.site.distribution != "MultivariateNormal" or f.family is None or key not in program.full.outputs:
+    if f.family is None or f.family.name != "MultivariateNormal" or key not in program.full.outputs:
         return None
     if any(k[0] not in ("data", "key") for k in program.full.needs(key)):
         return None

@@ -112,7 +112,7 @@ def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     routed = route.latents if route else frozenset()
     plates = frozenset().union(*(plates_of(z) for z in latents if z.name not in routed), route.source if route else ())
     kept = tuple(a for a in site.axes if a in plates)
-    family, direct = natural_family(program, site)
+    family, direct = natural_family(program, site, as_normal=site.family is None)
     coefficients = (
         find_coefficients(program, site) if family is not None and usable and site.role == "observed" else None
     )
@@ -135,10 +135,10 @@ def completed_factor(
 ) -> Factor:
     """The factor of a site that reads continuous latents, with an axis for the nodes that stand for them."""
     factor = build_factor(program, site, latents, route)
-    family = natural_family(program, site, filled=True)[0]
+    affine = not group.refusal  # where it is not, nodes are values of the latents at full shape
+    family = natural_family(program, site, filled=True, as_normal=affine)[0]
     read = continuous_of(program, site)
     members = tuple(z for n, z in program.every_continuous.items() if n in read)
-    affine = not group.refusal  # where it is not, nodes are values of the latents at full shape
     usable = affine and all(program.compact[m.name] for m in members) and factor.compact
     plates = frozenset(site.plates) if latents or site.scaled or not affine else frozenset()
     return dataclasses.replace(
@@ -167,9 +167,9 @@ def drawn_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     )  # fmt: skip
 
 
-def natural_family(program: Program, site: Site, filled: bool = False) -> tuple[Family | None, str]:
-    """The family entry, where the natural form applies; otherwise None and the reason."""
-    entry = site.family
+def natural_family(program: Program, site: Site, filled=False, as_normal=False) -> tuple[Family | None, str]:
+    """The family entry, `as_normal` that of the normal law it is; None and the reason where no natural form applies."""
+    entry = site.normal if as_normal else site.family
     if site.role == "factor":
         return None, "a factor's density is whatever the model computes"
     if site.role == "parameter":
