@@ -41,7 +41,7 @@ def mixed_moments(
         for m in integral.block.members:
             mean, covariance = integral.block.marginal(m, whole)
             mean, covariance = in_order(kernel, m.name, mean), in_order(kernel, m.name, covariance)
-            out[m.name] = m.in_model(mean), m.in_model(covariance, 2)
+            out[m.name] = m.in_model(mean), covariance
     return out
 
 
