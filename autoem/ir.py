@@ -105,7 +105,8 @@ class Continuous:
     `support` is NumPyro's constraint, `wish` the strategy that the user asked for, or None; `drawn` tells that it is
     treated by draws of all its cells at once. Plates whose cells rows read together are part of the event; where the
     model has such a plate before one that is not, `order` has the model's axes among those of cells and event. The
-    steps of one law that is read as a chain come first here, and in the model after `steps` other axes.
+    steps of one law that is read as a chain come first here, and in the model after `steps` other axes. `flat` tells
+    that its density is the same for all numbers (`ImproperUniform`).
     """
 
     name: str
@@ -118,6 +119,7 @@ class Continuous:
     drawn: bool = False
     order: tuple[int, ...] = ()
     steps: int = 0
+    flat: bool = False
 
     @property
     def dim(self) -> int:

@@ -312,5 +312,10 @@ CASES = {
     "moved and stretched": Case(laws.moved_and_stretched, ROWS_, ("mean", "between", "sd")),
     "mean reverting": Case(laws.mean_reverting, (PATH,), ("pull", "sd")),
     "unseen law": Case(laws.unseen, (PATH,), ("spread", "shared", "sd")),
+    "restricted": Case(laws.restricted, ROWS_, ("scatter", "sd"), {"latent": ["beta"]}),
+    "flat by group": Case(laws.flat_by_group, ROWS_, ("slope", "sd"), {"latent": ["u"]}),
+    "diffuse trend": Case(laws.diffuse_trend, (with_holes(PATH, 0, 1, 5),), ("move", "bend"), DROP),
+    "diffuse state": Case(laws.diffuse_state, (PATH,), ("q", "sd")),
+    "diffuse series": Case(laws.diffuse_series, (PATHS,), ("move", "sd")),
     "loop": Case(chains.loop, (PATH[:5],), ("move", "sd"), {"latent": ["x0"]}),
 }

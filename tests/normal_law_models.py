@@ -6,6 +6,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro import handlers
+from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
 from tests.state_space_models import COVARIANCE, LOADINGS, MOVES, POSITIVE, SCATTER, normal, param
@@ -147,6 +148,69 @@ def mean_reverting(y):
     x = numpyro.sample("x", dist.EulerMaruyama(jnp.arange(len(y)) * 0.5, equation, dist.Normal(0.0, 1.0)))
     with numpyro.plate("rows", len(y)):
         normal("y", x, sd, y)
+
+
+def flat(name, *event):
+    """A latent of which nothing is known."""
+    return numpyro.sample(name, dist.ImproperUniform(constraints.real, (), event))
+
+
+def restricted(y, x, group, count=4):
+    """Fixed effects integrated, as REML does."""
+    scatter, sd = param("scatter", SCATTER, COVARIANCE), param("sd", 0.6, POSITIVE)
+    beta = flat("beta", 2)
+    with numpyro.plate("groups", count):
+        b = numpyro.sample("b", dist.MultivariateNormal(jnp.zeros(2), scatter))
+    with numpyro.plate("rows", len(y)):
+        normal("y", beta[0] + beta[1] * x + b[group, 0] + b[group, 1] * x, sd, y)
+
+
+def flat_by_group(y, x, group, count=4):
+    slope, sd = param("slope", 0.4), param("sd", 0.6, POSITIVE)
+    with numpyro.plate("groups", count):
+        u = flat("u")
+    with numpyro.plate("rows", len(y)):
+        normal("y", u[group] + slope * x, sd, y)
+
+
+def diffuse_trend(y):
+    """Level and slope start anywhere; the first observations may be missing."""
+    move, bend, sd = param("move", 0.8, POSITIVE), param("bend", 0.4, POSITIVE), param("sd", 0.6, POSITIVE)
+
+    def step(carry, seen):
+        level, slope = carry
+        level, slope = normal("level", level + slope, move), normal("slope", slope, bend)
+        normal("y", level, sd, seen)
+        return (level, slope), None
+
+    scan(step, (flat("level0"), flat("slope0")), y)
+
+
+def diffuse_state(y):
+    q, sd = param("q", SCATTER, COVARIANCE), param("sd", 0.6, POSITIVE)
+    start = numpyro.sample("start", dist.ImproperUniform(constraints.real_vector, (), (2,)))
+    turn = jnp.array([[0.9, 0.3], [-0.3, 0.9]])
+
+    def step(x, seen):
+        x = numpyro.sample("x", dist.MultivariateNormal(turn @ x, q))
+        normal("y", x[0], sd, seen)
+        return x, None
+
+    scan(step, start, y)
+
+
+def diffuse_series(y):
+    move, sd = param("move", 0.8, POSITIVE), param("sd", 0.6, POSITIVE)
+    with numpyro.plate("series", y.shape[1]):
+        first = flat("first")
+
+    def step(x, seen):
+        with numpyro.plate("series", y.shape[1]):
+            x = normal("x", x, move)
+            normal("y", x, sd, seen)
+        return x, None
+
+    scan(step, first, y)
 
 
 class Exchangeable(dist.Distribution):

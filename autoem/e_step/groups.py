@@ -59,7 +59,8 @@ def gaussian_block(
     program: Program, group: Group, factors: Mapping[str, Factor], values: Mapping[Any, Any]
 ) -> tuple[Block, dict[str, np.ndarray]]:
     members = tuple(program.continuous[n] for n in group.members)
-    parts = tuple(factors[s] for s in group.sites)
+    parts = tuple(factors[s] for s in group.sites if s in factors)
+    refuse_unread(program, members, parts)
     refuse_scaled(program, parts)
     discrete = tuple({z.name: z for f in parts for z in f.latents}.values())
     if (chain := gaussian_chain(program, members, parts, discrete)) is not None:
@@ -148,6 +149,18 @@ def refuse_mixtures(members: Sequence[Continuous], plates: tuple[str, ...], disc
                 "Gaussian for every combination of them",
                 mend=f"give each row its own '{member.name}', maximise over it (maximize=[\"{member.name}\"]), or put "
                 f"'{z.name}' in its plate",
+            )
+
+
+def refuse_unread(program: Program, members: Sequence[Continuous], factors: Sequence[Factor]) -> None:
+    """Raise where a latent with a flat prior is read by nothing: all its values stay as likely as any other."""
+    read = {program.base_of(m.name) for f in factors for m in read_by(f)}
+    for m in members:
+        if m.flat and m.name not in read:
+            raise PlanError(
+                m.name,
+                problem="it has a flat prior, and nothing observed depends on it: its posterior is improper",
+                mend=f'leave it out, or give it a law: numpyro.sample("{m.name}", dist.Normal(0.0, 1.0))',
             )
 
 

@@ -76,6 +76,11 @@ def law_of(base: Any) -> Law | None:
     return Law(SCALAR, {"loc": mean[..., 0], "scale": 1 / jnp.sqrt(precision[..., 0, 0])}, event)
 
 
+def is_flat(base: Any) -> bool:
+    """Whether a distribution has no density but the same everywhere, over all numbers."""
+    return isinstance(base, dist.ImproperUniform) and is_real(base.support)
+
+
 def is_real(support: Any) -> bool:
     """Whether a support is all numbers, or all vectors or arrays of them."""
     while hasattr(support, "base_constraint"):

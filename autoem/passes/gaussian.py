@@ -66,6 +66,8 @@ def continuous_of(program: Program, site: Site) -> set[str]:
 
 def why_not(program: Program, site: Site) -> str:
     """Why the site's log density is not a quadratic in its continuous latents; an empty string where it is."""
+    if is_flat(program, site):
+        return ""
     family = site.normal
     if not isinstance(family, Family) or family.name not in FAMILIES:
         return f"it is {site.distribution}, not Normal"
@@ -80,6 +82,11 @@ def why_not(program: Program, site: Site) -> str:
     if not own and (reason := affine_in(graph, (site.name, "value"), read)):
         return reason.replace("its mean", "its value")
     return affine_in(graph, (site.name, "arg:loc"), read - {("latent", site.name)})
+
+
+def is_flat(program: Program, site: Site) -> bool:
+    """Whether the site is a continuous latent of no density but the same for all numbers."""
+    return site.role == "continuous" and program.every_continuous[site.name].flat
 
 
 def affine_in(graph: Graph, key: tuple, read: Iterable[tuple]) -> str:

@@ -18,6 +18,7 @@ import numpyro.distributions as dist
 
 from autoem._errors import DataError, ModelError, PlanError
 from autoem.families import family_of
+from autoem.families.laws import is_flat
 from autoem.graph.cells import SEVERAL, cells_read, merge, merge_axes
 from autoem.graph.jaxpr import Constant, Graph
 from autoem.graph.on_host import on_host
@@ -232,7 +233,8 @@ def read_continuous(
         order = tuple(ours.index(i) for i in range(len(ours))) if ours != sorted(ours) else ()
         cells, rest = tuple(whole[i] for i in kept), tuple(whole[i] for i in ours[len(kept) :])
         kept_axes = tuple(axes[i] for i in kept)
-        out[name] = Continuous(name, kept_axes, cells, rest, reason, r.fn.support, order=order)
+        flat = is_flat(r.base)
+        out[name] = Continuous(name, kept_axes, cells, rest, reason, r.fn.support, order=order, flat=flat)
     return out
 
 
@@ -257,7 +259,7 @@ def continuous_paths(
                 n: str, time: str, steps: int, known=known, plates=plates, shape=shape, order=order
             ) -> Continuous:
                 axes, sizes = ((time, *plates), (steps, *shape)) if time else (plates, shape)
-                return Continuous(n, axes, sizes, known.event, known.reason, known.support, order=order)
+                return dataclasses.replace(known, name=n, axes=axes, shape=sizes, order=order)
 
             whole[name] = piece(name, chain.time, chain.length)
             if name in walks:

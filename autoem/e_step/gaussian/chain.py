@@ -359,7 +359,8 @@ class GaussianChain:
     def reason(self, m: Continuous) -> str:
         """How the latent is treated, in words."""
         if m in self.outside:
-            return f"Gaussian: the chain of {', '.join(p.name for p in self.paths)} starts from it"
+            flat = "flat over all numbers: " if m.flat else ""
+            return f"Gaussian: {flat}the chain of {', '.join(p.name for p in self.paths)} starts from it"
         with_it = [p.name for p in self.paths if p is not m]
         together = f", together with {', '.join(with_it)}" if with_it else ""
         return (

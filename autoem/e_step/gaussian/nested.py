@@ -35,7 +35,16 @@ from autoem.e_step.gaussian import kalman
 from autoem.e_step.gaussian.block import SOURCE, index_name
 from autoem.e_step.gaussian.levels import Level, cells_of
 from autoem.e_step.gaussian.pooled import pooled_statistics
-from autoem.e_step.gaussian.quadratic import DIM, LOG_2PI, OTHER, Residual, filled, quadratic_terms, residuals
+from autoem.e_step.gaussian.quadratic import (
+    DIM,
+    LOG_2PI,
+    OTHER,
+    Residual,
+    described,
+    filled,
+    quadratic_terms,
+    residuals,
+)
 from autoem.e_step.tables.completions import NODES, gaussian_nodes, rows_of, square_of
 from autoem.e_step.tables.tabulate import Factor, Rows
 from autoem.graph.named import Named, named
@@ -337,7 +346,7 @@ class NestedBlock:
     def reason(self, m: Continuous) -> str:
         """How the latent is treated, in words."""
         size = f"{cells_of(m):,} cells of {m.dim} dimension{'s' * (m.dim > 1)}"
-        reason = f"Gaussian: every site that reads it is Normal with a mean affine in it; {size}"
+        reason = f"{described(m)}; {size}"
         level = next((v for v in self.levels if v.leaf == m.name), None)
         if level is None:
             size = sum(cells_of(self.by_name[n]) * self.by_name[n].dim for n in self.core)

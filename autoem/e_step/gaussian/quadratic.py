@@ -36,6 +36,12 @@ class Residual:
     mask: Named | None
 
 
+def described(m: Continuous) -> str:
+    """Why a latent is integrated so, in words."""
+    prior = "flat over all numbers, and " if m.flat else ""
+    return f"Gaussian: {prior}every site that reads it is Normal with a mean affine in it"
+
+
 def quadratic_terms(f: Factor, r: Residual, keep: Sequence[str]) -> tuple[Named, Named, Named]:
     """Precision, precision times mean, and constant, with the axes `keep` and summed over all others."""
     weights = [w for w in (r.weight, r.mask) if w is not None]

@@ -28,7 +28,7 @@ from autoem.graph.cells import NONE, SEVERAL, cells_read, merge_axes
 from autoem.graph.jaxpr import Constant, Graph
 from autoem.graph.named import Named, arranged, named
 from autoem.ir import Continuous, Latent, Program, Site
-from autoem.passes.gaussian import Group, continuous_of, latent_groups
+from autoem.passes.gaussian import Group, continuous_of, is_flat, latent_groups
 
 TURN_UP_TO = 256 * 2**20  # bytes: larger data are not copied but turned chunk by chunk, which costs up to a fifth
 
@@ -51,6 +51,8 @@ def build_factors(program: Program, values: Mapping[Any, Any]) -> tuple[tuple[Fa
         if group is not None and group.drawn:
             factors.append(drawn_factor(program, site, latents, route))
             continue
+        if group is not None and not group.refusal and is_flat(program, site):
+            continue  # it adds nothing to the quadratic of those that read it
         if group is not None:
             every = {z.name: z for s in group.sites for z in read_latents(program, program.sites[s])}
             factors.append(completed_factor(program, site, tuple(every.values()), group, route))
