@@ -19,18 +19,17 @@ from autoem.e_step.elimination.places import plates_of, scale_of
 from autoem.e_step.gaussian.beside import named_index
 from autoem.e_step.gaussian.block import GaussianBlock, index_name
 from autoem.e_step.gaussian.chain import GaussianChain
-from autoem.e_step.gaussian.levels import cells_of, find_levels
+from autoem.e_step.gaussian.crossed import CrossedBlock
 from autoem.e_step.gaussian.missing import MissingEntries, patterns_of
 from autoem.e_step.gaussian.nested import NestedBlock
 from autoem.e_step.joined import agree, cells_of_rows, join_companions, joined_at, read_by
 from autoem.e_step.tables.factors import refuse_random_weights
 from autoem.e_step.tables.tabulate import Factor
+from autoem.e_step.tied import LEVELS_FROM, MAX_DENSE, nested_block
 from autoem.ir import Continuous, Latent, Program, at_lag
 from autoem.passes.gaussian import Group, latent_groups
 
-Block = GaussianBlock | GaussianChain | LocalBlock | MissingEntries | NestedBlock
-MAX_DENSE = 4096  # coordinates of crossed latents, all in one vector
-NESTED_FROM = 64  # coordinates from which levels are eliminated in turn: below, one small matrix is as quick
+Block = GaussianBlock | GaussianChain | LocalBlock | MissingEntries | NestedBlock | CrossedBlock
 
 
 def build_blocks(
@@ -81,10 +80,10 @@ def gaussian_block(
             mend=f"leave e_step out, and an approximation is chosen; or observe '{switch}', "
             f"or give '{carried}' a grid of values (Categorical)",
         )
-    if not same and not discrete and not carried and size >= NESTED_FROM:
-        nested, found = nested_block(program, members, parts, index)
-        if nested.levels:
-            return nested, found
+    if not same and not discrete and not carried and size >= LEVELS_FROM:
+        block, found = nested_block(program, members, parts, index)
+        if block is not None:
+            return block, found
     if not same and (size > MAX_DENSE or discrete):
         why = f"one vector of {size:,} coordinates" if not discrete else f"a mixture over {discrete[0].name}"
         raise Intractable(
@@ -111,30 +110,6 @@ def gaussian_block(
         index = {(s, n): in_path(program, latents[n])[v] for (s, n), v in index.items()}
     kept = {index_name(factors[s], latents[n]): v for (s, n), v in index.items() if not same or s in routed}
     return block, kept
-
-
-def nested_block(
-    program: Program,
-    members: tuple[Continuous, ...],
-    parts: tuple[Factor, ...],
-    index: Mapping[tuple[str, str], np.ndarray],
-) -> tuple[NestedBlock, dict[str, np.ndarray]]:
-    """The latents as levels that nest, and the cells of each level's own; no level where all are crossed."""
-    read = {f.name: {m.name: index[f.name, m.name] for m in read_by(f)} for f in parts}
-    levels, core, found = find_levels(members, read)
-    size = sum(m.dim * cells_of(m) for m in members if m.name in core)
-    if levels and size > MAX_DENSE:
-        raise Intractable(
-            core[0],
-            latents=tuple(m.name for m in members),
-            problem=f"{', '.join(core)} are crossed, so all their cells are tied: one vector of {size:,} coordinates",
-            mend="nest the groups, or read them by one index",
-        )
-    by_name = {f.name: f for f in parts}
-    latents = {m.name: m for m in members}
-    kept = {index_name(by_name[s], latents[n]): v for (s, n), v in index.items()}
-    sizes = {p.name: p.size for p in program.plates.values()}
-    return NestedBlock(members, parts, levels, core, sizes), {**kept, **found}
 
 
 def refuse_mixtures(members: Sequence[Continuous], plates: tuple[str, ...], discrete: Sequence[Latent]) -> None:
