@@ -14,6 +14,7 @@ from autoem._errors import DataError, ModelError, PlanError
 from autoem.accelerate import AbstractAcceleration
 from autoem.answers.result import EMResult, Restarts, make_result
 from autoem.checks.check import Report, run_checks
+from autoem.checks.improper import refuse_improper
 from autoem.checks.replay import refuse_misread
 from autoem.checks.validate import validate
 from autoem.checks.verify import LARGE, shrunken, verify
@@ -175,6 +176,7 @@ class EM:
         built.alike = verify(small)
         if built.program.chains:
             refuse_misread(small, small.source)
+        refuse_improper(built)
         self._builds[built.source.signature()] = built
         return built, built.source
 

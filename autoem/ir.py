@@ -41,6 +41,7 @@ class Site:
         event_dim: event axes of the unwrapped distribution.
         masked, scaled: whether a mask or a scale stands on it.
         reason: for a continuous site, why it was taken as what it is.
+        law: the entry of the normal law that the site has by another name, or None.
     """
 
     name: str
@@ -55,6 +56,12 @@ class Site:
     parents: tuple[str, ...] = ()
     reason: str = ""
     support: str = ""
+    law: Family | None = None
+
+    @property
+    def normal(self) -> Family | Opaque | None:
+        """Its entry as a normal law where it is one, else that of its distribution."""
+        return self.law or self.family
 
     @property
     def plates(self) -> tuple[str, ...]:
@@ -97,7 +104,9 @@ class Continuous:
 
     `support` is NumPyro's constraint, `wish` the strategy that the user asked for, or None; `drawn` tells that it is
     treated by draws of all its cells at once. Plates whose cells rows read together are part of the event; where the
-    model has such a plate before one that is not, `order` has the model's axes among those of cells and event.
+    model has such a plate before one that is not, `order` has the model's axes among those of cells and event. The
+    steps of one law that is read as a chain come first here, and in the model after `steps` other axes. `flat` tells
+    that its density is the same for all numbers (`ImproperUniform`).
     """
 
     name: str
@@ -109,6 +118,8 @@ class Continuous:
     wish: Any = None
     drawn: bool = False
     order: tuple[int, ...] = ()
+    steps: int = 0
+    flat: bool = False
 
     @property
     def dim(self) -> int:
@@ -124,6 +135,14 @@ class Continuous:
             return value
         lead = value.ndim - len(self.order)
         return value.transpose((*range(lead), *(lead + i for i in self.order)))
+
+    def in_model(self, value: Any, events: int | None = None) -> Any:
+        """A value for all cells as the model's site has it; of other `events` axes behind the cells than its own."""
+        lead = value.ndim - len(self.shape) - (len(self.event) if events is None else events)
+        value = self.as_model(value) if events is None else value
+        before, others = range(lead), [i for i in range(lead, value.ndim) if i != lead]
+        order = (*before, *others[: self.steps], lead, *others[self.steps :])
+        return value.transpose(order) if self.steps else value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

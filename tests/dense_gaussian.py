@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jax.flatten_util import ravel_pytree
 from numpyro import handlers
 from numpyro.infer.util import log_density
@@ -40,7 +41,7 @@ class Dense:
     def __init__(self, model: Callable, args: tuple, reverse: Sequence[str] = ()):
         self.model, self.reverse = model, reverse
         self.args = tuple(jnp.asarray(a) if isinstance(a, np.ndarray) else a for a in args)
-        seeded = handlers.trace(handlers.seed(model, jax.random.key(0)))
+        seeded = handlers.trace(handlers.substitute(handlers.seed(model, jax.random.key(0)), substitute_fn=of_flat))
         with np.errstate(invalid="ignore"):
             sites = seeded.get_trace(*self.filled(jnp.zeros(self.num_missing))).values()
         hidden = [s for s in sites if s["type"] == "sample" and not s["is_observed"]]
@@ -124,6 +125,14 @@ class Dense:
             return jax.vmap(lambda v: self.log_joint(params, *unravel(v), chosen))(points).mean()
 
         return jax.nn.softmax(each) @ jax.vmap(one)(means, covariances, self.completions)
+
+
+def of_flat(site: dict) -> Any:
+    """A value of a site that NumPyro cannot draw, having no law; None of any other."""
+    law = site.get("fn")
+    while isinstance(law, dist.ExpandedDistribution | dist.Independent):
+        law = law.base_dist
+    return jnp.zeros(site["fn"].shape()) if isinstance(law, dist.ImproperUniform) else None
 
 
 def _states(site: dict) -> int:

@@ -13,6 +13,7 @@ import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.distributions import constraints
 
+from tests import normal_law_models as laws
 from tests import state_space_models as chains
 from tests.state_space_models import COVARIANCE, LOADINGS, POSITIVE, SCATTER, normal, param, vector
 
@@ -21,6 +22,8 @@ RNG = np.random.default_rng(7)
 N, GROUPS = 14, 4
 GROUP = np.array([0, 2, 1, 0, 3, 3, 1, 2, 0, 1, 2, 3, 0, 1])
 SECOND = np.array([0, 1, 2, 2, 1, 0, 0, 1, 2, 0, 2, 1, 0, 1])  # crosses GROUP
+WEEK = np.array([0, 0, 1, 4, 4, 4, 2, 1, 0, 2, 2, 4, 1, 0])  # of five, the fourth without a row
+AREA = np.array([0, 2, 1, 5, 3, 4, 1, 2, 0, 5, 2, 3, 0, 1])
 SCHOOL = np.array([0, 0, 1, 1])  # of every group: nested
 X = RNG.normal(size=N)
 Y = 1.0 + 0.5 * X + np.array([0.8, -0.9, 0.2, 1.4])[GROUP] + 0.5 * RNG.normal(size=N)
@@ -294,5 +297,25 @@ CASES = {
     "backwards": Case(chains.backwards, (PATH,), ("phi", "move", "sd"), {}, ("x",)),
     "steps not seen": Case(chains.trend, (with_holes(PATH, 0, 3, 4, 8),), ("move", "bend"), DROP),
     "series with holes": Case(chains.series, (with_holes(PATHS, (1, 2), (2, 2), (5, 0)),), ("phi", "move"), DROP),
+    "random walk": Case(laws.random_walk, (PATH,), ("move", "sd")),
+    "walk by week": Case(laws.walk_by_week, (Y, WEEK), ("move", "mu", "sd")),
+    "walks": Case(laws.walks, (PATHS,), ("move", "sd")),
+    "masked walk": Case(laws.masked_walk, (PATH, np.arange(9) % 3 > 0), ("move", "sd")),
+    "spline": Case(laws.spline, (PATH,), ("move", "sd")),
+    "two walks": Case(laws.two_walks, (PATH, INPUT), ("one", "two", "sd")),
+    "state space": Case(laws.state_space, (PATH,), ("a", "q", "sd")),
+    "areas": Case(laws.areas, (Y, AREA), ("rho", "sd")),
+    "areas by year": Case(laws.areas_by_year, (RNG.normal(size=(3, 6)),), ("rho", "sd")),
+    "by precision": Case(laws.by_precision, (PATH,), ("precision", "sd")),
+    "low rank": Case(laws.low_rank, (ROWS,), ("w", "own", "sd")),
+    "matrix": Case(laws.matrix, (PATHS[:3, :2],), ("root", "sd")),
+    "moved and stretched": Case(laws.moved_and_stretched, ROWS_, ("mean", "between", "sd")),
+    "mean reverting": Case(laws.mean_reverting, (PATH,), ("pull", "sd")),
+    "unseen law": Case(laws.unseen, (PATH,), ("spread", "shared", "sd")),
+    "restricted": Case(laws.restricted, ROWS_, ("scatter", "sd"), {"latent": ["beta"]}),
+    "flat by group": Case(laws.flat_by_group, ROWS_, ("slope", "sd"), {"latent": ["u"]}),
+    "diffuse trend": Case(laws.diffuse_trend, (with_holes(PATH, 0, 1, 5),), ("move", "bend"), DROP),
+    "diffuse state": Case(laws.diffuse_state, (PATH,), ("q", "sd")),
+    "diffuse series": Case(laws.diffuse_series, (PATHS,), ("move", "sd")),
     "loop": Case(chains.loop, (PATH[:5],), ("move", "sd"), {"latent": ["x0"]}),
 }

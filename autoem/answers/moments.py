@@ -40,7 +40,8 @@ def mixed_moments(
         whole = integral.block.mixed(moments, integral.weights(slope))
         for m in integral.block.members:
             mean, covariance = integral.block.marginal(m, whole)
-            out[m.name] = in_order(kernel, m.name, m.as_model(mean)), in_order(kernel, m.name, covariance)
+            mean, covariance = in_order(kernel, m.name, mean), in_order(kernel, m.name, covariance)
+            out[m.name] = m.in_model(mean), covariance
     return out
 
 
@@ -53,8 +54,9 @@ def completed(
         own = None if key is None else jax.random.fold_in(key, i)
         drawn = integral.block.draw(integral.integrate(params, bundle)[1], chosen, own)
         known = {m.name: m for m in integral.block.members}
-        out.update({n: known[n].as_model(v) if n in known else v for n, v in drawn.items()})
-    return {n: in_order(kernel, n, v) for n, v in out.items()}
+        drawn = {n: in_order(kernel, n, v) for n, v in drawn.items()}
+        out.update({n: known[n].in_model(v) if n in known else v for n, v in drawn.items()})
+    return out
 
 
 def in_order(kernel: Kernel, name: str, path: Array) -> Array:

@@ -33,7 +33,7 @@ from autoem.e_step.elimination.eliminate import (
 from autoem.graph.jaxpr import Key
 from autoem.graph.named import Named, named, pick
 from autoem.graph.programs import jit_once
-from autoem.ir import Chain, Latent, at_lag
+from autoem.ir import Chain, Continuous, Latent, at_lag
 from autoem.lowering.kernel import Kernel, disagree
 from autoem.m_step.problem import Bundle, make_layout
 from autoem.passes.classify import nearest
@@ -76,16 +76,21 @@ class Posterior:
     @functools.cached_property
     def covariance(self) -> Marginals:
         """By continuous latent, the posterior covariance of each of its cells, `(*plates, d, d)`."""
-        return Marginals({n: covariance for n, (_, covariance) in self._moments.items()})
+        return Marginals({n: self._known[n].in_model(covariance, 2) for n, (_, covariance) in self._moments.items()})
+
+    @property
+    def _known(self) -> dict[str, Continuous]:
+        """The continuous latents, and vectors seen in part."""
+        blocks = [m for block in self._built.kernel.integrals for m in block.block.members]
+        return {m.name: m for m in (*self._built.program.continuous.values(), *blocks)}
 
     @functools.cached_property
     def sd(self) -> Marginals:
         """By continuous latent, its posterior standard deviation, `(*plates, *event)`."""
-        blocks = [m for block in self._built.kernel.integrals for m in block.block.members]
-        known = {m.name: m for m in (*self._built.program.continuous.values(), *blocks)}
-        variances = {n: jnp.diagonal(c, axis1=-2, axis2=-1) for n, c in self.covariance.items()}
+        known = self._known
+        variances = {n: jnp.diagonal(c, axis1=-2, axis2=-1) for n, (_, c) in self._moments.items()}
         out = {n: jnp.sqrt(jnp.maximum(v, 0)).reshape(known[n].shape + known[n].event) for n, v in variances.items()}
-        return Marginals({n: known[n].as_model(v) for n, v in out.items()})
+        return Marginals({n: known[n].in_model(v) for n, v in out.items()})
 
     def interval(self, name: str, level: float = 0.95) -> tuple[Array, ...]:
         """Lower and upper end of the central interval that holds a continuous latent with probability `level`.

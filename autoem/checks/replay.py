@@ -53,7 +53,7 @@ def replay(built: Build, source: Source) -> tuple[dict[str, float], float]:
         with numpyro.validation_enabled(False), AtObserved(change):
             return log_density(handlers.seed(source.model, 0), args, kwargs, values)[0]
 
-    shown = {n: z.as_model(latents[n]) for n, z in built.program.continuous.items()}
+    shown = {n: z.in_model(latents[n]) for n, z in built.program.continuous.items()}
     theirs = jit_once(whole)({**params, **latents, **shown}, list(source.data))
     return {n: float(x) for n, x in ours.items()}, float(theirs)
 

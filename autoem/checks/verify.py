@@ -31,7 +31,7 @@ from autoem.m_step.problem import Bundle, graph_values
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
 from autoem.mean_field.field import Field
 from autoem.planning.build import Build
-from autoem.reading.scan_checks import REGISTER
+from autoem.reading.scan_checks import REGISTER, RUNNING
 from autoem.reading.trace import Source
 from autoem.treatments import AbstractDrawn
 
@@ -75,14 +75,23 @@ def verify(built: Build) -> tuple[str, ...]:
 
 
 def refuse_without_density(built: Build, *found: Mapping[str, Array]) -> None:
-    """Raise where a state's own density is no number at any values: its law has no spread in some direction."""
+    """Raise where a state's own density, or that of what reads it, is no number: its law has no spread somewhere."""
     for name in built.program.strands:
         if all(name in densities and bool(jnp.isnan(densities[name])) for densities in found):
             raise ModelError(
                 built.program.base_of(name),
                 problem="its own density is not a number at the model's start, nor elsewhere: a scale is zero, or a "
                 "covariance has not full rank",
-                mend=f"sample what has noise of its own, and nothing else; of {REGISTER}",
+                mend=f"sample what has noise of its own, and nothing else; {RUNNING}; and of {REGISTER}",
+            )
+    for name in (f.name for b in built.kernel.integrals if b.is_gaussian for f in b.factors):
+        if all(not bool(jnp.isfinite(densities.get(name, 0.0))) for densities in found):
+            raise ModelError(
+                name,
+                problem="its density is not finite at the model's start, nor elsewhere: a scale is zero or a "
+                "covariance has not full rank, and a Gaussian latent is integrated by densities",
+                mend="give it a scale above zero; or where it is seen without noise, observe the latent itself: "
+                "numpyro.sample(..., obs=y)",
             )
 
 

@@ -16,20 +16,20 @@ from autoem._errors import Intractable, PlanError
 from autoem.e_step.cells.censoring import find_pieces
 from autoem.e_step.cells.local import LocalBlock
 from autoem.e_step.elimination.places import plates_of, scale_of
+from autoem.e_step.gaussian.beside import named_index
 from autoem.e_step.gaussian.block import GaussianBlock, index_name
 from autoem.e_step.gaussian.chain import GaussianChain
-from autoem.e_step.gaussian.levels import cells_of, find_levels
+from autoem.e_step.gaussian.crossed import CrossedBlock
 from autoem.e_step.gaussian.missing import MissingEntries, patterns_of
 from autoem.e_step.gaussian.nested import NestedBlock
-from autoem.e_step.joined import agree, cells_of_rows, join_companions, read_by
+from autoem.e_step.joined import agree, cells_of_rows, join_companions, joined_at, read_by
 from autoem.e_step.tables.factors import refuse_random_weights
 from autoem.e_step.tables.tabulate import Factor
+from autoem.e_step.tied import LEVELS_FROM, MAX_DENSE, nested_block
 from autoem.ir import Continuous, Latent, Program, at_lag
 from autoem.passes.gaussian import Group, latent_groups
 
-Block = GaussianBlock | GaussianChain | LocalBlock | MissingEntries | NestedBlock
-MAX_DENSE = 4096  # coordinates of crossed latents, all in one vector
-NESTED_FROM = 64  # coordinates from which levels are eliminated in turn: below, one small matrix is as quick
+Block = GaussianBlock | GaussianChain | LocalBlock | MissingEntries | NestedBlock | CrossedBlock
 
 
 def build_blocks(
@@ -58,11 +58,12 @@ def gaussian_block(
     program: Program, group: Group, factors: Mapping[str, Factor], values: Mapping[Any, Any]
 ) -> tuple[Block, dict[str, np.ndarray]]:
     members = tuple(program.continuous[n] for n in group.members)
-    parts = tuple(factors[s] for s in group.sites)
+    parts = tuple(factors[s] for s in group.sites if s in factors)
+    refuse_unread(program, members, parts)
     refuse_scaled(program, parts)
     discrete = tuple({z.name: z for f in parts for z in f.latents}.values())
     if (chain := gaussian_chain(program, members, parts, discrete)) is not None:
-        return chain, {}
+        return chain, path_rows(program, chain, values)
     index = {(f.name, m.name): cells_of_rows(program, f, m, values, True) for f in parts for m in read_by(f)}
     every = {m.name for f in parts for m in read_by(f)}
     same = len({m.axes for m in members}) == 1 and all(agree(index, f) for f in parts) and every <= set(group.members)
@@ -79,10 +80,10 @@ def gaussian_block(
             mend=f"leave e_step out, and an approximation is chosen; or observe '{switch}', "
             f"or give '{carried}' a grid of values (Categorical)",
         )
-    if not same and not discrete and not carried and size >= NESTED_FROM:
-        nested, found = nested_block(program, members, parts, index)
-        if nested.levels:
-            return nested, found
+    if not same and not discrete and not carried and size >= LEVELS_FROM:
+        block, found = nested_block(program, members, parts, index)
+        if block is not None:
+            return block, found
     if not same and (size > MAX_DENSE or discrete):
         why = f"one vector of {size:,} coordinates" if not discrete else f"a mixture over {discrete[0].name}"
         raise Intractable(
@@ -111,30 +112,6 @@ def gaussian_block(
     return block, kept
 
 
-def nested_block(
-    program: Program,
-    members: tuple[Continuous, ...],
-    parts: tuple[Factor, ...],
-    index: Mapping[tuple[str, str], np.ndarray],
-) -> tuple[NestedBlock, dict[str, np.ndarray]]:
-    """The latents as levels that nest, and the cells of each level's own; no level where all are crossed."""
-    read = {f.name: {m.name: index[f.name, m.name] for m in read_by(f)} for f in parts}
-    levels, core, found = find_levels(members, read)
-    size = sum(m.dim * cells_of(m) for m in members if m.name in core)
-    if levels and size > MAX_DENSE:
-        raise Intractable(
-            core[0],
-            latents=tuple(m.name for m in members),
-            problem=f"{', '.join(core)} are crossed, so all their cells are tied: one vector of {size:,} coordinates",
-            mend="nest the groups, or read them by one index",
-        )
-    by_name = {f.name: f for f in parts}
-    latents = {m.name: m for m in members}
-    kept = {index_name(by_name[s], latents[n]): v for (s, n), v in index.items()}
-    sizes = {p.name: p.size for p in program.plates.values()}
-    return NestedBlock(members, parts, levels, core, sizes), {**kept, **found}
-
-
 def refuse_mixtures(members: Sequence[Continuous], plates: tuple[str, ...], discrete: Sequence[Latent]) -> None:
     """Raise where rows of one cell each have a discrete latent of their own."""
     member = members[0]
@@ -147,6 +124,18 @@ def refuse_mixtures(members: Sequence[Continuous], plates: tuple[str, ...], disc
                 "Gaussian for every combination of them",
                 mend=f"give each row its own '{member.name}', maximise over it (maximize=[\"{member.name}\"]), or put "
                 f"'{z.name}' in its plate",
+            )
+
+
+def refuse_unread(program: Program, members: Sequence[Continuous], factors: Sequence[Factor]) -> None:
+    """Raise where a latent with a flat prior is read by nothing: all its values stay as likely as any other."""
+    read = {program.base_of(m.name) for f in factors for m in read_by(f)}
+    for m in members:
+        if m.flat and m.name not in read:
+            raise PlanError(
+                m.name,
+                problem="it has a flat prior, and nothing observed depends on it: its posterior is improper",
+                mend=f'leave it out, or give it a law: numpyro.sample("{m.name}", dist.Normal(0.0, 1.0))',
             )
 
 
@@ -175,10 +164,32 @@ def gaussian_chain(
     shape = tuple(s for a, s in zip(paths[0].axes, paths[0].shape, strict=True) if not a.startswith("#"))[1:]
     if any(m.plates[1:] != plates for m in paths) or any(m.plates != plates for m in outside):
         return None
-    block = GaussianChain(
-        chain, paths, outside, tuple(factors), plates, shape, {p.name: p.size for p in program.plates.values()}
+    bases = {m.name for m in paths}
+    steps = (chain.time, chain.bulk)
+    beside = frozenset(
+        f.name for f in factors if {m.name for m in read_by(f)} <= bases and not set(steps) & set(f.site.axes)
     )
-    return block if all(stands_in_chain(block, f) for f in factors) else None
+    block = GaussianChain(
+        chain, paths, outside, tuple(factors), plates, shape, {p.name: p.size for p in program.plates.values()}, beside
+    )
+    return block if all(stands_in_chain(block, f) for f in factors if f.name not in beside) else None
+
+
+def path_rows(program: Program, chain: GaussianChain, values: Mapping[Any, Any]) -> dict[str, np.ndarray]:
+    """Of the sites beside a chain, the cell of its path that every row reads.
+
+    Raises:
+        Intractable: a row reads several of them.
+    """
+    out = {}
+    for f in (f for f in chain.factors if f.name in chain.beside):
+        index = {(f.name, m.name): cells_of_rows(program, f, m, values, True) for m in read_by(f)}
+        first = next(iter(index.values()))
+        if not agree(index, f):
+            raise joined_at(program, f, read_by(f)[0], frozenset())
+        name, found = named_index(f, first, int(np.prod(chain.cells, dtype=int)))
+        out[name] = found
+    return out
 
 
 def stands_in_chain(block: GaussianChain, f: Factor) -> bool:
@@ -236,7 +247,7 @@ def with_gaps(
 def partly_seen(program: Program, f: Factor, values: Mapping[Any, Any]) -> np.ndarray | None:
     """The data of a multivariate normal site, where some of its vectors are seen in part."""
     key = (f.name, "given")
-    if f.site.distribution != "MultivariateNormal" or f.family is None or key not in program.full.outputs:
+    if f.family is None or f.family.name != "MultivariateNormal" or key not in program.full.outputs:
         return None
     if any(k[0] not in ("data", "key") for k in program.full.needs(key)):
         return None

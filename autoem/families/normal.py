@@ -17,6 +17,7 @@ from jax.scipy.linalg import solve_triangular
 
 from autoem.families._arrays import as_float, columns, rows
 from autoem.families._family import Args, Covariance, Family, Location, Power, register_family
+from autoem.families._matrices import inverse, log_det
 
 _SOURCE = "Brown 1986, Fundamentals of Statistical Exponential Families, chapter 1"
 _MVN_SOURCE = "Anderson 2003, An Introduction to Multivariate Statistical Analysis, section 3.2"
@@ -108,20 +109,23 @@ def _natural_tril(args: Args) -> tuple[Array, Array]:
     whiten = solve_triangular(tril, jnp.broadcast_to(jnp.eye(tril.shape[-1], dtype=tril.dtype), tril.shape), lower=True)
     white = jnp.einsum("...ij,...j->...i", whiten, loc)
     shift = jnp.einsum("...ji,...j->...i", whiten, white)
-    log_det = jnp.log(jnp.abs(jnp.diagonal(tril, axis1=-2, axis2=-1))).sum(-1)
-    return _vector_eta(shift, jnp.swapaxes(whiten, -1, -2) @ whiten), 0.5 * (white**2).sum(-1) + log_det
+    log_scale = jnp.log(jnp.abs(jnp.diagonal(tril, axis1=-2, axis2=-1))).sum(-1)
+    return _vector_eta(shift, jnp.swapaxes(whiten, -1, -2) @ whiten), 0.5 * (white**2).sum(-1) + log_scale
 
 
 def _natural_covariance(args: Args) -> tuple[Array, Array]:
-    return _natural_tril({"loc": args["loc"], "scale_tril": jnp.linalg.cholesky(as_float(args["covariance_matrix"]))})
+    loc, covariance = as_float(args["loc"]), as_float(args["covariance_matrix"])
+    covariance = 0.5 * (covariance + jnp.swapaxes(covariance, -1, -2))  # both triangles carry the gradient
+    precision = inverse(covariance)
+    shift = jnp.einsum("...ij,...j->...i", precision, loc)
+    return _vector_eta(shift, precision), 0.5 * ((shift * loc).sum(-1) + log_det(covariance))
 
 
 def _natural_precision(args: Args) -> tuple[Array, Array]:
     loc, precision = as_float(args["loc"]), as_float(args["precision_matrix"])
     precision = 0.5 * (precision + jnp.swapaxes(precision, -1, -2))  # both triangles carry the gradient
     shift = jnp.einsum("...ij,...j->...i", precision, loc)
-    log_det = -jnp.log(jnp.diagonal(jnp.linalg.cholesky(precision), axis1=-2, axis2=-1)).sum(-1)
-    return _vector_eta(shift, precision), 0.5 * (shift * loc).sum(-1) + log_det
+    return _vector_eta(shift, precision), 0.5 * ((shift * loc).sum(-1) - log_det(precision))
 
 
 def _scatter(t: Array, n: Array, args: Args) -> Array:

@@ -18,6 +18,7 @@ from jax import Array
 from autoem.e_step.elimination.eliminate import Table
 from autoem.e_step.gaussian.block import GaussianBlock
 from autoem.e_step.gaussian.chain import GaussianChain
+from autoem.e_step.gaussian.crossed import CrossedBlock
 from autoem.e_step.gaussian.missing import MissingEntries
 from autoem.e_step.gaussian.nested import NestedBlock
 from autoem.e_step.gaussian.patterns import Completed
@@ -56,7 +57,7 @@ class Integral:
     @property
     def is_gaussian(self) -> bool:
         """Whether its posterior is Gaussian given the discrete latents beside it."""
-        return isinstance(self.block, GaussianBlock | GaussianChain | MissingEntries | NestedBlock)
+        return isinstance(self.block, GaussianBlock | GaussianChain | MissingEntries | NestedBlock | CrossedBlock)
 
     @functools.cached_property
     def pooled(self) -> frozenset[str]:

@@ -156,6 +156,17 @@ def climb(objective, minorised, start: Array, rounds: int, tolerance: float) -> 
     return jax.lax.fori_loop(0, rounds, round_, (start, objective(start)))[0]
 
 
+def derivatives(objective, at: Array) -> tuple[Array, Array]:
+    """Slope and second derivatives, from one pass."""
+
+    def slope(v: Array) -> tuple[Array, Array]:
+        out = jax.grad(objective)(v)
+        return out, out
+
+    hessian, first = jax.jacfwd(slope, has_aux=True)(at)
+    return first, hessian
+
+
 def maximise(objective, start: Array, max_steps: int, tolerance: float) -> Array:
     """A local maximum of `objective` from `start`; never lower than where it began."""
     tolerance = max(tolerance, 10 * float(jnp.finfo(start.dtype).eps))
@@ -164,8 +175,8 @@ def maximise(objective, start: Array, max_steps: int, tolerance: float) -> Array
         return (s.step < max_steps) & s.moved
 
     def step(s: NewtonState) -> NewtonState:
-        slope = jax.grad(objective)(s.at)
-        direction = newton_direction(jax.hessian(objective)(s.at), slope, s.damping)
+        slope, hessian = derivatives(objective, s.at)
+        direction = newton_direction(hessian, slope, s.damping)
         # where the quadratic model is not concave its step may point down: follow the slope instead
         rises = jnp.vdot(direction, slope) > 0
         direction = jnp.where(rises, direction, slope / (1 + jnp.linalg.norm(slope)) / (1 + s.damping))
@@ -177,9 +188,10 @@ def maximise(objective, start: Array, max_steps: int, tolerance: float) -> Array
         damping = jnp.where(better, s.damping * 0.1, jnp.maximum(s.damping * 10, 1e-3))
         damping = jnp.where(damping < 1e-8, 0.0, damping)
         keep = better & jnp.isfinite(value)
+        rest = done & (keep | (s.damping == 0))  # a whole step that would gain nothing: what it loses is rounding
         return NewtonState(
             jnp.where(keep, new, s.at), jnp.where(keep, value, s.value), damping, s.step + 1,
-            ~(done & keep) & (damping < 1e12) & jnp.isfinite(gain),
+            ~rest & (damping < 1e12) & jnp.isfinite(gain),
         )  # fmt: skip
 
     first = NewtonState(start, objective(start), jnp.zeros((), start.dtype), jnp.zeros((), int), jnp.array(True))

@@ -66,19 +66,27 @@ def continuous_of(program: Program, site: Site) -> set[str]:
 
 def why_not(program: Program, site: Site) -> str:
     """Why the site's log density is not a quadratic in its continuous latents; an empty string where it is."""
-    if site.distribution not in FAMILIES or not isinstance(site.family, Family):
+    if is_flat(program, site):
+        return ""
+    family = site.normal
+    if not isinstance(family, Family) or family.name not in FAMILIES:
         return f"it is {site.distribution}, not Normal"
     own = site.name in program.every_continuous
-    if site.distribution == "LogNormal" and own:
+    if family.name == "LogNormal" and own:
         return "it is LogNormal, not Normal"
     graph = program.graph
     read = {("latent", n) for n in continuous_of(program, site)}
-    for arg in site.family.args:
+    for arg in family.args:
         if arg != "loc" and graph.needs((site.name, f"arg:{arg}")) & read:
             return f"its {arg} depends on {named(read & graph.needs((site.name, f'arg:{arg}')))}"
     if not own and (reason := affine_in(graph, (site.name, "value"), read)):
         return reason.replace("its mean", "its value")
     return affine_in(graph, (site.name, "arg:loc"), read - {("latent", site.name)})
+
+
+def is_flat(program: Program, site: Site) -> bool:
+    """Whether the site is a continuous latent of no density but the same for all numbers."""
+    return site.role == "continuous" and program.every_continuous[site.name].flat
 
 
 def affine_in(graph: Graph, key: tuple, read: Iterable[tuple]) -> str:

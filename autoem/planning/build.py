@@ -6,6 +6,7 @@ without reading the model again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from autoem._errors import Intractable, PlanError
+from autoem._errors import Intractable, ModelError, PlanError
 from autoem.accelerate import AbstractAcceleration, Accelerator
 from autoem.e_step.cells.local import LocalBlock
 from autoem.e_step.elimination.places import build_layout
+from autoem.e_step.gaussian.chain import GaussianChain
 from autoem.e_step.groups import Block, build_blocks, partly_seen, with_gaps
 from autoem.e_step.joined import Joined
 from autoem.e_step.strategies import Importance, Laplace
@@ -47,6 +49,7 @@ from autoem.planning.options import Options
 from autoem.planning.plan import Plan, make_plan, notes_of
 from autoem.planning.wishes import refuse_unknown_sites
 from autoem.reading.trace import Discovery, Source, trace
+from autoem.reading.walks import walks_among
 from autoem.treatments import AbstractDrawn, drawn_treatment, treatment_of, try_out
 from autoem.treatments.discrete import STRATEGIES as DISCRETE
 
@@ -200,16 +203,19 @@ def read(
     options: Options,
     joined: Mapping[str, frozenset[str]] | None = None,
     drawn: Collection[str] = (),
+    stepwise: bool = False,
 ) -> tuple[Program, Discovery, Source]:
     """The model as a classified program.
 
-    Of its continuous latents, those `joined` have some plates as coordinates, and those `drawn` no formula.
+    Of its continuous latents, those `joined` have some plates as coordinates, and those `drawn` no formula; laws of
+    whole paths are read step by step where `stepwise` is set.
     """
     truncated, drop_nan = options.truncated(), options.missing == "marginalize"
     program, found, source = trace(model, args, kwargs, truncated=truncated, drop_nan=drop_nan)
     if hidden := continuous_latents(program, options.latent, options.maximize):
+        walks = walks_among(found.records, hidden) if stepwise else ()
         program, found, source = trace(
-            model, args, kwargs, truncated=truncated, drop_nan=drop_nan, continuous=hidden, joined=joined
+            model, args, kwargs, truncated=truncated, drop_nan=drop_nan, continuous=hidden, joined=joined, walks=walks
         )
     program = with_wishes(program, options, drawn)
     supports = {n: r.fn.support for n, r in found.records.items() if not r.observed}
@@ -243,8 +249,35 @@ def open_to_draws(name: str, options: Options) -> bool:
 
 
 def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Array, drawn: Mapping[str, str]) -> Build:
-    """The same, where it is known which latents have to be `drawn`, and why."""
-    program, found, source = read(model, args, kwargs, options, drawn=drawn)
+    """The same, where it is known which latents have to be `drawn`, and why.
+
+    A law of a whole path is read step by step if the path then is a chain of Gaussian states, else as one vector.
+    """
+    try:
+        reading = read(model, args, kwargs, options, drawn=drawn, stepwise=True)
+    except (ModelError, PlanError):  # as a scan it may be refused for what a vector is not
+        reading = read(model, args, kwargs, options, drawn=drawn)
+    if walks := reading[2].walks:
+        with contextlib.suppress(ModelError, PlanError):
+            built = derived(model, args, kwargs, options, key, drawn, reading)
+            chains = [i.block for i in built.kernel.integrals if isinstance(i.block, GaussianChain)]
+            if walks <= {n for block in chains for n in block.names}:
+                return built
+        reading = read(model, args, kwargs, options, drawn=drawn)
+    return derived(model, args, kwargs, options, key, drawn, reading)
+
+
+def derived(
+    model: Callable,
+    args: tuple,
+    kwargs: dict,
+    options: Options,
+    key: Array,
+    drawn: Mapping[str, str],
+    reading: tuple[Program, Discovery, Source],
+) -> Build:
+    """The same from a reading of the model."""
+    program, found, source = reading
     data = {} if source.concrete else {i: jnp.asarray(x) for i, x in enumerate(source.data)}
     values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
     joined: dict[str, frozenset[str]] = {}
@@ -255,7 +288,7 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
             break
         except Joined as latent:
             joined[latent.name] = joined.get(latent.name, frozenset()) | latent.axes
-            program, found, source = read(model, args, kwargs, options, joined, drawn)
+            program, found, source = read(model, args, kwargs, options, joined, drawn, bool(source.walks))
     factors, gaps, patterns = with_gaps(program, factors, values)
     groups = (*groups, *gaps)
     cells = {n: jnp.asarray(c) for n, c in {**cells, **found_cells, **patterns}.items()}

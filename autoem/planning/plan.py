@@ -283,6 +283,11 @@ def notes_of(program: Program, truncated: Mapping[str, tuple[int, int]]) -> tupl
     read = {n for s in program.sites.values() if s.role == "continuous" for n in s.parents}
     turn = {p.name: f'; a latent is drawn from it: latent=["{p.name}"] would integrate it' for p in judged}
     notes = [f"'{p.name}' is {p.reason}{turn[p.name] if p.name in read else ''}" for p in judged]
+    if flat := [f"'{n}'" for n, z in program.continuous.items() if z.flat]:
+        notes.append(
+            f"{', '.join(flat)} flat over all numbers: the log-likelihood is the restricted one (REML), or that of a "
+            "diffuse start, and compares among models alone that are flat over the same"
+        )
     for name, (low, high) in truncated.items():
         notes.append(f"'{name}' is summed over {low} ... {high} only; mass outside is left out of the likelihood")
     return tuple(notes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,8 @@ from numpyro.primitives import Messenger
 from autoem._errors import DataError, ModelError
 from autoem.families import Family, family_of
 from autoem.families.densities import log_density
+from autoem.families.laws import Law, law_of
+from autoem.reading.paths import laws_of_steps, path_of
 from autoem.reading.support import bounds
 
 CATEGORIES = (dist.CategoricalProbs, dist.CategoricalLogits)  # their density reads the value as an index
@@ -39,7 +41,8 @@ NOT_CONCRETE = (
 class Record:
     """What one `sample` message said, before anything is decided.
 
-    `given` is an observed value as the model passed it, where `value` is another array than that.
+    `given` is an observed value as the model passed it, where `value` is another array than that. `law` is the normal
+    law that the site has by another name.
     """
 
     name: str
@@ -53,6 +56,16 @@ class Record:
     scale: Any
     frames: tuple[Any, ...]
     given: Any = None
+    law: Law | None = None
+
+    @property
+    def event_dim(self) -> int:
+        """Event axes of the unwrapped distribution, as its law and all later stages see them."""
+        return min(self.base.event_dim, 1) if self.law else self.base.event_dim
+
+    def vector(self, value: Any) -> Any:
+        """A value of the site with one axis of event at most."""
+        return self.law.flat(value) if self.law else value
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,6 +125,8 @@ class Reader(Messenger):
         self.given: dict[tuple[str, str, int], Any] = {}  # what scans start from and run over: (time, which, leaf)
         self.numbers: Mapping[tuple[str, str, int], np.ndarray] = {}  # those of them that the model's text tells
         self.last = ""
+        self.walks: Collection[str] = ()  # sites that are read as scans, by `read_walk`
+        self.read_walk: Callable[[Reader, dict], None] | None = None
         super().__init__(None)
 
     def process_message(self, msg):
@@ -126,6 +141,9 @@ class Reader(Messenger):
             refuse_unstarted(msg)
         if kind == "param" and ("param", name) in self.inputs:
             msg["value"] = self.inputs["param", name]
+        if name in self.walks and self.read_walk and kind == "sample" and msg["value"] is None:
+            self.read_walk(self, msg)
+            return
         if kind == "sample" and msg["value"] is None and not msg["is_observed"]:
             for key in (("latent", name), ("param", name)):
                 if key in self.inputs:
@@ -188,6 +206,9 @@ class Reader(Messenger):
         auxiliary = bool(msg["infer"].get("is_auxiliary")) and isinstance(base, dist.Unit)
         value, observed = msg["value"], bool(msg["is_observed"])
         given = value
+        if observed and not self.drop_nan and (path := path_of(base)) is not None:
+            base, taken = laws_of_steps(path, value), taken + 1
+            mask = None if mask is None else jnp.expand_dims(mask, -1)
         if observed and not auxiliary:
             value, seen = as_read(base, value, self.drop_nan)
             mask = seen if mask is None else mask if seen is None else mask & seen
@@ -196,7 +217,7 @@ class Reader(Messenger):
         frames = tuple(msg["cond_indep_stack"])
         return Record(
             msg["name"], msg["fn"], base, mask, taken, value, observed, auxiliary, msg["scale"], frames,
-            None if given is value else given,
+            None if given is value else given, None if auxiliary else law_of(base),
         )  # fmt: skip
 
 
@@ -344,20 +365,22 @@ def outputs_of(
             out[name, "elem"] = jnp.asarray(r.base.log_factor)
         else:
             out[name, "elem"] = log_density(r.base, r.value)
-            out[name, "value"] = jnp.asarray(r.value)
+            out[name, "value"] = jnp.asarray(r.vector(r.value))
         if isinstance(r.base, dist.Delta):
             out[name, "arg:v"] = jnp.asarray(r.base.v)
         family = family_of(r.base)
         if isinstance(family, Family):
             for arg in (*family.args, *family.fixed):
                 out[name, f"arg:{arg}"] = jnp.asarray(getattr(r.base, arg))
+        elif r.law:
+            out.update({(name, f"arg:{arg}"): jnp.asarray(v) for arg, v in r.law.args.items()})
         elif family is not None:
             out.update({(name, f"arg:{part}"): jnp.asarray(v) for part, v in family.parts(r.base).items()})
         out.update({(name, b): v for b, v in moving_bounds(r).items()})
         if name in latents:
             out[name, "low"], out[name, "high"] = (jnp.asarray(b) for b in bounds(name, r.base, truncated))
         if r.given is not None:
-            out[name, "given"] = jnp.asarray(r.given)
+            out[name, "given"] = jnp.asarray(r.vector(r.given))
         if r.mask is not None:
             out[name, "mask"] = jnp.asarray(r.mask)
         if r.scale is not None:

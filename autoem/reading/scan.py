@@ -31,7 +31,7 @@ from autoem.graph.folding import dtype_of, folded, only_of, reads, shape_of
 from autoem.graph.jaxpr import Graph, trace_graph
 from autoem.ir import at_lag, at_step
 from autoem.reading.reader import Reader, Record, outputs_of
-from autoem.reading.scan_checks import REGISTER, conditioned, refuse_around, refuse_lists
+from autoem.reading.scan_checks import REGISTER, RUNNING, conditioned, refuse_around, refuse_lists
 from autoem.reading.support import bounds
 
 MAX_LAG = 8
@@ -181,7 +181,7 @@ class Scan:
                     problem="what the step carries is computed from what it carried, and so from latents of any number "
                     "of steps back",
                     mend="carry sampled values alone: sample a running quantity, as Normal(phi * x, q) in place of "
-                    f"phi * x + q * e; and of {REGISTER}",
+                    f"phi * x + q * e; {RUNNING}; and of {REGISTER}",
                 )
             if i not in lags:
                 older = [lag(k[1], (*path, i)) for k in needs[i] if k[0] == "·carry" and k[1] in decided]

@@ -15,6 +15,11 @@ from numpyro.primitives import _PYRO_STACK
 
 from autoem._errors import DataError, ModelError
 
+RUNNING = (
+    "a moving average is read where it is observed, of an autoregression that is sampled: "
+    "dist.Normal(x + theta * earlier, sd); a level that sums its slopes is sampled by its last two values: "
+    "dist.Normal(2 * one - two, q)"
+)
 REGISTER = (
     "a vector that shifts its entries (A @ x, jnp.concatenate, jnp.roll) carry each entry by itself, in a tuple: "
     'x = numpyro.sample("x", dist.Normal(a[0] * earlier[0] + a[1] * earlier[1], q)); '

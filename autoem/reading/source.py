@@ -27,6 +27,7 @@ from autoem.ir import Chain, Continuous
 from autoem.reading.reader import NOT_CONCRETE, Reader, Record, described
 from autoem.reading.steps import read_scan
 from autoem.reading.support import bounds
+from autoem.reading.walks import read_walk
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,6 +53,7 @@ class Source:
         self.where = [i for i, x in enumerate(leaves) if is_array(x)]
         self.data = [leaves[i] for i in self.where]
         self.concrete = False
+        self.walks: frozenset[str] = frozenset()  # sites over whole paths that are read step by step
         self.numbers: dict[tuple[str, str, int], np.ndarray] = {}
 
     def signature(self) -> tuple:
@@ -92,7 +94,7 @@ class Source:
         def run(inputs):
             inputs = {k: turned[k].as_model(v) if k in turned else v for k, v in inputs.items()}
             reader = Reader(inputs, self.truncated, self.drop_nan, self.concrete, compact, read_scan)
-            reader.numbers = self.numbers
+            reader.numbers, reader.walks, reader.read_walk = self.numbers, self.walks, read_walk
             call = (lambda _: self.call(numbers)) if self.concrete else self.call
             kept.append(reader)
             return run_model(self.model, call, reader, inputs, outputs)

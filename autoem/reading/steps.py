@@ -116,10 +116,10 @@ def room(record: Record, field: str) -> tuple[int, int]:
     if record.auxiliary:
         return batch, 0
     if field in ("value", "given"):
-        return batch, record.base.event_dim
+        return batch, record.event_dim
     if field == "scale":
         return len(record.fn.batch_shape), 0
-    family = family_of(record.base)
+    family = record.law.family if record.law else family_of(record.base)
     if field.startswith("arg:") and isinstance(family, Family) and field[4:] in family.args:
         return batch, family.arg_dims[family.args.index(field[4:])]
     return batch, 0

@@ -18,6 +18,7 @@ import numpyro.distributions as dist
 
 from autoem._errors import DataError, ModelError, PlanError
 from autoem.families import family_of
+from autoem.families.laws import is_flat
 from autoem.graph.cells import SEVERAL, cells_read, merge, merge_axes
 from autoem.graph.jaxpr import Constant, Graph
 from autoem.graph.on_host import on_host
@@ -37,12 +38,14 @@ def trace(
     drop_nan: bool = False,
     continuous: Mapping[str, str] | None = None,
     joined: Mapping[str, Collection[str]] | None = None,
+    walks: Collection[str] = (),
 ) -> tuple[Program, Discovery, Source]:
     """Read `model` called with `args` and `kwargs`.
 
     Args:
         continuous: the continuous sites that are latents, each with the reason.
         joined: of some of them the axes along which rows read several cells, which are then coordinates of one.
+        walks: those of them that are laws of whole paths, and are read step by step.
 
     Returns:
         The Program, with roles still undecided for continuous sites ('parameter'); the discovery, whose graph computes
@@ -53,8 +56,10 @@ def trace(
         plate is empty.
     """
     source = Source(model, args, kwargs or {}, dict(truncated or {}), drop_nan)
+    source.walks = frozenset(walks)
+    given = {n: why for n, why in (continuous or {}).items() if n not in walks}
     try:
-        return _trace(model, source, continuous or {}, joined or {})
+        return _trace(model, source, given, joined or {})
     except PlanError as error:  # a site without support to sum over, named as the data are: more likely forgotten
         if error.where not in map(source.argument, range(len(source.data))):
             raise
@@ -81,7 +86,7 @@ def _trace(
     plates = read_plates(found)
     found_latents = read_latents(found, source)
     latents, pieces = with_paths(found, found_latents)
-    hidden, strands = continuous_paths(found, read_continuous(found, continuous, joined))
+    hidden, strands = continuous_paths(found, read_continuous(found, continuous, joined), source.walks)
     every = {**latents, **pieces, **hidden, **strands}
 
     def outputs(reader: Reader) -> dict:
@@ -136,7 +141,7 @@ def mixed_in_chains(
 
         def several(r: Record, i: int, z=z, key=key) -> bool:
             """Whether a row of a site reads cells of several numbers along an axis."""
-            events = 0 if r.auxiliary else r.base.event_dim
+            events = 0 if r.auxiliary else r.event_dim
             fields = ("arg:loc", "value") if events and (r.name, "arg:loc") in full.outputs else ("elem",)
             events = r.num_event + events * (len(fields) > 1)
             found = [cells_read(full, full.outputs[r.name, f], key, z.shape, values, i) for f in fields]
@@ -228,12 +233,13 @@ def read_continuous(
         order = tuple(ours.index(i) for i in range(len(ours))) if ours != sorted(ours) else ()
         cells, rest = tuple(whole[i] for i in kept), tuple(whole[i] for i in ours[len(kept) :])
         kept_axes = tuple(axes[i] for i in kept)
-        out[name] = Continuous(name, kept_axes, cells, rest, reason, r.fn.support, order=order)
+        flat = is_flat(r.base)
+        out[name] = Continuous(name, kept_axes, cells, rest, reason, r.fn.support, order=order, flat=flat)
     return out
 
 
 def continuous_paths(
-    found: Discovery, read: dict[str, Continuous]
+    found: Discovery, read: dict[str, Continuous], walks: Collection[str]
 ) -> tuple[dict[str, Continuous], dict[str, Continuous]]:
     """The model's continuous latents, those of a chain as paths; and the pieces that the sites of a chain read."""
     whole, strands = dict(read), {}
@@ -253,9 +259,11 @@ def continuous_paths(
                 n: str, time: str, steps: int, known=known, plates=plates, shape=shape, order=order
             ) -> Continuous:
                 axes, sizes = ((time, *plates), (steps, *shape)) if time else (plates, shape)
-                return Continuous(n, axes, sizes, known.event, known.reason, known.support, order=order)
+                return dataclasses.replace(known, name=n, axes=axes, shape=sizes, order=order)
 
             whole[name] = piece(name, chain.time, chain.length)
+            if name in walks:
+                whole[name] = dataclasses.replace(whole[name], steps=len(shape))
             bulk = [at_lag(name, i) for i in range(max(chain.lag, lag) + 1)]
             ends = [at_step(name, h) for h in (*range(chain.lag), *range(-chain.ending, 0))]
             strands |= {n: piece(n, chain.bulk, chain.length - chain.lag) for n in bulk}
@@ -350,12 +358,13 @@ def read_site(r: Record, latents: Mapping[str, Latent | Continuous]) -> Site:
     role = "factor" if r.auxiliary else "observed" if r.observed else "latent" if r.name in latents else "parameter"
     role = "continuous" if isinstance(latents.get(r.name), Continuous) else role
     family = None if r.auxiliary else family_of(r.base)
-    event_dim = 0 if r.auxiliary else r.base.event_dim
+    event_dim = 0 if r.auxiliary else r.event_dim
     kind = "factor" if r.auxiliary else type(r.base).__name__
     support = "" if r.auxiliary else str(r.base.support)
     return Site(
-        r.name, role, kind, family, r.axes, r.shape, event_dim, r.mask is not None, r.scale is not None, support=support
-    )
+        r.name, role, kind, family, r.axes, r.shape, event_dim, r.mask is not None, r.scale is not None,
+        support=support, law=r.law and r.law.family,
+    )  # fmt: skip
 
 
 __all__ = ["Discovery", "Record", "Source", "trace"]

@@ -16,7 +16,7 @@ from numpyro.distributions import biject_to
 import autoem
 from tests import gaussian_models as models
 from tests import state_space_models as chains
-from tests.dense_gaussian import Dense, Moments
+from tests.dense_gaussian import Dense, Moments, of_flat
 from tests.gaussian_models import CASES, DROP, Case
 
 KEY = jax.random.key(0)
@@ -54,7 +54,7 @@ def start_of(name: str) -> tuple[Dense, dict[str, Any], dict[str, Any]]:
     """The truth, the parameters in the model's text, and the maps from free coordinates to them."""
     case = CASES[name]
     dense = Dense(case.model, case.args, case.reverse)
-    seeded = handlers.trace(handlers.seed(case.model, KEY))
+    seeded = handlers.trace(handlers.substitute(handlers.seed(case.model, KEY), substitute_fn=of_flat))
     sites = seeded.get_trace(*dense.filled(jnp.zeros(dense.num_missing)))
     params = {n: s for n, s in sites.items() if s["type"] == "param"}
     maps = {n: biject_to(s["kwargs"]["constraint"]) for n, s in params.items()}

@@ -181,3 +181,31 @@ def test_a_location_of_two_sites_that_differ_in_covariance() -> None:
     result = fitted(model, x, y)
     assert result.plan.m_step("loc") == "closed form"
     assert_maximal(model, result, x, y)
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [
+        lambda mu: jnp.broadcast_to(mu, (3,)),
+        lambda mu: jnp.stack([mu, jnp.asarray(0.0), jnp.asarray(1.0)]),
+        lambda mu: jnp.stack([mu, mu, jnp.asarray(0.5)]),
+    ],
+    ids=["all entries", "one entry", "two entries"],
+)
+def test_a_location_in_some_places_of_a_vector(spread) -> None:
+    """The covariance weighs what is seen of it: generalised least squares, by NumPy."""
+    covariance = np.array([[1.0, 0.9, 0.0], [0.9, 1.5, 0.2], [0.0, 0.2, 0.7]])
+    x = np.random.default_rng(6).normal(size=(8, 3))
+
+    def model(x):
+        mu = numpyro.param("mu", 0.3)
+        with numpyro.plate("n", len(x)):
+            numpyro.sample("x", dist.MultivariateNormal(spread(mu), covariance), obs=x)
+
+    result = fitted(model, x)
+    known = np.asarray(spread(jnp.zeros(())))
+    design = np.asarray(spread(jnp.ones(()))) - known
+    inverse = np.linalg.inv(covariance)
+    expected = (design @ inverse @ (x - known).mean(0)) / (design @ inverse @ design)
+    np.testing.assert_allclose(result.params["mu"], expected, rtol=1e-8)
+    assert_maximal(model, result, x)

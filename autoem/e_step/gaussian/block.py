@@ -34,6 +34,7 @@ from autoem.e_step.gaussian.quadratic import (
     LOG_2PI,
     OTHER,
     Residual,
+    described,
     filled,
     quadratic_terms,
     residuals,
@@ -322,7 +323,7 @@ class GaussianBlock:
         """How the latent is treated, in words."""
         cells = int(np.prod(m.shape, dtype=int))
         size = f"{m.dim} dimension{'s' * (m.dim > 1)}"
-        reason = "Gaussian: every site that reads it is Normal with a mean affine in it"
+        reason = described(m)
         reason += f"; {cells:,} cells of {size}" if cells > 1 else f"; {size}"
         if len(self.members) > 1:
             reason += f", together with {', '.join(n for n in self.names if n != m.name)}"

@@ -18,6 +18,7 @@ from jax import Array
 
 from autoem.e_step.elimination.layout import Table
 from autoem.e_step.gaussian import kalman
+from autoem.e_step.gaussian.beside import at_rows, at_steps
 from autoem.e_step.gaussian.pooled import pooled_statistics
 from autoem.e_step.gaussian.quadratic import DIM, OTHER, Residual, filled, quadratic_terms, residuals
 from autoem.e_step.gaussian.settled import FROM, backward_alike, forward_alike
@@ -44,6 +45,7 @@ class GaussianChain:
         factors: the sites that read any of them.
         plates: plates of the sequences, of sizes `shape`.
         sizes: sizes of all plates.
+        beside: sites outside of the scan whose rows read the path by index; see `beside`.
     """
 
     chain: Chain
@@ -53,6 +55,7 @@ class GaussianChain:
     plates: tuple[str, ...]
     shape: tuple[int, ...]
     sizes: Mapping[str, int]
+    beside: frozenset[str] = frozenset()
 
     discrete: tuple[Latent, ...] = ()
 
@@ -97,8 +100,15 @@ class GaussianChain:
             start += m.dim
         return out
 
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """Steps of the path, and its sequences."""
+        return (self.chain.length, *self.shape)
+
     def kind(self, f: Factor) -> str:
-        """The plate of steps that a factor stands in; empty for what the start alone reads."""
+        """The plate of steps that a factor stands in, or brings its rows to; empty for what the start alone reads."""
+        if f.name in self.beside:
+            return self.chain.time
         times = (self.chain.time, self.chain.bulk)
         return next((a for a in f.site.axes if a in times), "")
 
@@ -108,35 +118,63 @@ class GaussianChain:
         places = self.places
         return np.concatenate([places[m.name] + np.arange(m.dim) for m in f.completions.members])
 
-    def terms(self, f: Factor, r: Residual) -> tuple[Array, Array, Named]:
-        """Precision and shift of a factor's latents `(steps, *batch, ...)`, and its constant for every sequence."""
+    def axes(self, f: Factor) -> tuple[str, ...]:
+        """Axes of a factor along which it has terms of its own: steps and sequences, or its rows beside the chain."""
+        if f.name in self.beside:
+            return f.site.plates
         kind = self.kind(f)
-        keep = (*((kind,) if kind else ()), *self.plates)
+        return (*((kind,) if kind else ()), *self.plates)
+
+    def own_terms(self, f: Factor, r: Residual) -> tuple[Array, Array, Named]:
+        """Precision and shift of a factor's latents, and its constant, along its axes; of size one where alike."""
+        keep = self.axes(f)
         precision, shift, constant = quadratic_terms(f, r, keep)
         count = len(self.where(f))
         p, s = precision.to((*keep, DIM, OTHER)), shift.to((*keep, DIM))
         p = jnp.broadcast_to(p, (*p.shape[: len(keep)], count, count))
-        s = jnp.broadcast_to(s, (*s.shape[: len(keep)], count))
-        steps = self.sizes[kind] if kind and kind not in constant.axes else 1
-        return p, s, Named(constant.sum((kind,)).array * steps, tuple(a for a in constant.axes if a != kind))
+        return p, jnp.broadcast_to(s, (*s.shape[: len(keep)], count)), constant
+
+    def terms(self, f: Factor, r: Residual, cells: Mapping[str, Array]) -> tuple[Array, Array, Named]:
+        """Precision and shift of a factor's latents `(steps, *batch, ...)`, and its constant for every sequence."""
+        p, s, constant = self.own_terms(f, r)
+        if f.name in self.beside:
+            p, s = (self.flat(f, v) for v in (p, s))
+            p, s = (at_steps(f, v, self.cells, cells) for v in (p, s))
+        return p, s, self.by_sequence(f, constant, cells)
+
+    def by_sequence(self, f: Factor, value: Named, cells: Mapping[str, Array]) -> Named:
+        """A quantity along a factor's axes, summed over those of each sequence."""
+        if f.name in self.beside:
+            home = at_steps(f, self.flat(f, value.to(f.site.plates)), self.cells, cells)
+            return named(jnp.broadcast_to(home, self.cells).sum(0), self.plates)
+        kind = self.kind(f)
+        steps = self.sizes[kind] if kind and kind not in value.axes else 1
+        return Named(value.sum((kind,)).array * steps, tuple(a for a in value.axes if a != kind))
 
     def integrate(self, values: Mapping[Any, Any], rows: Mapping[str, Rows], cells: Mapping[str, Array]):
         """`(table, moments)`: the integral over the latents, and their posterior.
 
         In single precision squares of observations would cancel: there all is done anew about the means found first.
         """
-        del cells
         found = residuals(self.factors, values, rows)
-        value, moments = self.over(found)
+        value, moments = self.over(found, cells)
         if jnp.result_type(float) != jnp.float64:
             about = jax.lax.stop_gradient(moments)
-            value, moments = self.over([(f, self.less(f, r, about)) for f, r in found])
+            value, moments = self.over([(f, self.less(f, r, about, cells)) for f, r in found], cells)
             moments = self.moved(moments, about.smoothed)
         return Table(value, frozenset(), frozenset(self.plates)), moments
 
-    def less(self, f: Factor, r: Residual, about: ChainMoments) -> Residual:
+    def flat(self, f: Factor, value: Array) -> Array:
+        """A quantity along the plates of a factor as one of its rows, or of one row where all are alike."""
+        axes = len(f.site.plates)
+        rest, sizes = value.shape[axes:], [self.sizes[p] for p in f.site.plates]
+        if all(s == 1 for s in value.shape[:axes]):
+            return value.reshape(1, *rest)
+        return jnp.broadcast_to(value, (*sizes, *rest)).reshape(-1, *rest)
+
+    def less(self, f: Factor, r: Residual, about: ChainMoments, cells: Mapping[str, Array]) -> Residual:
         """A site's residual where the latents are counted from their means in `about`."""
-        mean, _, axes = self.of_factor(f, about)
+        mean, _, axes = self.of_factor(f, about, cells)
         at = named(mean, (*axes, DIM))
         keep = tuple(a for a in dict.fromkeys((*r.slope.axes, *at.axes)) if a != DIM)
         away = contract(keep, r.slope, at)
@@ -151,13 +189,13 @@ class GaussianChain:
         )
         return ChainMoments(swept, s._replace(start_mean=s.start_mean + by.start_mean, mean=s.mean + by.mean))
 
-    def over(self, sites: Sequence[tuple[Factor, Residual]]) -> tuple[Named, ChainMoments]:
+    def over(self, sites: Sequence[tuple[Factor, Residual]], cells: Mapping[str, Array]) -> tuple[Named, ChainMoments]:
         """The integral of sites that are given by their residuals, and the posterior."""
         lag, steps = self.chain.lag, self.chain.length - self.chain.lag
         size, window = self.extra + lag * self.dim, (lag + 1) * self.dim
         real = jnp.result_type(float)
         start = jnp.zeros((*self.shape, size + 1, size + 1), real)
-        found = [(f, *self.terms(f, r)) for f, r in sites]
+        found = [(f, *self.terms(f, r, cells)) for f, r in sites]
         constants = [constant for *_, constant in found]
         later: list[tuple[np.ndarray, Array, Array]] = []
         for f, p, s, _ in found:
@@ -196,9 +234,15 @@ class GaussianChain:
             covariance.insert(0, s.start_covariance[None, ..., span, span])
         return jnp.concatenate(mean), jnp.concatenate(covariance)
 
-    def of_factor(self, f: Factor, moments: ChainMoments) -> tuple[Array, Array, tuple[str, ...]]:
+    def of_factor(
+        self, f: Factor, moments: ChainMoments, cells: Mapping[str, Array]
+    ) -> tuple[Array, Array, tuple[str, ...]]:
         """Mean and covariance of a factor's latents, and the axes of their cells."""
         where, kind, s = self.where(f), self.kind(f), moments.smoothed
+        if f.name in self.beside:
+            sizes, lead = [self.sizes[p] for p in f.site.plates], len(self.cells)
+            mean, covariance = (at_rows(f, v, lead, sizes, cells) for v in self.path(moments))
+            return mean[..., rows_of(where)], square_of(covariance, where), f.site.plates
         if not kind:
             mean, covariance, axes = s.start_mean, s.start_covariance, self.plates
         elif kind == self.chain.bulk:
@@ -209,16 +253,16 @@ class GaussianChain:
 
     def complete(self, f: Factor, moments: ChainMoments, cells: Mapping[str, Array]) -> tuple[Array, Named | None]:
         """The factor's nodes as its arguments want them, and its own latent's values there."""
-        del cells
-        mean, covariance, axes = self.of_factor(f, moments)
+        mean, covariance, axes = self.of_factor(f, moments, cells)
         return filled(f, named(gaussian_nodes(mean, covariance), (NODES, *axes, DIM)))
 
     def pooled(self, f: Factor, rows: Rows, moments: ChainMoments, weight: Named, cells: Mapping[str, Array]):
         """Expected statistics of a site that is one regression on its latents for all steps."""
-        del cells
-        mean, covariance, axes = self.of_factor(f, moments)
+        mean, covariance, axes = self.of_factor(f, moments, cells)
         kind, own = self.kind(f), (weight, rows.mask, rows.scale)
-        if kind and all(w is None or kind not in w.axes for w in own):  # steps count alike: their sum will do
+        if f.name in self.beside:
+            axes_of = axes
+        elif kind and all(w is None or kind not in w.axes for w in own):  # steps count alike: their sum will do
             covariance, axes_of = self.total(f, moments) / self.sizes[kind], axes[1:]
         else:
             axes_of = axes
@@ -236,13 +280,17 @@ class GaussianChain:
             total = total + s.start_covariance[..., span, span]
         return square_of(total, self.where(f))
 
-    def coordinates(self, f: Factor, latents: Mapping[str, Array]) -> Named:
+    def coordinates(self, f: Factor, latents: Mapping[str, Array], cells: Mapping[str, Array]) -> Named:
         """Given values of the latents as the coordinates of a factor's cells."""
         assert f.completions is not None
         kind, parts = self.kind(f), []
         for m in f.completions.members:
             base = next(n for n in self.names if m.name == n or m.name.startswith((f"{n}@", f"{n}[")))
             value = latents[base]
+            if f.name in self.beside:
+                sizes = [self.sizes[p] for p in f.site.plates]
+                parts.append(at_rows(f, jnp.reshape(value, (*self.cells, m.dim)), len(self.cells), sizes, cells))
+                continue
             if m.name.startswith(f"{base}@"):
                 back = int(m.name[len(base) + 1 :])
                 value = value[self.chain.lag - back : self.chain.length - back]
@@ -250,26 +298,23 @@ class GaussianChain:
                 value = value[int(m.name[len(base) + 1 : -1])]
             lead = (*((value.shape[0],) if kind else ()), *self.shape)
             parts.append(jnp.reshape(value, (*lead, m.dim)))
-        return named(jnp.concatenate(parts, -1), (*((kind,) if kind else ()), *self.plates, DIM))
+        return named(jnp.concatenate(parts, -1), (*self.axes(f), DIM))
 
     def at(self, f: Factor, latents: Mapping[str, Array], cells: Mapping[str, Array]) -> tuple[Array, Named | None]:
         """One node for the factor, where the latents have given values."""
-        del cells
-        return filled(f, self.coordinates(f, latents))
+        return filled(f, self.coordinates(f, latents, cells))
 
     def density_at(self, latents: Mapping[str, Array], values, rows, cells) -> Named:
         """Log density of all sites by the quadratics that are integrated."""
-        del cells
         total = Named(jnp.zeros(()), ())
         for f, r in residuals(self.factors, values, rows, proper=False):
-            kind = self.kind(f)
-            keep = (*((kind,) if kind else ()), *self.plates)
-            p, s, constant = self.terms(f, r)
-            w = self.coordinates(f, latents)
+            keep, (p, s, constant) = self.axes(f), self.own_terms(f, r)
+            w = self.coordinates(f, latents, cells)
             other = Named(w.array, tuple(OTHER if a == DIM else a for a in w.axes))
-            linear = contract(self.plates, named(s, (*keep, DIM)), w)
-            square = contract(self.plates, named(p, (*keep, DIM, OTHER)), w, other)
-            total = add(total, constant, linear, Named(-0.5 * square.array, square.axes))
+            linear = contract(keep, named(s, (*keep, DIM)), w)
+            square = contract(keep, named(p, (*keep, DIM, OTHER)), w, other)
+            parts = (constant, linear, Named(-0.5 * square.array, square.axes))
+            total = add(total, *(self.by_sequence(f, part, cells) for part in parts))
         return total
 
     def by_row(self, f: Factor, value: Named, cells: Mapping[str, Array]) -> Named:
@@ -279,10 +324,10 @@ class GaussianChain:
 
     def constant(self, f: Factor, value: Named, cells: Mapping[str, Array]) -> Named:
         """A quantity of the rows of a factor, summed over those of each sequence."""
-        del cells
-        absent = [s for a, s in zip(f.site.axes, f.site.shape, strict=True) if a not in (*value.axes, *self.plates)]
-        out = value.sum(a for a in value.axes if a not in self.plates)
-        return Named(out.array * float(np.prod(absent, dtype=float)), out.axes)
+        keep = self.axes(f)
+        absent = [s for a, s in zip(f.site.axes, f.site.shape, strict=True) if a not in (*value.axes, *keep)]
+        out = value.sum(a for a in value.axes if a not in keep)
+        return self.by_sequence(f, Named(out.array * float(np.prod(absent, dtype=float)), out.axes), cells)
 
     def mixed(self, moments: ChainMoments, weight: Named) -> ChainMoments:
         """The same with the discrete latents beside it summed out: there are none."""
@@ -314,7 +359,8 @@ class GaussianChain:
     def reason(self, m: Continuous) -> str:
         """How the latent is treated, in words."""
         if m in self.outside:
-            return f"Gaussian: the chain of {', '.join(p.name for p in self.paths)} starts from it"
+            flat = "flat over all numbers: " if m.flat else ""
+            return f"Gaussian: {flat}the chain of {', '.join(p.name for p in self.paths)} starts from it"
         with_it = [p.name for p in self.paths if p is not m]
         together = f", together with {', '.join(with_it)}" if with_it else ""
         return (

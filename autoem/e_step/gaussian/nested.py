@@ -32,27 +32,16 @@ from jax import Array
 
 from autoem.e_step.elimination.layout import Table
 from autoem.e_step.gaussian import kalman
-from autoem.e_step.gaussian.block import SOURCE, index_name
+from autoem.e_step.gaussian.block import SOURCE
 from autoem.e_step.gaussian.levels import Level, cells_of
-from autoem.e_step.gaussian.pooled import pooled_statistics
-from autoem.e_step.gaussian.quadratic import DIM, LOG_2PI, OTHER, Residual, filled, quadratic_terms, residuals
-from autoem.e_step.tables.completions import NODES, gaussian_nodes, rows_of, square_of
+from autoem.e_step.gaussian.quadratic import LOG_2PI, described, residuals
+from autoem.e_step.gaussian.whole import AbstractWhole, Term, at_home, from_law, solved
+from autoem.e_step.tables.completions import rows_of, square_of
 from autoem.e_step.tables.tabulate import Factor, Rows
-from autoem.graph.named import Named, named
-from autoem.ir import Continuous, Latent
+from autoem.graph.named import Named
+from autoem.ir import Continuous
 
 CORE = -1  # the level that is one vector
-
-
-class Term(NamedTuple):
-    """A quadratic for each of some rows, and the cell of each latent that it reads.
-
-    Precision `(rows, k, k)`, or `(1, k, k)` where it is the same in all of them, and shift `(rows, k)`.
-    """
-
-    cells: Mapping[str, Array]
-    precision: Array
-    shift: Array
 
 
 class NestedMoments(NamedTuple):
@@ -65,37 +54,18 @@ class NestedMoments(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NestedBlock:
+class NestedBlock(AbstractWhole):
     """Continuous latents of several plates, some of them nested.
 
     Attributes:
-        members: the latents.
-        factors: the sites that read them.
         levels: in the order in which they are eliminated.
         core: latents that are left then: one vector.
-        sizes: sizes of all plates.
     """
 
-    members: tuple[Continuous, ...]
-    factors: tuple[Factor, ...]
-    levels: tuple[Level, ...]
-    core: tuple[str, ...]
-    sizes: Mapping[str, int]
+    levels: tuple[Level, ...] = ()
+    core: tuple[str, ...] = ()
 
-    plates: tuple[str, ...] = ()
-    shape: tuple[int, ...] = ()
-    discrete: tuple[Latent, ...] = ()
-    states: tuple[str, ...] = ()
-
-    strategy, source = "exact", SOURCE
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(m.name for m in self.members)
-
-    @property
-    def by_name(self) -> dict[str, Continuous]:
-        return {m.name: m for m in self.members}
+    source = SOURCE
 
     @property
     def starts(self) -> dict[str, int]:
@@ -107,37 +77,14 @@ class NestedBlock:
         """Number of the level that takes a term up."""
         return next((i for i, level in enumerate(self.levels) if term in level.absorbed), CORE)
 
-    def read(self, f: Factor) -> tuple[str, ...]:
-        assert f.completions is not None
-        return tuple(m.name for m in f.completions.members)
-
     def within(self, names: Sequence[str], whole: Sequence[str]) -> np.ndarray:
         """Coordinates of one cell of the latents `names` among those of `whole`."""
         dims = {n: self.by_name[n].dim for n in whole}
         start = dict(zip(whole, np.cumsum([0, *dims.values()])[:-1].tolist(), strict=True))
         return np.concatenate([start[n] + np.arange(dims[n]) for n in names])
 
-    def index(self, f: Factor, cells: Mapping[str, Array]) -> dict[str, Array]:
-        """The cell of each latent that every row of a factor reads."""
-        assert f.completions is not None
-        return {m.name: cells[index_name(f, m)].ravel() for m in f.completions.members}
-
     def parents(self, cells: Mapping[str, Array]) -> tuple[dict[str, Array], ...]:
         return tuple({n: cells[f"{level.key}·{n}"] for n in level.over} for level in self.levels)
-
-    def term(self, f: Factor, r: Residual, cells: Mapping[str, Array]) -> tuple[Term, Array]:
-        """The quadratic of a factor in every row, and the sum of its constants."""
-        plates = tuple(a for a in f.site.axes if a in f.site.plates)
-        precision, shift, constant = quadratic_terms(f, r, plates)
-        index = self.index(f, cells)
-        sizes, d = [self.sizes[p] for p in plates], sum(self.by_name[n].dim for n in self.read(f))
-        count = int(np.prod(sizes, dtype=int))
-        if set(precision.axes) & set(plates):
-            p = jnp.broadcast_to(precision.to((*plates, DIM, OTHER)), (*sizes, d, d)).reshape(count, d, d)
-        else:
-            p = jnp.broadcast_to(precision.to((DIM, OTHER)), (d, d))[None]
-        s = jnp.broadcast_to(shift.to((*plates, DIM)), (*sizes, d)).reshape(count, d)
-        return Term(index, p, s), self.constant(f, constant, cells).array
 
     def integrate(self, values: Mapping[Any, Any], rows: Mapping[str, Rows], cells: Mapping[str, Array]):
         """`(table, moments)`: the integral over the latents, and their posterior."""
@@ -182,23 +129,12 @@ class NestedBlock:
         """The law of the core, and its integral's constant."""
         size = sum(cells_of(self.by_name[n]) * self.by_name[n].dim for n in self.core)
         real = jnp.result_type(float)
-        if not size:
-            return kalman.Given(jnp.zeros((0, 0), real), jnp.zeros((0, 0), real), jnp.zeros(0, real)), jnp.zeros(
-                (), real
-            )
         matrix, vector = jnp.zeros((size, size), real), jnp.zeros(size, real)
         for names, term in (t for t in terms if t[0]):
             at = self.positions(names, term.cells)
             matrix = matrix.at[at[:, :, None], at[:, None, :]].add(term.precision)
             vector = vector.at[at].add(term.shift)
-        unit = 1 / jnp.sqrt(jnp.diagonal(matrix))
-        factor = jnp.linalg.cholesky(matrix * unit[:, None] * unit)
-        inverse = jax.scipy.linalg.solve_triangular(factor, jnp.eye(size, dtype=real), lower=True) * unit
-        spread = inverse.T @ inverse
-        mean = spread @ vector
-        log_det = 2 * jnp.log(jnp.diagonal(factor) / unit).sum()
-        constant = 0.5 * (mean @ vector - log_det + size * LOG_2PI)
-        return kalman.Given(spread, jnp.zeros((size, 0), real), mean), constant
+        return solved(matrix, vector)
 
     def positions(self, names: Sequence[str], cells: Mapping[str, Array]) -> Array:
         """Where the coordinates of the latents of every row stand in the core's vector."""
@@ -214,13 +150,13 @@ class NestedBlock:
         for i in reversed(range(len(self.levels))):
             level = self.levels[i]
             count = cells_of(self.by_name[level.leaf])
-            mean, covariance = self.gathered(level.key, level.over, parents[i], means, covariances, count)
+            mean, covariance = self.held_by(level.key, level.over, parents[i], means, covariances, count)
             mean, covariance = kalman.before(laws[i], mean, covariance)
             means.insert(0, mean)
             covariances.insert(0, covariance)
         return tuple(means), tuple(covariances)
 
-    def gathered(self, term: str, names: tuple[str, ...], index: Mapping[str, Array], means, covariances, count: int):
+    def held_by(self, term: str, names: tuple[str, ...], index: Mapping[str, Array], means, covariances, count: int):
         """Mean and covariance of what each of the rows of a term reads; lists of moments end with the core's."""
         if not names:
             return jnp.zeros((count, 0), means[-1].dtype), jnp.zeros((count, 0, 0), means[-1].dtype)
@@ -233,79 +169,22 @@ class NestedBlock:
         rows = index[level.leaf]
         return means[place][rows][:, rows_of(where)], square_of(covariances[place][rows], where)
 
-    def of_factor(self, f: Factor, moments: NestedMoments, cells: Mapping[str, Array]) -> tuple[Named, Named]:
-        """Mean and covariance of the latents that the rows of a factor read."""
+    def gathered(self, f: Factor, moments: NestedMoments, cells: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Mean `(rows, d)` and covariance of the latents that the rows of a factor read."""
+        count = math.prod(self.layout_of(f)[1])
         index = self.index(f, cells)
-        plates = tuple(a for a in f.site.axes if a in f.site.plates)
-        sizes = [self.sizes[p] for p in plates]
-        count = math.prod(sizes)
-        mean, covariance = self.gathered(f.name, self.read(f), index, moments.means, moments.covariances, count)
-        d = mean.shape[-1]
-        return (
-            named(mean.reshape(*sizes, d), (*plates, DIM)),
-            named(covariance.reshape(*sizes, d, d), (*plates, DIM, OTHER)),
-        )
+        return self.held_by(f.name, self.read(f), index, moments.means, moments.covariances, count)
 
-    def complete(self, f: Factor, moments: NestedMoments, cells: Mapping[str, Array]) -> tuple[Array, Named | None]:
-        """The factor's nodes as its arguments want them, and its own latent's values there."""
-        index = self.index(f, cells)
-        plates = tuple(a for a in f.site.axes if a in f.site.plates)
-        sizes = [self.sizes[p] for p in plates]
-        found = self.gathered(f.name, self.read(f), index, moments.means, moments.covariances, math.prod(sizes))
-        nodes = gaussian_nodes(*found)
-        return filled(f, named(nodes.reshape(nodes.shape[0], *sizes, -1), (NODES, *plates, DIM)))
-
-    def pooled(self, f: Factor, rows: Rows, moments: NestedMoments, weight: Named, cells: Mapping[str, Array]):
-        """Expected statistics of a site that is one regression on its latents for all rows."""
-        mean, covariance = self.of_factor(f, moments, cells)
+    def mean_covariance(self, f: Factor, moments: NestedMoments, cells: Mapping[str, Array]) -> Array | None:
+        """The covariance of what a row of a factor reads, in the mean of its rows: by cells, which are fewer."""
         held = self.holder(f.name)
-        if held != CORE and not any(w.axes for w in (weight, rows.mask, rows.scale) if w is not None):
-            level, index = self.levels[held], self.index(f, cells)  # rows count alike: their mean will do
-            times = at_home(jnp.ones((1,)), index[level.leaf], cells_of(self.by_name[level.leaf])) / len(
-                index[level.leaf]
-            )
-            where = self.within(self.read(f), level.members)
-            whole = jnp.einsum("c,cij->ij", times, square_of(moments.covariances[held], where))
-            covariance = named(whole, (DIM, OTHER))
-        return pooled_statistics(f, rows, mean, covariance, weight)
-
-    def given(self, f: Factor, latents: Mapping[str, Array], cells: Mapping[str, Array]) -> Named:
-        """Values of the latents as the rows of a factor read them."""
-        index = self.index(f, cells)
-        plates = tuple(a for a in f.site.axes if a in f.site.plates)
-        parts = [jnp.reshape(latents[n], (-1, self.by_name[n].dim))[index[n]] for n in self.read(f)]
-        whole = jnp.concatenate(parts, -1)
-        return named(whole.reshape(*(self.sizes[p] for p in plates), -1), (*plates, DIM))
-
-    def at(self, f: Factor, latents: Mapping[str, Array], cells: Mapping[str, Array]) -> tuple[Array, Named | None]:
-        """One node for the factor, where the latents have given values."""
-        return filled(f, self.given(f, latents, cells))
-
-    def density_at(self, latents: Mapping[str, Array], values, rows, cells) -> Named:
-        """Log density of all sites by the quadratics that are integrated."""
-        total = jnp.zeros(())
-        for f, r in residuals(self.factors, values, rows, proper=False):
-            term, constant = self.term(f, r, cells)
-            parts = [jnp.reshape(latents[n], (-1, self.by_name[n].dim))[term.cells[n]] for n in self.read(f)]
-            w = jnp.concatenate(parts, -1)
-            total = total + constant + (w * term.shift).sum() - 0.5 * jnp.einsum("ri,rij,rj->", w, term.precision, w)
-        return Named(total, ())
-
-    def constant(self, f: Factor, value: Named, cells: Mapping[str, Array]) -> Named:
-        """A quantity of the rows of a factor, summed over all of them."""
-        del cells
-        absent = [self.sizes[p] for p in f.site.plates if p not in value.axes]
-        return Named(value.array.sum() * float(np.prod(absent, dtype=float)), ())
-
-    def by_row(self, f: Factor, value: Named, cells: Mapping[str, Array]) -> Named:
-        """A quantity of the whole group as the rows of a factor see it."""
-        del f, cells
-        return value
-
-    def mixed(self, moments: NestedMoments, weight: Named) -> NestedMoments:
-        """The same with the discrete latents beside it summed out: there are none."""
-        del weight
-        return moments
+        if held == CORE:
+            return None
+        level = self.levels[held]
+        index = self.index(f, cells)[level.leaf]
+        times = at_home(jnp.ones((1,)), index, cells_of(self.by_name[level.leaf])) / len(index)
+        where = self.within(self.read(f), level.members)
+        return jnp.einsum("c,cij->ij", times, square_of(moments.covariances[held], where))
 
     def marginal(self, m: Continuous, moments: NestedMoments) -> tuple[Array, Array]:
         """Mean `(*shape, *event)` and covariance `(*shape, dim, dim)` of one latent in every of its cells."""
@@ -337,25 +216,10 @@ class NestedBlock:
     def reason(self, m: Continuous) -> str:
         """How the latent is treated, in words."""
         size = f"{cells_of(m):,} cells of {m.dim} dimension{'s' * (m.dim > 1)}"
-        reason = f"Gaussian: every site that reads it is Normal with a mean affine in it; {size}"
+        reason = f"{described(m)}; {size}"
         level = next((v for v in self.levels if v.leaf == m.name), None)
         if level is None:
             size = sum(cells_of(self.by_name[n]) * self.by_name[n].dim for n in self.core)
             return f"{reason}; crossed: with {', '.join(self.core)} one vector of {size:,}"
         over = f", each under one of {', '.join(level.over)}" if level.over else ""
         return f"{reason}; eliminated cell by cell{over}"
-
-
-def at_home(value: Array, index: Array, count: int) -> Array:
-    """Values of rows summed over those of each cell; what is the same in all rows counts as often as there are some."""
-    if len(value) == len(index):
-        return jax.ops.segment_sum(value, index, count)
-    rows = jax.ops.segment_sum(jnp.ones(len(index), value.dtype), index, count)
-    return rows.reshape(-1, *(1,) * (value.ndim - 1)) * value
-
-
-def from_law(law: kalman.Given, rest: Array, key: Array) -> Array:
-    """A draw of what a law is of, given the rest."""
-    noise = jax.random.normal(key, law.shift.shape, law.shift.dtype)
-    root = jnp.linalg.cholesky(0.5 * (law.spread + jnp.swapaxes(law.spread, -1, -2))) if law.shift.size else law.spread
-    return law.shift - kalman.times(law.slope, rest) + kalman.times(root, noise)

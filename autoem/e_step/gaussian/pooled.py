@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from autoem.e_step.gaussian.quadratic import DIM, EVENT, OTHER, member_of, summed
+from autoem.e_step.gaussian.quadratic import DIM, EVENT, OTHER, event_of, member_of, summed
 from autoem.e_step.tables.completions import NODES
 from autoem.e_step.tables.tabulate import Factor, Rows
 from autoem.graph.named import Named, add
@@ -21,7 +21,7 @@ WIDE = 64  # coordinates of one cell from which nodes for a latent's own law cos
 
 def is_pooled(f: Factor) -> bool:
     """Whether a site's coefficients on its latents, and its scale, are the same for all rows."""
-    if f.site.distribution not in ("Normal", "MultivariateNormal") or f.value_hidden or f.family is None:
+    if f.family is None or f.family.name not in ("Normal", "MultivariateNormal") or f.value_hidden:
         return False
     if f.is_hidden and (f.site.masked or f.site.scaled):
         return False
@@ -99,7 +99,7 @@ def pooled_statistics(f: Factor, rows: Rows, mean: Named, covariance: Named, wei
 def of_own(f: Factor, first: Named, second: Named) -> tuple[Named, Named, Named]:
     """A latent's own values among the moments of all latents that its site reads: sum, products with them, squares."""
     assert f.completions is not None and f.family is not None
-    span, event = f.completions.span(f.name), member_of(f).event
+    span, event = f.completions.span(f.name), event_of(f)
     states = tuple(a for a in second.axes if a not in (DIM, OTHER))
     d = f.completions.dim
     sums = first.to((*states, DIM))

@@ -36,6 +36,12 @@ class Residual:
     mask: Named | None
 
 
+def described(m: Continuous) -> str:
+    """Why a latent is integrated so, in words."""
+    prior = "flat over all numbers, and " if m.flat else ""
+    return f"Gaussian: {prior}every site that reads it is Normal with a mean affine in it"
+
+
 def quadratic_terms(f: Factor, r: Residual, keep: Sequence[str]) -> tuple[Named, Named, Named]:
     """Precision, precision times mean, and constant, with the axes `keep` and summed over all others."""
     weights = [w for w in (r.weight, r.mask) if w is not None]
@@ -72,9 +78,8 @@ def stand_in(f: Factor, mask: Named) -> Residual:
 def unit_slope(f: Factor) -> np.ndarray:
     """By coordinate of what a latent's own site reads, the latent's value where that coordinate is one."""
     assert f.completions is not None
-    own = member_of(f)
-    unit = np.zeros((f.completions.dim, *own.event))
-    unit.reshape(f.completions.dim, -1)[f.completions.span(f.name)] = np.eye(own.dim)
+    unit = np.zeros((f.completions.dim, *event_of(f)))
+    unit.reshape(f.completions.dim, -1)[f.completions.span(f.name)] = np.eye(member_of(f).dim)
     return unit
 
 
@@ -102,13 +107,12 @@ def filled(f: Factor, nodes: Named) -> tuple[Array, Named | None]:
 def own_value(f: Factor, nodes: Named) -> Named:
     """Values of a latent at its nodes, as the data of its own site."""
     assert f.completions is not None and f.family is not None
-    member = member_of(f)
     base, events = tuple(f"event{i}" for i in range(f.family.event_dim)), events_of(f)
     for axis in (a for a in events if a in nodes.axes):  # every row of joined cells has the whole vector
         nodes = Named(jnp.take(nodes.array, 0, nodes.axes.index(axis)), tuple(a for a in nodes.axes if a != axis))
     rest = tuple(a for a in nodes.axes if a != DIM)
     array = nodes.to((*rest, DIM))[..., f.completions.span(f.name)]
-    array = array.reshape(*array.shape[:-1], *member.event)
+    array = array.reshape(*array.shape[:-1], *event_of(f))
     order = (*base, *rest, *events)
     return Named(Named(array, (*rest, *events, *base)).to(order), order)
 
@@ -116,6 +120,12 @@ def own_value(f: Factor, nodes: Named) -> Named:
 def events_of(f: Factor) -> tuple[str, ...]:
     """Axes of a latent's own site that are part of its event: of `to_event`, or of joined cells."""
     return tuple(a for a in f.site.axes if a not in member_of(f).axes)
+
+
+def event_of(f: Factor) -> tuple[int, ...]:
+    """Sizes of the event of a latent's own site, as its family sees them: with one axis for all those of its own."""
+    event, joined = member_of(f).event, len(events_of(f))
+    return (*event[:joined], math.prod(event[joined:])) if len(event) > joined + 1 else event
 
 
 def member_of(f: Factor) -> Continuous:
@@ -148,7 +158,7 @@ def residual(f: Factor, values: Mapping[Any, Any], rows: Rows) -> Residual:
         slope = slope - (jnp.take(value, jnp.arange(1, value.shape[at]), at) - zero)
     if own is not None:
         unit = unit_slope(f)
-        sizes = iter(own.event)
+        sizes = iter(event_of(f))
         whole = [1 if a in own.axes else next(sizes) for a in f.site.axes]
         slope = slope - unit.reshape(group.dim, *whole, *sizes)
         y = -first

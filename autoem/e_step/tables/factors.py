@@ -28,7 +28,7 @@ from autoem.graph.cells import NONE, SEVERAL, cells_read, merge_axes
 from autoem.graph.jaxpr import Constant, Graph
 from autoem.graph.named import Named, arranged, named
 from autoem.ir import Continuous, Latent, Program, Site
-from autoem.passes.gaussian import Group, continuous_of, latent_groups
+from autoem.passes.gaussian import Group, continuous_of, is_flat, latent_groups
 
 TURN_UP_TO = 256 * 2**20  # bytes: larger data are not copied but turned chunk by chunk, which costs up to a fifth
 
@@ -51,6 +51,8 @@ def build_factors(program: Program, values: Mapping[Any, Any]) -> tuple[tuple[Fa
         if group is not None and group.drawn:
             factors.append(drawn_factor(program, site, latents, route))
             continue
+        if group is not None and not group.refusal and is_flat(program, site):
+            continue  # it adds nothing to the quadratic of those that read it
         if group is not None:
             every = {z.name: z for s in group.sites for z in read_latents(program, program.sites[s])}
             factors.append(completed_factor(program, site, tuple(every.values()), group, route))
@@ -112,7 +114,7 @@ def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     routed = route.latents if route else frozenset()
     plates = frozenset().union(*(plates_of(z) for z in latents if z.name not in routed), route.source if route else ())
     kept = tuple(a for a in site.axes if a in plates)
-    family, direct = natural_family(program, site)
+    family, direct = natural_family(program, site, as_normal=site.family is None)
     coefficients = (
         find_coefficients(program, site) if family is not None and usable and site.role == "observed" else None
     )
@@ -135,10 +137,10 @@ def completed_factor(
 ) -> Factor:
     """The factor of a site that reads continuous latents, with an axis for the nodes that stand for them."""
     factor = build_factor(program, site, latents, route)
-    family = natural_family(program, site, filled=True)[0]
+    affine = not group.refusal  # where it is not, nodes are values of the latents at full shape
+    family = natural_family(program, site, filled=True, as_normal=affine)[0]
     read = continuous_of(program, site)
     members = tuple(z for n, z in program.every_continuous.items() if n in read)
-    affine = not group.refusal  # where it is not, nodes are values of the latents at full shape
     usable = affine and all(program.compact[m.name] for m in members) and factor.compact
     plates = frozenset(site.plates) if latents or site.scaled or not affine else frozenset()
     return dataclasses.replace(
@@ -167,9 +169,9 @@ def drawn_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     )  # fmt: skip
 
 
-def natural_family(program: Program, site: Site, filled: bool = False) -> tuple[Family | None, str]:
-    """The family entry, where the natural form applies; otherwise None and the reason."""
-    entry = site.family
+def natural_family(program: Program, site: Site, filled=False, as_normal=False) -> tuple[Family | None, str]:
+    """The family entry, `as_normal` that of the normal law it is; None and the reason where no natural form applies."""
+    entry = site.normal if as_normal else site.family
     if site.role == "factor":
         return None, "a factor's density is whatever the model computes"
     if site.role == "parameter":

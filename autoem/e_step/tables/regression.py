@@ -25,6 +25,7 @@ import numpy as np
 from jax import Array
 
 from autoem.families import Args, Covariance, Family, Location, Power
+from autoem.families._matrices import inverse, log_det
 from autoem.graph.jaxpr import Graph, Variable
 from autoem.graph.named import Named, contract
 from autoem.ir import Program, Site
@@ -145,30 +146,33 @@ def on_vectors(normal: Family) -> Family:
     name, matrix = normal.args[1], normal.rules[normal.args[1]]
     assert isinstance(matrix, Covariance)
 
-    def contrast(args: Args) -> Array:
-        eye = jnp.eye(args["loc"].shape[-2], dtype=args["loc"].dtype)
-        return jnp.concatenate([-args["loc"], jnp.broadcast_to(eye, (*args["loc"].shape[:-1], len(eye)))], -1)
-
     def natural(args: Args) -> tuple[Array, Array]:
-        b = contrast(args)
         if matrix.form == "precision":
-            precision, sign = args[name], -0.5
-            log_scale = sign * jnp.linalg.slogdet(precision)[1]
+            precision, log_scale = args[name], -0.5 * log_det(args[name])
+        elif matrix.form == "covariance":
+            precision, log_scale = inverse(args[name]), 0.5 * log_det(args[name])
         else:
-            lower = jnp.linalg.cholesky(args[name]) if matrix.form == "covariance" else args[name]
-            inverse = jax.scipy.linalg.solve_triangular(
+            lower = args[name]
+            half = jax.scipy.linalg.solve_triangular(
                 lower, jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape), lower=True
             )
-            precision = jnp.swapaxes(inverse, -1, -2) @ inverse
+            precision = jnp.swapaxes(half, -1, -2) @ half
             log_scale = jnp.log(jnp.abs(jnp.diagonal(lower, axis1=-2, axis2=-1))).sum(-1)
-        square = jnp.swapaxes(b, -1, -2) @ precision @ b
-        return -0.5 * square.reshape(*square.shape[:-2], -1), log_scale
+        tied = precision @ args["loc"]  # with the location's coefficients, mostly few: nothing else is multiplied out
+        batch = tied.shape[:-2]
+        first = jnp.concatenate([jnp.swapaxes(args["loc"], -1, -2) @ tied, -jnp.swapaxes(tied, -1, -2)], -1)
+        last = jnp.concatenate([-tied, jnp.broadcast_to(precision, (*batch, *precision.shape[-2:]))], -1)
+        square = jnp.concatenate([first, last], -2)
+        return -0.5 * square.reshape(*batch, -1), log_scale
 
     def scatter(t: Array, n: Array, args: Args) -> Array:
         del n
-        b = contrast(args)
-        count = b.shape[-1]
-        return b @ t.reshape(*t.shape[:-1], count, count) @ jnp.swapaxes(b, -1, -2)
+        known = args["loc"].shape[-1]
+        count = known + args["loc"].shape[-2]
+        whole = t.reshape(*t.shape[:-1], count, count)
+        cross = args["loc"] @ whole[..., :known, known:]
+        inner = args["loc"] @ whole[..., :known, :known] @ jnp.swapaxes(args["loc"], -1, -2)
+        return inner - cross - jnp.swapaxes(cross, -1, -2) + whole[..., known:, known:]
 
     return dataclasses.replace(
         REGRESSION, name="multivariate regression", args=("loc", name), arg_dims=(2, 2), natural=natural,

@@ -367,7 +367,7 @@ class Factor:
 
 def on_latents(factor: Factor, values: Mapping[Any, Any], rows: Rows) -> dict[str, Array]:
     """A Normal site's arguments as those of a regression on one and the coordinates of its latents."""
-    normal = factor.site.family
+    normal = factor.site.normal
     assert isinstance(normal, Family)
     dims = zip(normal.args, normal.arg_dims, strict=True)
     args = {a: factor.argument(f"arg:{a}", values, d) for a, d in dims}

@@ -139,7 +139,8 @@ def accept_linear(problem, use: Use, names: tuple[str, ...], params: Params, bun
 def vector_mean_applies(problem, use: Use, name: str, form: Linear, params: Params, bundle: Bundle) -> bool:
     """Whether a vector location is a plain mean.
 
-    It is one where its matrix is shared by all cells, or every entry is read exactly once, with one matrix.
+    It is one where each cell reads a whole vector of entries of its own, or the same as another with the same matrix:
+    with an entry in two places of a vector, or beside a known number, the matrix weighs what is seen of them.
     """
     if use.factor.pooled or use.factor.coefficients:  # statistics of these are products, not sums
         return False
@@ -149,17 +150,35 @@ def vector_mean_applies(problem, use: Use, name: str, form: Linear, params: Para
     others = [a for k, a in shapes.items() if k != use.argument]
     if not form.pure or any(s > 1 for s in loc.shape[len(use.factor.parents) : rank]):
         return False
-    if all(s == 1 for o in others for s in o.shape[:rank]):
+    shared = all(s == 1 for o in others for s in o.shape[:rank])
+    if shared and reads_rows(use, name, loc.shape[-1]):
         return True
     if any(s > 1 and s != of_loc for o in others for s, of_loc in zip(o.shape[:rank], loc.shape[:rank], strict=False)):
         return False
     needs = use.factor.graph.needs((use.factor.name, use.key[1]))
-    if loc.size != np.size(params[name]) or any(k[0] in ("data", "key") for k in needs):
+    hidden = {("latent", m.name) for m in use.factor.completions.members} if use.factor.completions else set()
+    if any(k[0] in ("data", "key") or k in hidden for k in needs):
         return False
-    tags = np.arange(1.0, loc.size + 1).reshape(np.shape(params[name]))
+    tags = np.arange(1.0, np.size(params[name]) + 1).reshape(np.shape(params[name]))
     given = {("param", n): v for n, v in params.items()} | {("param", name): tags}
     seen = np.asarray(jit_once(lambda g: use.factor.argument(use.key[1], g, 1))(given))
-    return bool((np.sort(seen.ravel()) == tags.ravel()).all())
+    rows = {tuple(row) for row in seen.reshape(-1, loc.shape[-1]).tolist() if any(row)}
+    apart = len({tag for row in rows for tag in row if tag}) == len(rows) * loc.shape[-1]
+    return apart and (shared or seen.size == tags.size == len(rows) * loc.shape[-1])
+
+
+def reads_rows(use: Use, name: str, size: int) -> bool:
+    """Whether the way from a parameter to a vector location is seen at once to pick rows of it as they stand."""
+    graph, atom = use.factor.graph, use.factor.graph.outputs[use.factor.name, use.key[1]]
+    variable = graph.inputs["param", name]
+    for eqn in graph.slice([atom]):
+        if not any(a is variable for a in eqn.inputs):
+            continue
+        whole = eqn.primitive.name == "gather" and eqn.params["slice_sizes"][-1] == size == variable.shape[-1]
+        if not whole or eqn.params["dimension_numbers"].offset_dims[-1] != len(eqn.outputs[0].shape) - 1:
+            return False
+        variable = eqn.outputs[0]
+    return variable is atom and bool(variable.shape) and variable.shape[-1] == size
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
