@@ -108,7 +108,6 @@ class Gauss(AbstractMethod):
         """Mode `(*states, *cells, d)`, root of the inverse curvature, and log of its determinant, of every cell."""
         still = dataclasses.replace(cells, values=held(cells.values), rows=held(cells.rows))
         begin = self.start(still)
-        d = begin.shape[-1]
 
         def value(x: Array) -> Array:
             return jnp.squeeze(self.joint(still, jnp.expand_dims(x, cells.count)), cells.count)
