@@ -32,8 +32,8 @@ def grades(patient, grader, grade):
 
 data = columns("anaesthetists.csv")
 patient, grader, grade = data["item"], data["rater"], data["label"]
-guess = autoem.e_step.Variational(num_draws=16, steps=20)
-em = autoem.EM(grades, e_step={"own": guess}, init="model", max_steps=80, progress=False)
+options = {"e_step": {"own": autoem.e_step.Variational()}, "accelerate": autoem.accelerate.Anderson()}
+em = autoem.EM(grades, init="model", progress=False, **options)
 print(em.plan(patient, grader, grade))
 result = em.run(jax.random.key(0), patient, grader, grade)
 print(f"{result.status}\n{result.objective_name} {result.log_likelihood:.2f} +- {result.standard_error:.2f}")

@@ -137,7 +137,7 @@ class DrawnPosterior(Posterior):
     @property
     def total(self) -> float:  # type: ignore[override]
         """The objective at the parameters, see `EMResult.objective_name`."""
-        if self._built.kernel.noisy:
+        if self._built.kernel.estimated:
             return self._built.final(self._params, self._bundle, self._state)[0]
         run = jit_once(lambda p, b, s: self._built.kernel.expect(p, b, s).likelihood)
         return float(run(self._params, self._bundle, self._state))

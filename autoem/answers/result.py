@@ -326,7 +326,7 @@ def make_result(
     odd = (*odd, *above_zero(built, likelihood))
     status = "; ".join([sentence, *odd])
     objective = float(state.objective) if np.isfinite(likelihood) else likelihood
-    if built.kernel.noisy and np.isfinite(likelihood):
+    if built.kernel.estimated and np.isfinite(likelihood):
         better, error = built.final(state.params, bundle, state.e_step)
         objective, likelihood = objective - likelihood + better, better
     return EMResult(

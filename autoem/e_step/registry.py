@@ -110,7 +110,7 @@ STRATEGIES: tuple[Strategy, ...] = (
     Strategy(
         strategies.Variational(),
         (CONTINUOUS,),
-        "a lower bound of the log-likelihood (ELBO), with random error",
+        "a lower bound of the log-likelihood (ELBO), with random error where the guide is not a normal law",
         "gradient steps of a guide",
         "Kingma and Welling 2014",
     ),

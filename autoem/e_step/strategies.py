@@ -124,24 +124,32 @@ class Variational(AbstractEStep):
     .. math:: \mathrm{ELBO} = E_q[\log p(x, u \mid \theta) - \log q(u)] \le \log p(x \mid \theta)
 
     Discrete latents beside are summed out exactly at each draw of `q`. The M-step sees draws of `q`, so that what is in
-    closed form stays so. What is reported is the bound, up to its Monte Carlo error.
+    closed form stays so. What is reported is the bound, by draws of its own, with their standard error.
+
+    A normal law (`guide=None`, `AutoNormal`, and `AutoMultivariateNormal` up to some hundred coordinates) is fitted at
+    draws that are the same at every step: both steps climb one function, and the fit converges. With an `optimizer=`,
+    and for any other guide, the draws are random, and the fit settles.
 
     Args:
         guide: None (`AutoNormal`), an AutoGuide class of `numpyro.infer.autoguide`, or a guide of your own: a function
             of the model's arguments with a sample site for each continuous latent; its parameters may be those of a
             neural network (amortised).
-        num_draws: draws of `q` in the M-step and in the reported bound, at least 1.
-        steps: optimiser steps on the bound in every E-step, at least 1.
-        optimizer: an optax optimiser of the guide's parameters; None for Adam at a rate of 0.02.
-        num_particles: draws of `q` in one optimiser step, at least 1.
+        num_draws: draws of `q` in the M-step, at least 1. None: 32; of a normal law 128, or two a coordinate up to some
+            hundred of these.
+        steps: optimiser steps on the bound in every E-step, at least 1; of a normal law at most so many. None: until
+            the bound rests, up to its random error.
+        optimizer: an optax optimiser of the guide's parameters, with random draws. None: L-BFGS for a normal law, and
+            Adam for the others, at a rate of 0.02 that falls slowly.
+        num_particles: random draws of `q` in one optimiser step, at least 1.
 
     References:
-        Neal and Hinton 1998; Kingma and Welling 2014, "Auto-encoding variational Bayes"; Kucukelbir et al. 2017.
+        Neal and Hinton 1998; Kingma and Welling 2014, "Auto-encoding variational Bayes"; Kucukelbir et al. 2017;
+        Giordano, Ingram and Broderick 2024, "Black box variational inference with a deterministic objective".
     """
 
     guide: Callable | None = None
-    num_draws: int = 32
-    steps: int = 20
+    num_draws: int | None = None
+    steps: int | None = None
     optimizer: Any = None
     num_particles: int = 4
 
@@ -150,7 +158,7 @@ class Variational(AbstractEStep):
 
     def __post_init__(self):
         for name in ("num_draws", "steps", "num_particles"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"Variational({name}={getattr(self, name)}): {name} must be at least 1")
 
 

@@ -62,7 +62,10 @@ class AbstractTreatment(abc.ABC):
     Attributes:
         objective_name: what it maximises in place of the log-likelihood, as a user should read it.
         noisy: whether the objective is known up to a random error only, which no step is to be stopped for.
+        estimated: whether what is reported at the end is an estimate by draws of its own, see `final`.
         falls: whether the objective may fall from one step to the next without anything being wrong.
+        slow: whether its steps are a map of the parameters that comes to rest slowly where the data say little of its
+            latents, so that acceleration helps.
         least: steps before which no fit with a random objective ends.
         warmup: steps whose objectives are of other functions: none is compared with another, and no fit ends there.
         is_likelihood: whether what it ends at is a maximum of the likelihood, up to rounding.
@@ -75,7 +78,9 @@ class AbstractTreatment(abc.ABC):
 
     objective_name = "log-likelihood"
     noisy = False
+    estimated = False
     falls = False
+    slow = False
     least = 0
     warmup = 0
     is_likelihood = False
@@ -96,7 +101,7 @@ class AbstractTreatment(abc.ABC):
         return bundle
 
     def final(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, key: Array) -> tuple[Array, Array]:
-        """Of a noisy objective, a better estimate at the end, and its standard error."""
+        """Of an objective by draws, a better estimate at the end, and its standard error."""
         raise NotImplementedError
 
     @abc.abstractmethod

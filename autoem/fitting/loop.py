@@ -144,7 +144,7 @@ def em_step(
         flat=flat,
         status=status.astype(state.status.dtype),
         optimizer=optimizer,
-        e_step=e_step,
+        e_step=unless(refused, e_step, state.e_step) if accelerator else e_step,
         ahead=ahead,
     )
 
@@ -167,6 +167,11 @@ def evaluated(kernel: Kernel, state: State, bundle: Bundle, last: bool) -> Expec
         return kernel.expect(state.params, bundle, state.e_step)
     likelihood, prior = kernel.objective(state.params, bundle)[1]
     return Expectation(likelihood, prior, {}, state.e_step)
+
+
+def unless(refused: Array, new: Any, old: Any) -> Any:
+    """What the E-step remembers: a point that is refused is no place to go on from."""
+    return jax.tree.map(lambda n, o: jnp.where(refused, o, n), new, old)
 
 
 def settled(history: Array, step: Array, tolerance: Array) -> Array:

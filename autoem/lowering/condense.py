@@ -75,11 +75,13 @@ def plate_of_moments(kernel: Kernel) -> str | None:
 
 
 def note_of(kernel: Kernel, accelerated: bool) -> tuple[str, ...]:
-    """What the plan says of it; and how to need fewer steps, where latents are Gaussian and EM is known to be slow."""
+    """What the plan says of it; and how to need fewer steps, where EM is known to be slow for such latents."""
     plate, out = plate_of_moments(kernel), ()
     if plate:
         out = (f"'{plate}': the fit sees its rows through their mean and covariance alone, taken once",)
     slow = [n for i in kernel.integrals if i.is_gaussian and i.has_nodes for n in i.block.names]
+    if kernel.treatment is not None and kernel.treatment.slow:
+        slow += [row.name for row in kernel.treatment.rows()]
     if slow and kernel.blocks and not accelerated and not any(b.remembers for b in kernel.blocks):
         names = ", ".join(f"'{n}'" for n in slow)
         out += (

@@ -70,6 +70,11 @@ class Kernel:
         return self.treatment is not None and self.treatment.noisy
 
     @property
+    def estimated(self) -> bool:
+        """Whether the objective at the end is estimated by draws of its own."""
+        return self.noisy or (self.treatment is not None and self.treatment.estimated)
+
+    @property
     def least(self) -> int:
         """Steps before which no fit with a random objective ends."""
         return 0 if self.treatment is None else self.treatment.least
@@ -157,7 +162,7 @@ class Kernel:
         return None if self.treatment is None else self.treatment.init(self, params, bundle, key)
 
     def final(self, params: Params, bundle: Bundle, state: Any, key: Array) -> tuple[Array, Array]:
-        """Of a noisy objective, a better estimate at the end, and its standard error."""
+        """Of an objective by draws, a better estimate at the end, and its standard error."""
         assert self.treatment is not None
         return self.treatment.final(self, params, bundle, state, key)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from numpyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 
 from autoem._errors import PlanError
 from autoem.accelerate import AbstractAcceleration
@@ -26,12 +27,11 @@ from autoem.treatments.discrete import discrete_treatment
 from autoem.treatments.drawn import AbstractDrawn, Hidden
 from autoem.treatments.importance import JointImportance
 from autoem.treatments.laplace import MAX_COORDINATES, JointLaplace
+from autoem.treatments.normal_guide import DENSE, NormalGuide
 from autoem.treatments.sampling import Averaged, Sampled
 from autoem.treatments.variational import Guide
 
 __all__ = ["AbstractDrawn", "drawn_treatment", "treatment_of", "try_out"]
-
-DENSE = 400  # coordinates up to which Laplace's approximation is the default
 
 
 def drawn_treatment(
@@ -67,7 +67,7 @@ def make(hidden: Hidden, wish: AbstractEStep | None, call: Callable) -> Abstract
     if isinstance(wish, MonteCarlo):
         return Sampled(hidden, wish)
     if isinstance(wish, Variational):
-        return Guide(hidden, wish, call)
+        return guided(hidden, wish, call)
     if hidden.dim > MAX_COORDINATES and isinstance(wish, Laplace | Importance):
         raise PlanError(
             hidden.names[0],
@@ -76,9 +76,16 @@ def make(hidden: Hidden, wish: AbstractEStep | None, call: Callable) -> Abstract
         )
     if isinstance(wish, Importance):
         return JointImportance(hidden, wish)
-    return (
-        JointLaplace(hidden) if hidden.dim <= DENSE or isinstance(wish, Laplace) else Guide(hidden, Variational(), call)
-    )
+    if hidden.dim <= DENSE or isinstance(wish, Laplace):
+        return JointLaplace(hidden)
+    return guided(hidden, Variational(), call)
+
+
+def guided(hidden: Hidden, wish: Variational, call: Callable) -> AbstractDrawn:
+    """A normal guide at fixed draws, or any guide by an optimiser with random ones."""
+    full = wish.guide is AutoMultivariateNormal
+    known = wish.guide in (None, AutoNormal, AutoDiagonalNormal) or (full and hidden.dim <= DENSE)
+    return NormalGuide(hidden, wish, full) if known and wish.optimizer is None else Guide(hidden, wish, call)
 
 
 def treatment_of(

@@ -55,6 +55,7 @@ class JointLaplace(AbstractDrawn):
     strategy = "Laplace"
     smooth = True
     comparable = True
+    slow = True
     falls = True  # its maximum is not quite that of the M-step's Q
     source = "Tierney and Kadane 1986; Breslow and Clayton 1993 (Laplace's approximation)"
 

@@ -19,20 +19,35 @@ import optax
 from jax import Array
 from numpyro import handlers
 from numpyro.distributions import ImproperUniform, biject_to
-from numpyro.infer import init_to_feasible
+from numpyro.infer import init_to_value
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 
 from autoem._errors import PlanError
 from autoem.e_step.treatment import Expectation
+from autoem.graph.programs import jit_once
 from autoem.treatments.drawn import AbstractDrawn, Draws
+from autoem.treatments.laplace import JointLaplace
+from autoem.treatments.normal_guide import DENSE
 
 if TYPE_CHECKING:
     from autoem.e_step.strategies import Variational
     from autoem.lowering.kernel import Kernel
     from autoem.m_step.problem import Bundle, Params
 
+DRAWS, STEPS = 32, 20  # of the guide in an M-step, and of its optimiser in an E-step
 FINAL = 1000  # draws of the reported bound
-FIRST = 10  # times as many optimiser steps before the first E-step
+FIRST, LATER = 100, 10  # blocks of optimiser steps at most, before the first E-step and in each
+RATE, SLOWER = 0.02, 1000  # of the optimiser at first, and the number of its steps that halves it
+
+
+class Block(NamedTuple):
+    """A block of optimiser steps: where it ended, its mean bound with the variance of that, and whether it rose."""
+
+    state: Guided
+    mean: Array
+    error: Array
+    number: Array
+    higher: Array
 
 
 class Guided(NamedTuple):
@@ -58,14 +73,19 @@ class Guide(AbstractDrawn):
 
     @property
     def num_draws(self) -> int:
-        return self.wish.num_draws
+        return self.wish.num_draws or DRAWS
 
     @functools.cached_property
     def guide(self) -> Callable:
         given = self.wish.guide or AutoNormal
         if isinstance(given, type) and issubclass(given, AutoGuide):
-            return given(self.surrogate, init_loc_fn=init_to_feasible())
+            return given(self.surrogate, init_loc_fn=init_to_value(values=self.centre))
         return given
+
+    @functools.cached_property
+    def centre(self) -> dict[str, Array]:
+        """Where a guide of NumPyro's begins, by latent."""
+        return {}
 
     @property
     def needs_data(self) -> bool:
@@ -90,10 +110,15 @@ class Guide(AbstractDrawn):
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return self.wish.optimizer or optax.adam(0.02)
+        return self.wish.optimizer or optax.adam(lambda count: RATE / (1 + count / SLOWER))
 
     def prepare(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> None:
         """Set the guide up, which no traced function may do, and refuse one that does not match the model."""
+        if not self.is_own:
+            x = jnp.zeros(self.hidden.dim)
+            if len(x) <= DENSE:
+                x = jit_once(lambda p, b: JointLaplace(self.hidden).place(kernel, p, b, x)[0])(dict(params), bundle)
+            self.centre.update({n: v[0] for n, v in self.hidden.constrain(x[None])[0].items()})
         with handlers.block(), handlers.seed(rng_seed=key), handlers.trace() as sites:
             self.run_guide(self.joint(kernel, params, bundle), bundle)
         names = {n for n, s in sites.items() if s["type"] == "sample" and not s["is_observed"]}
@@ -148,29 +173,42 @@ class Guide(AbstractDrawn):
         start = {n: v if (c := self.constraints.get(n)) is None else biject_to(c).inv(v) for n, v in self.begin.items()}
         start = jax.tree.map(jnp.asarray, start)
         first = Guided(start, self.optimizer.init(start), key)
-        return self.improve(kernel, params, bundle, first, FIRST * self.wish.steps)
+        return self.improve(kernel, params, bundle, first, STEPS, FIRST)
 
-    def improve(self, kernel: Kernel, params: Params, bundle: Bundle, state: Guided, steps: int) -> Guided:
-        """Optimiser steps of the guide on the bound."""
+    def improve(self, kernel: Kernel, params: Params, bundle: Bundle, state: Guided, steps: int, most: int) -> Guided:
+        """Blocks of so many optimiser steps of the guide on the bound, until it rests, and at `most` so many blocks.
+
+        It rests once the mean bound of a block is no higher than that of the one before, up to twice the error of their
+        difference.
+        """
 
         def loss(free: Any, key: Array) -> Array:
             draws, density = self.many(free, bundle, key, self.wish.num_particles)
             return (density - self.hidden.log_joint(kernel, params, bundle, draws)).mean()
 
-        def step(_, s: Guided) -> Guided:
+        def step(s: Guided, _) -> tuple[Guided, Array]:
             key, now = jax.random.split(s.key)
-            slope = jax.grad(loss)(s.free, now)
+            value, slope = jax.value_and_grad(loss)(s.free, now)
             fine = jnp.all(jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(slope)]))
             change, after = self.optimizer.update(slope, s.optimizer, s.free)
             new = optax.apply_updates(s.free, change)
             # a draw too far out to have a density tells nothing
             free, optimizer = jax.tree.map(lambda a, b: jnp.where(fine, a, b), (new, after), (s.free, s.optimizer))
-            return Guided(free, optimizer, key)
+            return Guided(free, optimizer, key), jnp.where(fine, -value, jnp.nan)
 
-        return jax.lax.fori_loop(0, steps, step, state)
+        def block(s: Block) -> Block:
+            state, bounds = jax.lax.scan(step, s.state, length=steps)
+            mean, error = jnp.nanmean(bounds), jnp.nanvar(bounds) / len(bounds)
+            higher = mean - s.mean > 2 * jnp.sqrt(error + s.error)
+            return Block(state, mean, error, s.number + 1, higher)
+
+        low = jnp.asarray(-jnp.inf, jnp.result_type(float))
+        begin = Block(state, low, jnp.zeros_like(low), jnp.zeros((), int), jnp.array(True))
+        return jax.lax.while_loop(lambda s: s.higher & (s.number < most), block, begin).state
 
     def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Guided) -> Expectation:
-        state = self.improve(kernel, params, bundle, state, self.wish.steps)
+        steps, most = (STEPS, LATER) if self.wish.steps is None else (self.wish.steps, 1)
+        state = self.improve(kernel, params, bundle, state, steps, most)
         key, now = jax.random.split(state.key)
         draws, density = self.many(state.free, bundle, now, self.num_draws)
         weights = jnp.full(self.num_draws, 1 / self.num_draws)

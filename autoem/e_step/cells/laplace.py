@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 
 from autoem.e_step.cells.local import CellPosterior, Cells, LocalBlock
-from autoem.e_step.cells.quadrature import MAX_DIMENSIONS, Gauss, held
+from autoem.e_step.cells.quadrature import MAX_DIMENSIONS, Gauss, held, over, slope_and_curvature
 from autoem.e_step.tables.completions import standard_nodes
 
 PAIRS = 4  # of nodes for each dimension, beyond three
@@ -48,7 +48,7 @@ class LaplaceCells(Gauss):
             integral = jnp.where(jnp.squeeze(present, at), integral, flat)
         standard, share = self.standard(d)
         centre = mode + self.shift(cells, mode, root)
-        x = jnp.stack([centre + root @ z for z in jnp.asarray(standard, mode.dtype)], at)
+        x = over(lambda z: centre + root @ z, jnp.asarray(standard, mode.dtype), at)
         nodes, _ = self.from_free(cells, x)
         weights = jnp.asarray(share, mode.dtype).reshape(*(1,) * at, -1, *(1,) * len(cells.block.shape))
         return CellPosterior(integral, nodes, weights, (mode, root, cells), at)
@@ -66,8 +66,7 @@ class LaplaceCells(Gauss):
         x, root = jax.lax.stop_gradient(mode), jax.lax.stop_gradient(root)
         for _ in range(2):
             x = x + jnp.einsum("...ij,...kj,...k->...i", root, root, slope(x))
-        columns = [jax.jvp(slope, (x,), (jnp.broadcast_to(e, x.shape),))[1] for e in jnp.eye(x.shape[-1])]
-        return density(x) - 0.5 * jnp.linalg.slogdet(-jnp.stack(columns, -1))[1]
+        return density(x) - 0.5 * jnp.linalg.slogdet(slope_and_curvature(slope, x)[1])[1]
 
     def standard(self, d: int) -> tuple[np.ndarray, np.ndarray]:
         """Nodes `(nodes, d)` of a standard normal law, and their weights."""
@@ -88,12 +87,12 @@ class LaplaceCells(Gauss):
 
         def bend(x: Array) -> Array:
             """`tr(H(x) H^{-1})` of all cells together, whose gradient at the mode is that of `log det H`."""
-            total = jnp.zeros(())
-            for k in range(x.shape[-1]):
-                along = root[..., k]
-                slope = lambda y, r=along: jax.jvp(density, (y,), (r,))[1]  # noqa: E731
-                total = total - jax.jvp(slope, (x,), (along,))[1].sum()
-            return total
+
+            def along(r: Array) -> Array:
+                slope = lambda y: jax.jvp(density, (y,), (r,))[1]  # noqa: E731
+                return -jax.jvp(slope, (x,), (r,))[1].sum()
+
+            return over(along, jnp.moveaxis(root, -1, 0), 0).sum()
 
         steps = -0.5 * jnp.einsum("...ij,...i->...j", root, jax.grad(bend)(mode))  # in standard deviations
         far = jnp.sqrt((steps**2).mean(-1, keepdims=True))

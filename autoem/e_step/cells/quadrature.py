@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -107,7 +108,6 @@ class Gauss(AbstractMethod):
         """Mode `(*states, *cells, d)`, root of the inverse curvature, and log of its determinant, of every cell."""
         still = dataclasses.replace(cells, values=held(cells.values), rows=held(cells.rows))
         begin = self.start(still)
-        d = begin.shape[-1]
 
         def value(x: Array) -> Array:
             return jnp.squeeze(self.joint(still, jnp.expand_dims(x, cells.count)), cells.count)
@@ -115,8 +115,7 @@ class Gauss(AbstractMethod):
         slope = jax.grad(lambda x: value(x).sum())  # cells stand apart, so each has its own
 
         def look(x: Array) -> tuple[Array, Array, Array]:
-            columns = [jax.jvp(slope, (x,), (jnp.broadcast_to(e, x.shape),))[1] for e in jnp.eye(d)]
-            return value(x), slope(x), -jnp.stack(columns, -1)
+            return value(x), *slope_and_curvature(slope, x)
 
         def step(s: Climb) -> Climb:
             length, axes = principal(s.curvature)
@@ -149,7 +148,7 @@ class Gauss(AbstractMethod):
     def nodes(self, mode: Array, root: Array, at: int) -> tuple[Array, Array]:
         """Free coordinates `(*states, nodes, *cells, d)`, and log weights `(*states or 1s, nodes, *cells or 1s)`."""
         z, log_w = self.rule(mode.shape[-1])
-        x = jnp.stack([mode + math.sqrt(2) * (root @ s) for s in jnp.asarray(z, mode.dtype)], at)
+        x = over(lambda s: mode + math.sqrt(2) * (root @ s), jnp.asarray(z, mode.dtype), at)
         return x, jnp.asarray(log_w, mode.dtype).reshape(-1, *(1,) * (mode.ndim - 1 - at))
 
     def integrate(self, cells: Cells) -> CellPosterior:
@@ -189,6 +188,22 @@ class Gauss(AbstractMethod):
 
     def values(self, cells: Cells, x: Array, axis: int) -> dict[str, Array]:
         return {n: jnp.squeeze(v, axis) for n, v in self.from_free(cells, x)[0].items()}
+
+
+def slope_and_curvature(slope: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
+    """The slope `(*cells, d)` of the sum of all cells' log joints, and minus its derivatives, `(*cells, d, d)`."""
+    here, along = jax.linearize(slope, x)
+    return here, -over(lambda e: along(jnp.broadcast_to(e, x.shape)), jnp.eye(x.shape[-1], dtype=x.dtype), -1)
+
+
+def over(each: Callable[[Array], Array], points: Array, axis: int) -> Array:
+    """`each` of the points, stacked along `axis`: one by one where a cell has few dimensions.
+
+    Batched products of tiny matrices are slow, and hundreds of single ones are slow to compile.
+    """
+    if points.shape[-1] <= MAX_DIMENSIONS:
+        return jnp.stack([each(p) for p in points], axis)
+    return jax.vmap(each, out_axes=axis)(points)
 
 
 def principal(curvature: Array) -> tuple[Array, Array]:
