@@ -310,6 +310,9 @@ def check_stationary(built: Build, result: EMResult, key: Array) -> Check:
         slope, bend = jit_once(lambda z, o, f=objective: jax.jvp(jax.grad(f), (z,), (o,)))(zero, one)
         # a slope in units of the curvature's root is a distance in standard errors
         slope, bend = np.asarray(slope)[free], np.abs(np.asarray(bend)[free])
+        if np.isnan(slope).any():
+            return not_tried(name, f"the objective has no slope in '{n}'")
+        bend = np.where(np.isfinite(bend), bend, 0)  # a rate of zero has none
         worst = max(worst, float((np.abs(slope) / np.sqrt(bend + 1)).max()) if slope.size else 0.0)
     # in single precision the objective does not tell points apart that are this many standard errors from each other
     blind = np.sqrt(2 * 4 * eps() * (abs(result.objective) + kernel.num_rows))

@@ -86,3 +86,20 @@ def test_one_state_and_no_latent_are_no_trouble():
     assert _em().check(KEY, X, 1).ok
     report = _em(lambda x: numpyro.sample("x", dist.Normal(numpyro.param("m", 0.0), 1.0).expand([100]), obs=x))
     assert report.check(KEY, X).ok
+
+
+def test_a_sum_that_is_all_but_zero_hides_no_slope():
+    """The square of such a rate underflows: what came of dividing by it was no number, and passed for none."""
+    system = np.eye(6)[:, :5] + 0.2
+    system[5], system[:5, 4], system[0, 4] = np.eye(5)[4], 0, 0.1  # the last bin sees the last entry alone
+    counts = np.array([9, 4, 7, 0, 3, 0])
+
+    def scan(system, counts):
+        start = jnp.array([1.0, 1.0, 1.0, 1.0, 1e-200])
+        activity = numpyro.param("activity", start, constraint=constraints.positive)
+        with numpyro.plate("bins", 6):
+            numpyro.sample("counts", dist.Poisson(system @ activity), obs=counts)
+
+    for tol, ok in ((1e-1, False), (1e-14, True)):
+        report = _em(scan, init="model", tol=tol, max_steps=20_000).check(KEY, system, counts)
+        assert _named(report, "at convergence").ok == ok, report
