@@ -13,8 +13,9 @@ precision `P`. An event of more than one axis is one vector of all its entries.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from autoem.graph.jaxpr import Graph, trace_graph
 SCALAR = next(f for f in registered_families()[dist.Normal] if isinstance(f, Family))
 MATRICES = [f for f in registered_families()[dist.MultivariateNormal] if isinstance(f, Family)]
 VECTOR = next(f for f in MATRICES if f.when == "precision_matrix")
+LARGEST = 4096  # entries of an event that is taken as one vector
 SLOPE, VALUE = ("law", "slope"), ("law", "value")
 WITHOUT = (dist.Delta, dist.Unit, dist.ImproperUniform)  # flat or a point: no quadratic to integrate
 
@@ -46,11 +48,16 @@ WRITTEN = {dist.GaussianRandomWalk: of_walk}  # as it tells how parameters enter
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Law:
-    """A normal law: its entry in the table of families, its arguments, and the event of the distribution itself."""
+    """A normal law: its entry in the table of families, the distribution's own event, and what computes arguments."""
 
     family: Family
-    args: Mapping[str, Any]
     event: tuple[int, ...]
+    of: Callable[[], Mapping[str, Any]]
+
+    @functools.cached_property
+    def args(self) -> Mapping[str, Any]:
+        """The arguments, by the names of the family's; computed where they are asked for."""
+        return self.of()
 
     def flat(self, value: Any) -> Any:
         """A value of the distribution, `(*batch, *event)`, with its event as one axis."""
@@ -62,6 +69,8 @@ def law_of(base: Any) -> Law | None:
     """The normal law that `base` is, or None where it is in the table already or is none."""
     if isinstance(family_of(base), Family) or isinstance(base, WITHOUT) or not is_real(base.support):
         return None
+    if math.prod(base.event_shape) > LARGEST:
+        return None
     try:
         graph = slope_of(base)
     except (NotImplementedError, TypeError, ValueError, ZeroDivisionError):
@@ -69,11 +78,16 @@ def law_of(base: Any) -> Law | None:
     if VALUE not in graph.needs(SLOPE) or not is_affine(graph, SLOPE, VALUE):
         return None
     event = tuple(base.event_shape)
+    return Law(VECTOR if event else SCALAR, event, lambda: arguments(base, graph))
+
+
+def arguments(base: Any, graph: Graph) -> dict[str, Array]:
+    """Mean and precision of a vector, mean and deviation of a number."""
     precision = precision_of(base, graph)
     mean = mean_of(base, graph, precision)
-    if event:
-        return Law(VECTOR, {"loc": mean, "precision_matrix": precision}, event)
-    return Law(SCALAR, {"loc": mean[..., 0], "scale": 1 / jnp.sqrt(precision[..., 0, 0])}, event)
+    if base.event_shape:
+        return {"loc": mean, "precision_matrix": precision}
+    return {"loc": mean[..., 0], "scale": 1 / jnp.sqrt(precision[..., 0, 0])}
 
 
 def is_flat(base: Any) -> bool:

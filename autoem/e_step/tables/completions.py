@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -25,6 +26,7 @@ from autoem.graph.jaxpr import Graph
 from autoem.ir import Continuous
 
 NODES = "·node"
+OPAQUE_FROM = 64  # coordinates from which unit vectors are no constant to the compiler, which would multiply them out
 
 
 class At(NamedTuple):
@@ -67,7 +69,10 @@ class Completions:
         Arrays by latent have one axis more for each of so many discrete latents, before that of the nodes.
         """
         if self.affine:
-            return At(np.concatenate([np.zeros((1, self.dim)), np.eye(self.dim)]), [False] * states)
+            value: Any = np.concatenate([np.zeros((1, self.dim)), np.eye(self.dim)])
+            if self.dim >= OPAQUE_FROM:
+                value = jax.lax.optimization_barrier(jnp.asarray(value))
+            return At(value, [False] * states)
         arrays = [nodes[m.name] for m in self.members]
         sizes = jnp.broadcast_shapes(*(a.shape[:states] for a in arrays))
         apart = [int(s) > 1 for s in sizes]
@@ -98,6 +103,10 @@ class Completions:
         """
         first = jnp.take(parts, jnp.arange(1), axis)
         slopes = jnp.moveaxis(parts, axis, 0)[1:] - jnp.moveaxis(first, axis, 0)
+        if all(s == 1 for s in nodes.shape[axis + 2 :]):  # all rows have the same nodes: one product of matrices
+            rows = jnp.moveaxis(slopes, 0, axis).reshape(*parts.shape[:axis], self.dim, -1)
+            moved = nodes.reshape(*nodes.shape[: axis + 2]) @ rows
+            return first + moved.reshape(*moved.shape[: axis + 1], *parts.shape[axis + 1 :])
         slopes = jnp.expand_dims(slopes, axis + 1)  # one axis for the nodes
         weights = jnp.moveaxis(nodes, axis + 1, 0)
         weights = weights.reshape(weights.shape + (1,) * event_dim)
