@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from numpyro.distributions import constraints
 
 from autoem._errors import PlanError
@@ -23,6 +22,7 @@ from autoem.families import NoClosedForm
 from autoem.m_step.block import AbstractBlock
 from autoem.m_step.closed_form import augmented, location
 from autoem.m_step.closed_form.augmented import Reweighted
+from autoem.m_step.closed_form.bounded import bounds_of
 from autoem.m_step.closed_form.location import LeastSquares, Mean, untied
 from autoem.m_step.closed_form.power import Scale
 from autoem.m_step.closed_form.rules import Asked, abstractly, closed_form
@@ -44,9 +44,12 @@ def kind_of(constraint) -> str:
         constraint = constraint.base_constraint
     if constraint is constraints.simplex:
         return "simplex"
-    if constraint in (constraints.unit_interval, constraints.open_interval(0.0, 1.0)) or _bounds(constraint) == (0, 1):
+    if constraint in (constraints.unit_interval, constraints.open_interval(0.0, 1.0)) or bounds_of(constraint) == (
+        0,
+        1,
+    ):
         return "unit"
-    if constraint in (constraints.positive, constraints.nonnegative, constraints.softplus_positive) or _bounds(
+    if constraint in (constraints.positive, constraints.nonnegative, constraints.softplus_positive) or bounds_of(
         constraint
     ) == (0, None):
         return "positive"
@@ -56,16 +59,9 @@ def kind_of(constraint) -> str:
     return "matrix" if constraint in matrix else "other"
 
 
-def _bounds(constraint) -> tuple:
-    low, high = getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
-    if any(isinstance(b, Tracer) or np.ndim(b) for b in (low, high) if b is not None):
-        return ("array", "array")
-    return low, high
-
-
 def part_of_unit(constraint) -> tuple[float, float] | None:
     """The bounds of a constraint to a part of the unit interval, as of a recombination fraction; None of any other."""
-    low, high = _bounds(getattr(constraint, "base_constraint", constraint))
+    low, high = bounds_of(getattr(constraint, "base_constraint", constraint))
     if (
         isinstance(low, int | float)
         and isinstance(high, int | float)
@@ -78,7 +74,7 @@ def part_of_unit(constraint) -> tuple[float, float] | None:
 
 def on_circle(constraint) -> bool:
     """Whether the constraint is that of an angle."""
-    return _bounds(getattr(constraint, "base_constraint", constraint)) == (-math.pi, math.pi)
+    return bounds_of(getattr(constraint, "base_constraint", constraint)) == (-math.pi, math.pi)
 
 
 def choose(
@@ -175,18 +171,19 @@ def join_least_squares(
 ) -> list[AbstractBlock]:
     """Solve parameters together that stand in one location and are jointly affine in it (`x @ beta + b`)."""
     joined: list[AbstractBlock] = []
-    pending = [b for b in blocks if isinstance(b, LeastSquares | Mean)]
-    rest = [b for b in blocks if not isinstance(b, LeastSquares | Mean)]
+    pending = [b for b in blocks if isinstance(b, LeastSquares) or (isinstance(b, Mean) and not b.domain.ordered)]
+    rest = [b for b in blocks if b not in pending]
     while pending:
-        block = pending.pop(0)
+        block, others = pending.pop(0), []
         for other in list(pending):
             if (
                 isinstance(block, LeastSquares) or isinstance(other, LeastSquares) or share(problem, block, other)
             ) and jointly_affine(problem, block, other, params, bundle):
                 pending.remove(other)
-                reason = f"{block.reason}; solved together with {', '.join(other.names)}"
-                block = LeastSquares((*block.names, *other.names), problem, reason)
-        joined.append(block)
+                others += other.names
+                block = LeastSquares((*block.names, *other.names), problem, block.reason)
+        together = f"; solved together with {', '.join(others)}" if others else ""
+        joined.append(dataclasses.replace(block, reason=block.reason + together))
     return joined + rest
 
 
