@@ -331,6 +331,7 @@ def scaled_curvature(hessian: Array, damping: Array | float = 0.0) -> tuple[Arra
     eps, tiny = jnp.finfo(hessian.dtype).eps, jnp.finfo(hessian.dtype).tiny
     top = jnp.maximum(jnp.abs(diagonal).max(-1, keepdims=True), tiny)
     unit = jnp.sqrt(jnp.maximum(jnp.abs(diagonal), 1e-12 * top))  # damping must count where nothing is concave
+    unit = jnp.where(top > tiny, unit, 1.0)  # a group of entries that nothing reads
     scaled = curvature / unit[..., :, None] / unit[..., None, :]
     # a direction along which nothing is observed has a zero row: give it curvature one, so its step is zero
     dead = jnp.abs(diagonal) <= 1e-14 * top
