@@ -23,9 +23,10 @@ from autoem.m_step.block import AbstractBlock
 from autoem.m_step.closed_form import augmented, location
 from autoem.m_step.closed_form.augmented import Reweighted
 from autoem.m_step.closed_form.bounded import bounds_of
+from autoem.m_step.closed_form.decomposed import decomposed
 from autoem.m_step.closed_form.location import LeastSquares, Mean, untied
 from autoem.m_step.closed_form.power import Scale
-from autoem.m_step.closed_form.rules import Asked, abstractly, closed_form
+from autoem.m_step.closed_form.rules import Asked, abstractly, closed_form, rule_of
 from autoem.m_step.gradient import GradientBlock
 from autoem.m_step.newton import NewtonBlock
 from autoem.m_step.problem import Bundle, Params, Problem, uses_of
@@ -92,12 +93,14 @@ def choose(
         PlanError: a closed form was asked for where there is none.
     """
     factors = list(problem.factors.values())
-    blocks: list[AbstractBlock] = []
     declined: dict[str, str] = {}
     weighed: list[str] = []
+    free = {n: p for n, p in problem.params.items() if isinstance(asked_for.get(n), ClosedForm | None)}
+    blocks: list[AbstractBlock] = [*decomposed(problem, params, bundle, free)]
+    paired = {n for b in blocks for n in b.names}
     for name, param in problem.params.items():
         wish = asked_for.get(name)
-        if isinstance(wish, Fixed):
+        if isinstance(wish, Fixed) or name in paired:
             continue
         kind = "angle" if on_circle(param.constraint) else kind_of(param.constraint)
         uses, told = tuple(uses_of(name, factors)), (mixed or {}).get(name, "")
@@ -153,16 +156,18 @@ def sharing(problem: Problem, names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def with_profile(block: AbstractBlock, closed: Sequence[AbstractBlock], factors: Sequence[Factor]) -> AbstractBlock:
-    """Tie to a Newton block the scales whose closed form moves with its parameters: a Gamma's rate with its shape."""
+    """Tie to a Newton block the scales whose closed form moves with its parameters.
+
+    Those are a Gamma's rate, with its shape, and a rate's level, with the slopes that stand in the same rate: the
+    regression is then solved as a whole.
+    """
     if not isinstance(block, NewtonBlock):
         return block
-    shapes = {
-        u.factor.name
-        for n in block.names
-        for u in uses_of(n, factors)
-        if u.argument and isinstance(u.factor._family.rules[u.argument], NoClosedForm)
-    }
-    tied = [b for b in closed if isinstance(b, Scale) and shapes & {u.factor.name for u in b.uses}]
+    uses = [u for n in block.names for u in uses_of(n, factors) if u.argument]
+    shapes = {u.factor.name for u in uses if isinstance(rule_of(u), NoClosedForm)}
+    places = {u.key for u in uses}
+    scales = [b for b in closed if isinstance(b, Scale)]
+    tied = [b for b in scales if shapes & {u.factor.name for u in b.uses} or places & {u.key for u in b.uses}]
     return dataclasses.replace(block, profile=tuple(tied))
 
 
