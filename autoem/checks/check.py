@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 from jax import Array
 from jax.flatten_util import ravel_pytree
 from numpyro import handlers
@@ -33,6 +35,7 @@ from autoem.m_step.block import CLOSED_FORM
 from autoem.m_step.problem import Bundle, graph_values
 from autoem.mean_field.field import Field
 from autoem.planning.build import Build
+from autoem.reading.reader import AtObserved, holds_nan, unwrap
 from autoem.reading.trace import Source
 
 if TYPE_CHECKING:
@@ -369,15 +372,17 @@ def no_simulation(built: Build, result: EMResult) -> str:
 def simulate(model: Callable, params: dict[str, Array], key: Array, call: Call) -> dict[str, Array]:
     """A draw of every observed site by NumPyro, NaN where the data are."""
     observed = {s.name for s in call.built.program.sites.values() if s.role == "observed"}
-    with handlers.trace() as trace, handlers.seed(rng_seed=key), handlers.substitute(data=params):
-        handlers.uncondition(model)(*call.args, **call.kwargs)
-    out = {}
-    for name in observed:
-        value, given = jnp.asarray(trace[name]["value"]), trace[name]["infer"].get("obs")
-        if given is not None and jnp.issubdtype(jnp.result_type(given), jnp.floating):
-            value = jnp.where(jnp.isnan(given), jnp.nan, value)
-        out[name] = value
-    return out
+
+    def draw(msg: dict) -> None:
+        """In a scan too, so that what a step carries on of its own site is what was drawn."""
+        if isinstance(unwrap(msg["fn"])[0], dist.Unit):
+            return
+        given, drawn = msg["value"], msg["fn"].sample(numpyro.prng_key())
+        msg["value"] = jnp.where(jnp.isnan(given), jnp.nan, drawn) if holds_nan(given) else drawn
+
+    with handlers.trace() as trace, handlers.seed(rng_seed=key), handlers.substitute(data=params), AtObserved(draw):
+        model(*call.args, **call.kwargs)
+    return {name: jnp.asarray(trace[name]["value"]) for name in observed}
 
 
 def observing(model: Callable) -> Callable:

@@ -24,15 +24,21 @@ def columns(*parameters: ArrayLike) -> Array:
     return jnp.stack(jnp.broadcast_arrays(*map(as_float, parameters)), axis=-1)
 
 
-def clamp(probs: ArrayLike) -> Array:
-    """Probabilities off 0 and 1 by as much as NumPyro keeps them, so that `log p` and `log(1 - p)` are finite."""
+def log_clamped(probs: ArrayLike) -> tuple[Array, Array]:
+    """`log p` and `log(1 - p)` of probabilities kept off 0 and 1 by as much as NumPyro keeps them: both are finite.
+
+    So are their derivatives of every order, which are 0 where a probability was moved.
+    """
     probs = as_float(probs)
     info = jnp.finfo(probs.dtype)
-    return jnp.clip(probs, info.tiny, 1.0 - info.eps)
+    positive = probs >= info.tiny
+    inside = jnp.minimum(jnp.where(positive, probs, 0.5), 1.0 - info.eps)
+    success = jnp.where(positive, jnp.log(inside), math.log(info.tiny))
+    return success, jnp.where(positive, jnp.log1p(-inside), -float(info.tiny))
 
 
 def finite(logits: ArrayLike) -> Array:
-    """Log-odds, infinite ones as far out as `clamp` keeps probabilities off zero: infinity times 0 would be NaN."""
+    """Log-odds, infinite ones as far out as `log_clamped` keeps probabilities off zero: infinity times 0 were NaN."""
     logits = as_float(logits)
     return jnp.where(jnp.isinf(logits), -jnp.sign(logits) * math.log(jnp.finfo(logits.dtype).tiny), logits)
 

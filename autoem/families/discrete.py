@@ -21,7 +21,7 @@ from jax import Array
 from jax.nn import log_sigmoid, log_softmax, softplus
 from jax.scipy.special import betaln, gammaln
 
-from autoem.families._arrays import as_float, clamp, columns, finite, impossible, rows, safe_log
+from autoem.families._arrays import as_float, columns, finite, impossible, log_clamped, rows, safe_log
 from autoem.families._family import Args, Counting, Family, Power, register_family
 
 Counts = Callable[[Array, Array], tuple[Array, Array | None]]
@@ -38,8 +38,7 @@ def _pair(t: Array, n: Array) -> tuple[Array, Array]:
 def _both(args: Args) -> tuple[Array, Array]:
     """Log probabilities of success and of failure: with both counted, no normaliser is left."""
     if "probs" in args:
-        probs = clamp(args["probs"])
-        eta = columns(jnp.log(probs), jnp.log1p(-probs))
+        eta = columns(*log_clamped(args["probs"]))
     else:
         logits = finite(args["logits"])
         eta = columns(log_sigmoid(logits), log_sigmoid(-logits))
@@ -50,17 +49,16 @@ def _bernoulli(args: Args) -> tuple[Array, Array]:
     if "logits" in args:
         logits = finite(args["logits"])
         return columns(logits), softplus(logits)
-    probs = clamp(args["probs"])
-    failure = jnp.log1p(-probs)
-    return columns(jnp.log(probs) - failure), -failure
+    success, failure = log_clamped(args["probs"])
+    return columns(success - failure), -failure
 
 
 def _geometric(args: Args) -> tuple[Array, Array]:
     if "logits" in args:
         logits = finite(args["logits"])
         return columns(log_sigmoid(-logits)), -log_sigmoid(logits)
-    probs = clamp(args["probs"])
-    return columns(jnp.log1p(-probs)), -jnp.log(probs)
+    success, failure = log_clamped(args["probs"])
+    return columns(failure), -success
 
 
 def _simplex(args: Args) -> tuple[Array, Array]:

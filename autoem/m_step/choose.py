@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from numpyro.distributions import constraints
 
 from autoem._errors import PlanError
@@ -25,11 +24,13 @@ from autoem.m_step.augment import as_asked, offer
 from autoem.m_step.block import AbstractBlock
 from autoem.m_step.closed_form import location
 from autoem.m_step.closed_form.augmented import served
+from autoem.m_step.closed_form.bounded import bounds_of
+from autoem.m_step.closed_form.decomposed import decomposed
 from autoem.m_step.closed_form.location import LeastSquares, Mean
 from autoem.m_step.closed_form.places import Place
 from autoem.m_step.closed_form.power import Scale
 from autoem.m_step.closed_form.regress import specialised
-from autoem.m_step.closed_form.rules import Asked, abstractly, closed_form, superposition_rule
+from autoem.m_step.closed_form.rules import Asked, abstractly, closed_form, rule_of, superposition_rule
 from autoem.m_step.gradient import GradientBlock
 from autoem.m_step.newton import NewtonBlock
 from autoem.m_step.problem import Bundle, Params, Problem, uses_of
@@ -47,9 +48,12 @@ def kind_of(constraint) -> str:
         constraint = constraint.base_constraint
     if constraint is constraints.simplex:
         return "simplex"
-    if constraint in (constraints.unit_interval, constraints.open_interval(0.0, 1.0)) or _bounds(constraint) == (0, 1):
+    if constraint in (constraints.unit_interval, constraints.open_interval(0.0, 1.0)) or bounds_of(constraint) == (
+        0,
+        1,
+    ):
         return "unit"
-    if constraint in (constraints.positive, constraints.nonnegative, constraints.softplus_positive) or _bounds(
+    if constraint in (constraints.positive, constraints.nonnegative, constraints.softplus_positive) or bounds_of(
         constraint
     ) == (0, None):
         return "positive"
@@ -59,16 +63,9 @@ def kind_of(constraint) -> str:
     return "matrix" if constraint in matrix else "other"
 
 
-def _bounds(constraint) -> tuple:
-    low, high = getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
-    if any(isinstance(b, Tracer) or np.ndim(b) for b in (low, high) if b is not None):
-        return ("array", "array")
-    return low, high
-
-
 def part_of_unit(constraint) -> tuple[float, float] | None:
     """The bounds of a constraint to a part of the unit interval, as of a recombination fraction; None of any other."""
-    low, high = _bounds(getattr(constraint, "base_constraint", constraint))
+    low, high = bounds_of(getattr(constraint, "base_constraint", constraint))
     if (
         isinstance(low, int | float)
         and isinstance(high, int | float)
@@ -81,7 +78,7 @@ def part_of_unit(constraint) -> tuple[float, float] | None:
 
 def on_circle(constraint) -> bool:
     """Whether the constraint is that of an angle."""
-    return _bounds(getattr(constraint, "base_constraint", constraint)) == (-math.pi, math.pi)
+    return bounds_of(getattr(constraint, "base_constraint", constraint)) == (-math.pi, math.pi)
 
 
 def choose(
@@ -99,13 +96,15 @@ def choose(
         PlanError: a closed form was asked for where there is none.
     """
     factors = list(problem.factors.values())
-    blocks: list[AbstractBlock] = []
     declined: dict[str, str] = {}
     weighed: dict[str, tuple[Place, ...]] = {}
     offers: dict[str, str] = {}
+    free = {n: p for n, p in problem.params.items() if isinstance(asked_for.get(n), ClosedForm | None)}
+    blocks: list[AbstractBlock] = [*decomposed(problem, params, bundle, free)]
+    paired = {n for b in blocks for n in b.names}
     for name, param in problem.params.items():
         wish = asked_for.get(name)
-        if isinstance(wish, Fixed):
+        if isinstance(wish, Fixed) or name in paired:
             continue
         kind = "angle" if on_circle(param.constraint) else kind_of(param.constraint)
         uses, told = tuple(uses_of(name, factors)), (mixed or {}).get(name, "")
@@ -160,16 +159,18 @@ def with_offers(block: AbstractBlock, offers: Mapping[str, str]) -> AbstractBloc
 
 
 def with_profile(block: AbstractBlock, closed: Sequence[AbstractBlock], factors: Sequence[Factor]) -> AbstractBlock:
-    """Tie to a Newton block the scales whose closed form moves with its parameters: a Gamma's rate with its shape."""
+    """Tie to a Newton block the scales whose closed form moves with its parameters.
+
+    Those are a Gamma's rate, with its shape, and a rate's level, with the slopes that stand in the same rate: the
+    regression is then solved as a whole.
+    """
     if not isinstance(block, NewtonBlock):
         return block
-    shapes = {
-        u.factor.name
-        for n in block.names
-        for u in uses_of(n, factors)
-        if u.argument and isinstance(u.factor._family.rules[u.argument], NoClosedForm)
-    }
-    tied = [b for b in closed if isinstance(b, Scale) and shapes & {u.factor.name for u in b.uses}]
+    uses = [u for n in block.names for u in uses_of(n, factors) if u.argument]
+    shapes = {u.factor.name for u in uses if isinstance(rule_of(u), NoClosedForm)}
+    places = {u.key for u in uses}
+    scales = [b for b in closed if isinstance(b, Scale)]
+    tied = [b for b in scales if shapes & {u.factor.name for u in b.uses} or places & {u.key for u in b.uses}]
     return dataclasses.replace(block, profile=tuple(tied))
 
 
@@ -178,18 +179,19 @@ def join_least_squares(
 ) -> list[AbstractBlock]:
     """Solve parameters together that stand in one location and are jointly affine in it (`x @ beta + b`)."""
     joined: list[AbstractBlock] = []
-    pending = [b for b in blocks if isinstance(b, LeastSquares | Mean)]
-    rest = [b for b in blocks if not isinstance(b, LeastSquares | Mean)]
+    pending = [b for b in blocks if isinstance(b, LeastSquares) or (isinstance(b, Mean) and not b.domain.ordered)]
+    rest = [b for b in blocks if b not in pending]
     while pending:
-        block = pending.pop(0)
+        block, others = pending.pop(0), []
         for other in list(pending):
             if (
                 isinstance(block, LeastSquares) or isinstance(other, LeastSquares) or share(problem, block, other)
             ) and jointly_affine(problem, block, other, params, bundle):
                 pending.remove(other)
-                reason = f"{block.reason}; solved together with {', '.join(other.names)}"
-                block = LeastSquares((*block.names, *other.names), problem, reason)
-        joined.append(block)
+                others += other.names
+                block = LeastSquares((*block.names, *other.names), problem, block.reason)
+        together = f"; solved together with {', '.join(others)}" if others else ""
+        joined.append(dataclasses.replace(block, reason=block.reason + together))
     return joined + rest
 
 

@@ -40,8 +40,9 @@ class NewtonState(NamedTuple):
 class NewtonBlock(AbstractBlock):
     """Damped Newton steps on the block's parameters together.
 
-    `profile` holds closed-form blocks that are strongly tied to them (a Gamma's rate to its shape): `Q` is maximised
-    with those at their closed form for every trial value, which is a joint maximum at the price of a conditional one.
+    `profile` holds closed-form blocks that are strongly tied to them (a Gamma's rate to its shape, a rate's level to
+    the slopes in it): `Q` is maximised with those at their closed form for every trial value, which is a joint maximum
+    at the price of a conditional one.
     """
 
     profile: tuple[AbstractBlock, ...] = ()

@@ -83,8 +83,11 @@ def _mul(eqn, inputs):
     if isinstance(a, Known):
         a, b = b, a
     if isinstance(a, Linear):
-        if not isinstance(b, Known):
-            raise Declined("it is multiplied by another parameter of the same block")
+        if not isinstance(b, Known):  # one of them may be nothing, as the location times how centred it is
+            if not isinstance(b, Linear) or 0.0 not in (a.power, b.power):
+                raise Declined("it is multiplied by another parameter of the same block")
+            power = 0.0 if a.power == b.power else None
+            return Linear(a.value * b.value, power, a.simple and b.simple, False, None)
         power = None if a.power is None or b.uniform is None else a.power * b.uniform
         return Linear(a.value * b.value, power, a.simple, False, None)
     if isinstance(a, Monomial) and isinstance(b, Monomial):
@@ -117,7 +120,9 @@ def _div(eqn, inputs):
     return Monomial(a.log - b.log, None, power, False, False)
 
 
-def _raised(x: Value, power: float) -> Monomial:
+def _raised(x: Value, power: float) -> Value:
+    if power == 1.0 and isinstance(x, Linear):
+        return x
     if not isinstance(x, Monomial):
         raise Declined("it is raised to a power")
     return Monomial(power * x.log, None, None if x.power is None else power * x.power, x.simple, False)
@@ -131,7 +136,7 @@ def _integer_pow(eqn, inputs):
 @RULES.of("pow")
 def _pow(eqn, inputs):
     x, exponent = inputs
-    if not isinstance(exponent, Known) or not isinstance(x, Monomial | Known):
+    if not isinstance(exponent, Known) or not isinstance(x, Monomial | Linear | Known):
         raise Declined("it stands in an exponent")
     if exponent.uniform is not None:
         return _raised(x, exponent.uniform)

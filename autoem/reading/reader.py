@@ -224,23 +224,29 @@ class Reader(Messenger):
 class AtObserved(Messenger):
     """Lets `change` alter what observed sites say while NumPyro runs the model, inside scans too.
 
-    No handler outside of a scan sees its sites before they have their values.
+    No handler outside of a scan sees its sites before they have their values. Afterwards NumPyro sends each out once
+    more, the laws of all steps stacked, by which they can no longer be drawn from: that message is left alone.
     """
 
     def __init__(self, change: Callable[[dict], None]):
         super().__init__(None)
         self.change = change
+        self.seen_inside: set[str] = set()
 
     def process_message(self, msg):
         if msg["type"] == "control_flow":
             step, *rest = msg["args"]
             msg["args"] = (self.around(step), *rest)
-        elif msg["type"] == "sample" and msg["is_observed"]:
+        elif msg["type"] == "sample" and msg["is_observed"] and msg["name"] not in self.seen_inside:
             self.change(msg)
 
     def around(self, step: Callable) -> Callable:
+        def change(msg: dict) -> None:
+            self.seen_inside.add(msg["name"])
+            self.change(msg)
+
         def inside(*args):
-            with AtObserved(self.change):
+            with AtObserved(change):
                 return step(*args)
 
         return inside

@@ -198,3 +198,51 @@ def test_counts_of_a_gaussian_process_are_differentiated_three_times():
         numpyro.sample("y", dist.Poisson(jnp.exp(f)).to_event(1), obs=y)
 
     assert "Laplace" in str(autoem.EM(model, progress=False).plan(np.array([1, 2, 0, 4])))
+
+
+def test_loadings_with_fixed_zeros():
+    """Two group factors beside a general one: entries that nothing reads leave the others' steps alone."""
+    pattern = np.array([[1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 0, 1.0]])
+    rng = np.random.default_rng(9)
+    y = 1 + rng.normal(size=(60, 3)) @ (pattern * rng.uniform(0.5, 1, (4, 3))).T + 0.5 * rng.normal(size=(60, 4))
+
+    def model(y):
+        mu, loading = numpyro.param("mu", jnp.zeros(4)), numpyro.param("loading", jnp.asarray(0.5 * pattern))
+        noise = numpyro.param("noise", jnp.ones(4), constraint=constraints.positive)
+        with numpyro.plate("rows", len(y)):
+            general = numpyro.sample("general", dist.Normal(0, 1))
+            group = numpyro.sample("group", dist.Normal(0, 1).expand([2]).to_event(1))
+            scores = jnp.concatenate([general[:, None], group], -1)
+            numpyro.sample("y", dist.Normal(mu + scores @ (loading * pattern).T, noise).to_event(1), obs=y)
+
+    found = autoem.EM(model, init="model", max_steps=1, progress=False).run(KEY, y).params
+    weights = 0.5 * pattern
+    gain = np.linalg.solve(weights @ weights.T + np.eye(4), weights).T
+    scores = y @ gain.T
+    spread = 60 * (np.eye(3) - gain @ weights) + scores.T @ scores
+    for row in range(4):  # the regression of each column on an intercept and the scores that it reads
+        read = np.flatnonzero(pattern[row])
+        moments = np.block(
+            [[60.0, scores[:, read].sum(0)], [scores[:, read].sum(0)[:, None], spread[np.ix_(read, read)]]]
+        )
+        expected = np.linalg.solve(moments, np.append(y[:, row].sum(), scores[:, read].T @ y[:, row]))
+        np.testing.assert_allclose(found["mu"][row], expected[0], rtol=1e-7)
+        np.testing.assert_allclose(found["loading"][row][read], expected[1:], rtol=1e-7)
+
+
+def test_intervals_of_a_waiting_time_that_begin_at_zero():
+    """Standard errors too: a piece of no length has a density of no mass, and no derivatives."""
+    low = np.array([0.0, 0.0, 1.0, 2.0, 0.0, 3.0])
+
+    def model(low):
+        rate = positive("rate")
+        with numpyro.plate("rows", len(low)):
+            t = numpyro.sample("t", dist.Exponential(rate))
+            seen = (t > low) & (t <= low + 1)
+            numpyro.sample("seen", dist.Bernoulli(probs=seen.astype(float)), obs=jnp.ones(len(low)))
+
+    result = autoem.EM(model, tol=1e-13, progress=False).run(KEY, low)
+    share = 6 / (6 + low.sum())  # whole units waited are geometric
+    np.testing.assert_allclose(result.params["rate"], -np.log(1 - share), rtol=1e-5)
+    error = np.sqrt((1 - share) * share**2 / 6) / (1 - share)  # that of the share, by the delta method
+    np.testing.assert_allclose(result.standard_errors()["rate"], error, rtol=1e-4)

@@ -44,21 +44,37 @@ class Slice(NamedTuple):
     deviation: Array
 
 
-def upper_tail(z: Array) -> Slice:
-    """The standard normal above `z`; nothing cancels at any distance."""
+@jax.custom_jvp
+def tail(z: Array) -> tuple[Array, Array]:
+    """Log mass of the standard normal above `z`, and the hazard there minus `z`; nothing cancels at any distance.
+
+    Derivatives of every order are made of the two again: those of the continued fraction are long programs.
+    """
     far = jnp.maximum(z, 5.0)
     rest = jnp.zeros_like(far)
     for n in range(60, 1, -1):  # the continued fraction of Mills' ratio, 1 / (z + 1 / (z + 2 / (z + ...)))
         rest = n / (far + rest)
-    excess_far = 1 / (far + rest)  # hazard minus z
+    excess_far = 1 / (far + rest)
     mass_far = -0.5 * far**2 - 0.5 * LOG_2PI - jnp.log(far + excess_far)
     near = jnp.clip(z, -FAR, 5.0)
     mass_near = log_ndtr(-near)
-    hazard = jnp.exp(-0.5 * near**2 - 0.5 * LOG_2PI - mass_near)
-    excess_near = hazard - near
-    mean = jnp.where(z > 5, far + excess_far, hazard)
-    variance = jnp.where(z > 5, 1 - (far + excess_far) * excess_far, 1 - hazard * excess_near)
-    return Slice(jnp.where(z > 5, mass_far, mass_near), mean, jnp.sqrt(jnp.maximum(variance, 0)))
+    excess_near = jnp.exp(-0.5 * near**2 - 0.5 * LOG_2PI - mass_near) - near
+    return jnp.where(z > 5, mass_far, mass_near), jnp.where(z > 5, excess_far, excess_near)
+
+
+@tail.defjvp
+def _(primals, tangents):
+    (z,), (dz,) = primals, tangents
+    log_mass, excess = tail(z)
+    hazard = z + excess
+    return (log_mass, excess), (-hazard * dz, (hazard * excess - 1) * dz)
+
+
+def upper_tail(z: Array) -> Slice:
+    """The standard normal above `z`."""
+    log_mass, excess = tail(z)
+    mean = z + excess
+    return Slice(log_mass, mean, jnp.sqrt(jnp.maximum(1 - mean * excess, 0)))
 
 
 def between(low: Array, high: Array) -> Slice:
@@ -68,7 +84,8 @@ def between(low: Array, high: Array) -> Slice:
     a = jnp.clip(a, -math.sqrt(TAIL), FAR)
     top = jnp.maximum(a, 0)
     reach = jnp.where(a > 0, TAIL / (top + jnp.sqrt(top**2 + TAIL)), math.sqrt(TAIL) - a)
-    width = jnp.maximum(jnp.minimum(b - a, reach), jnp.finfo(a.dtype).tiny)
+    empty = b <= a  # of which all that is told must have derivatives
+    width = jnp.where(empty, 1.0, jnp.minimum(b - a, reach))
     shape = (-1, *(1,) * a.ndim)
     at, share = jnp.asarray(PLACES, a.dtype).reshape(shape), jnp.asarray(SHARES, a.dtype).reshape(shape)
     z = a + width * at
@@ -78,6 +95,7 @@ def between(low: Array, high: Array) -> Slice:
     spread = (density * (at - offset) ** 2).sum(0) / total
     mean = a + width * offset
     log_mass = jnp.log(width) + jnp.log(total) - 0.5 * top**2 - 0.5 * LOG_2PI
+    log_mass = jnp.where(empty, -jnp.inf, log_mass)
     return Slice(log_mass, jnp.where(turned, -mean, mean), width * jnp.sqrt(spread))
 
 
@@ -195,12 +213,14 @@ class ExponentialBase(AbstractBase):
         starts = [jnp.zeros_like(edges[0]), *(jnp.maximum(e, 0) for e in edges)]
         parts = []
         for a, b in itertools.pairwise(starts):
-            w = rate * jnp.maximum(b - a, jnp.finfo(rate.dtype).tiny)
+            empty = b <= a
+            w = rate * jnp.where(empty, 1.0, b - a)
             small = w < 1e-2
             safe = jnp.where(small, 1.0, jnp.minimum(w, 700.0))
             mean = jnp.where(small, w * (0.5 - w / 12 * (1 - w**2 / 60)), 1 - safe / jnp.expm1(safe))
             square = jnp.where(small, w**2 / 12 * (1 - w**2 / 20), 1 - safe**2 / (4 * jnp.sinh(safe / 2) ** 2))
-            parts.append(Slice(-rate * a + jnp.log(-jnp.expm1(-w)), a + mean / rate, jnp.sqrt(square) / rate))
+            log_mass = jnp.where(empty, -jnp.inf, -rate * a + jnp.log(-jnp.expm1(-w)))
+            parts.append(Slice(log_mass, a + mean / rate, jnp.sqrt(square) / rate))
         last = starts[-1]
         parts.append(Slice(-rate * last, last + 1 / rate, jnp.broadcast_to(1 / rate, jnp.shape(last + rate))))
         mass, mean, deviation = (jnp.stack(jnp.broadcast_arrays(*p)) for p in zip(*parts, strict=True))

@@ -129,7 +129,9 @@ def small_product(message: Array, scale: Array, table: Array) -> Array:
 
 @small_product.def_vmap
 def _(size: int, batched: Sequence[bool], message: Array, scale: Array, table: Array) -> tuple[Array, bool]:
-    """Several at once are no longer small."""
+    """Several at once are no longer small. (Where tangents alone are several, JAX asks for the values of one.)"""
+    if not any(batched):
+        return (message * scale) @ table, False
     axes = tuple(0 if b else None for b in batched)
     return jax.vmap(lambda m, s, t: (m * s) @ t, axes, axis_size=size)(message, scale, table), True
 

@@ -39,9 +39,13 @@ def total(chain: ChainTables) -> Named:
 
 
 def scaled(table: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """`exp(table - top)` and `top`, the largest entry along `axes`."""
+    """`exp(table - top)` and `top`, the largest entry along `axes`.
+
+    What is made of both does not depend on `top`, which is held fixed: the derivative of a maximum compares it with the
+    entries, and a program that computes them twice need not round them alike.
+    """
     top = jnp.max(table, axis=axes, keepdims=True)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     return jnp.exp(table - top), jnp.squeeze(top, axes)
 
 
@@ -102,7 +106,7 @@ def one_over(weight: Array, states: tuple[int, ...]) -> Array:
 
 
 def _backward(spec: Spec, s: Scaled) -> Array:
-    """What every step and those after it say of its states, up to a factor."""
+    """What the steps after each say of its states, up to a factor."""
     over = jnp.broadcast_to(s.single, (spec.steps, *s.single.shape[1:]))
     last = jnp.broadcast_to(over[-1], jnp.broadcast_shapes(s.head.shape, over.shape[1:]))
     through, varying = spec.back(s.pairs), in_time(spec, s.pairs)
@@ -113,9 +117,9 @@ def _backward(spec: Spec, s: Scaled) -> Array:
         later = [jax.lax.dynamic_index_in_dim(p, t + 1, keepdims=False, allow_negative_indices=False) for p in varying]
         arrived = through(ahead, one_over(ahead, spec.states), later)
         ahead = arrived * jax.lax.dynamic_index_in_dim(over, t, keepdims=False, allow_negative_indices=False)
-        return t - 1, ahead, jax.lax.dynamic_update_index_in_dim(messages, ahead, t, 0, allow_negative_indices=False)
+        return t - 1, ahead, jax.lax.dynamic_update_index_in_dim(messages, arrived, t, 0, allow_negative_indices=False)
 
-    messages = jnp.zeros((spec.steps, *last.shape), last.dtype).at[-1].set(last)
+    messages = jnp.zeros((spec.steps, *last.shape), last.dtype).at[-1].set(1)
     start = jnp.asarray(spec.steps - 2), last, messages
     return jax.lax.while_loop(lambda state: state[0] >= 0, step, start)[2]
 
@@ -126,18 +130,17 @@ def _total_fwd(spec: Spec, head: Array, single: Array, pairs: tuple[Array, ...])
 
 
 def _total_bwd(spec: Spec, residuals, slope: Array):
-    s, weights, norms, ahead = residuals
+    s, weights, norms, arrived = residuals
     frame = spec.frame
     later = tuple(a + 1 for a in spec.states)
     norms = jnp.expand_dims(norms, later)
     over = 1 / jnp.where(norms > 0, norms, 1)
     filtered = weights * over
-    # a state that cannot have been seen has no weight either, whatever follows it
-    joint = filtered * jnp.where(s.single > 0, ahead / s.single, 0)
+    joint = filtered * arrived
     total = joint.sum(later, keepdims=True)
     total = 1 / jnp.where(total > 0, total, 1)
     marginal = joint * (total * slope)
-    ahead = ahead * over * (total * slope)
+    ahead = arrived * s.single * over * (total * slope)
     tables = [Named(p, axes) for p, axes in zip(s.pairs, spec.pair_axes, strict=True)]
     pairs = tuple(pair_marginals(spec, i, s.head, filtered, ahead, tables) for i in range(len(tables)))
     first = [Named(p[0] if v else p, tuple(a for a in x if a != TIME)) for p, v, x in

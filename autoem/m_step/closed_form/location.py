@@ -23,6 +23,8 @@ from jax.flatten_util import ravel_pytree
 from autoem.families import Location
 from autoem.graph.programs import jit_once
 from autoem.m_step.block import AbstractBlock
+from autoem.m_step.closed_form import bounded
+from autoem.m_step.closed_form.bounded import REAL, Domain
 from autoem.m_step.closed_form.counting import fit, latex_name
 from autoem.m_step.closed_form.priors import prior_of, prior_slope
 from autoem.m_step.problem import Bundle, Params, Statistics, Use
@@ -37,12 +39,17 @@ class Mean(AbstractBlock):
     """Weighted mean of every entry of one location parameter."""
 
     uses: tuple[Use, ...] = ()
+    domain: Domain = REAL
 
     order = 1
 
     @property
     def update(self) -> str:
-        return "E[sum of observations] / E[count]"
+        return f"E[sum of observations] / E[count]{self.domain}"
+
+    @property
+    def maximises(self) -> bool:
+        return self.domain.whole
 
     @property
     def latex(self) -> str:
@@ -58,7 +65,18 @@ class Mean(AbstractBlock):
             g, h = prior_terms(prior, old, params, bundle)
             slope, curvature = slope + g, curvature + h
         step = slope / jnp.where(curvature > 0, curvature, 1)
-        return {name: jnp.where(curvature > 0, old + step, old).astype(old.dtype)}, state
+        new = jnp.where(curvature > 0, old + step, old)
+        return {name: self.kept(old, new, curvature).astype(old.dtype)}, state
+
+    def kept(self, old: Array, best: Array, curvature: Array) -> Array:
+        """The new value, inside the parameter's domain."""
+        if self.domain.whole:
+            return best
+        low, high = self.domain.low, self.domain.high
+        if not self.domain.ordered:
+            return bounded.part_way(old, jnp.clip(best, low, high), (best > low) & (best < high))
+        weight = jnp.where(curvature > 0, curvature, 1e-9 * curvature.max(-1, keepdims=True))
+        return bounded.in_order(old, best, weight * best, weight, lambda a, b: a / b, low)
 
     def terms(self, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, Array]:
         """Slope and curvature of `Q` along every entry of the parameter, of all places at once."""
@@ -196,7 +214,17 @@ class LeastSquares(AbstractBlock):
 
     @property
     def update(self) -> str:
-        return "weighted least squares" + (f" of {', '.join(self.names)} together" if len(self.names) > 1 else "")
+        kept = [n for n, d in self.domains.items() if d.bounded]
+        text = "weighted least squares" + (f" of {', '.join(self.names)} together" if len(self.names) > 1 else "")
+        return text + (f", {', '.join(kept)} within bounds" if kept else "")
+
+    @property
+    def domains(self) -> dict[str, Domain]:
+        return {n: bounded.domain_of(self.problem.params[n].constraint) or REAL for n in self.names}
+
+    @property
+    def maximises(self) -> bool:
+        return all(d.whole for d in self.domains.values())
 
     @property
     def latex(self) -> str:
@@ -213,18 +241,28 @@ class LeastSquares(AbstractBlock):
 
         slope = jax.grad(objective)
         g = slope(flat)
+        room = None if self.maximises else self.room(old)
         if self.groups is not None:
-            step = grouped_step(slope, flat, g, self.groups)
+            step = grouped_step(slope, flat, g, self.groups, room)
         elif flat.size <= MAX_DENSE:
-            step = concave_direction(jax.hessian(objective)(flat), g)
+            hessian = jax.hessian(objective)(flat)
+            step = concave_direction(hessian, g)
+            step = step if room is None else bounded.on_box(-hessian, g, step, *room)
         else:
             step, _ = jax.scipy.sparse.linalg.cg(
                 lambda v: -jax.jvp(slope, (flat,), (v,))[1], g, tol=1e-12, maxiter=flat.size
             )
+            step = step if room is None else bounded.along(step, *room)
         return unravel(jnp.where(jnp.isfinite(step).all(), flat + step, flat)), state
 
+    def room(self, old: Params) -> tuple[Array, Array]:
+        """How far every entry may go down and up."""
+        low = {n: d.low - old[n] for n, d in self.domains.items()}
+        high = {n: d.high - old[n] for n, d in self.domains.items()}
+        return ravel_pytree(low)[0], ravel_pytree(high)[0]
 
-def grouped_step(slope, flat: Array, g: Array, groups: np.ndarray) -> Array:
+
+def grouped_step(slope, flat: Array, g: Array, groups: np.ndarray, room: tuple[Array, Array] | None) -> Array:
     """A Newton step where the Hessian has a block for each group: as many products with it as a group has entries."""
     probes = np.zeros((groups.shape[1], flat.size + 1))
     for q in range(groups.shape[1]):
@@ -234,7 +272,11 @@ def grouped_step(slope, flat: Array, g: Array, groups: np.ndarray) -> Array:
     blocks = jnp.moveaxis(padded[:, groups], 0, -1)
     inside = groups < flat.size
     blocks = blocks * (inside[:, :, None] & inside[:, None, :])
-    steps = concave_direction(blocks, jnp.pad(g, (0, 1))[groups])
+    right = jnp.pad(g, (0, 1))[groups]
+    steps = concave_direction(blocks, right)
+    if room is not None:
+        low, high = (jnp.pad(x, (0, 1), constant_values=sign)[groups] for x, sign in zip(room, (-1, 1), strict=True))
+        steps = bounded.on_box(-blocks, right, steps, low, high)
     return jnp.zeros(flat.size + 1, flat.dtype).at[groups].set(steps)[:-1]
 
 
@@ -291,6 +333,7 @@ def scaled_curvature(hessian: Array, damping: Array | float = 0.0) -> tuple[Arra
     eps, tiny = jnp.finfo(hessian.dtype).eps, jnp.finfo(hessian.dtype).tiny
     top = jnp.maximum(jnp.abs(diagonal).max(-1, keepdims=True), tiny)
     unit = jnp.sqrt(jnp.maximum(jnp.abs(diagonal), 1e-12 * top))  # damping must count where nothing is concave
+    unit = jnp.where(top > tiny, unit, 1.0)  # a group of entries that nothing reads
     scaled = curvature / unit[..., :, None] / unit[..., None, :]
     # a direction along which nothing is observed has a zero row: give it curvature one, so its step is zero
     dead = jnp.abs(diagonal) <= 1e-14 * top

@@ -20,6 +20,7 @@ from jax import Array
 
 from autoem.families import Power
 from autoem.m_step.block import AbstractBlock
+from autoem.m_step.closed_form.bounded import REAL, Domain, in_order, part_way
 from autoem.m_step.closed_form.counting import fit, latex_name
 from autoem.m_step.closed_form.priors import POWERS, arguments_of, prior_of
 from autoem.m_step.closed_form.structured import accept_direct, coefficients, needs_curvature, power_of, start
@@ -29,11 +30,15 @@ from autoem.passes.link import Declined
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scale(AbstractBlock):
-    """Closed form of a positive parameter; `degree` is `m e`, `real` says that the parameter is a logarithm."""
+    """Closed form of a positive parameter; `degree` is `m e`, `real` says that the parameter is a logarithm.
+
+    `domain` is what its constraint asks beyond being positive: `Q` is concave in the logarithm.
+    """
 
     uses: tuple[Use, ...] = ()
     degree: float = 1.0
     real: bool = False
+    domain: Domain = REAL
 
     order = 2
     source = "Dempster, Laird and Rubin 1977"
@@ -46,7 +51,11 @@ class Scale(AbstractBlock):
             ratio = "sqrt(E[squared residual] / E[count])" if self.degree == -2 else "E[squared residual] / E[count]"
         else:
             ratio = f"(a / b)^(1/{self.degree:g})"
-        return f"log {ratio}" if self.real else ratio
+        return f"log {ratio}" if self.real else f"{ratio}{self.domain}"
+
+    @property
+    def maximises(self) -> bool:
+        return self.domain.whole
 
     @property
     def latex(self) -> str:
@@ -67,7 +76,22 @@ class Scale(AbstractBlock):
         if self.degree > 0:  # a rate of which nothing was seen: its maximum is at zero
             collapsed = collapsed | ((a == 0) & (d > 0))
         floor = jnp.log(jnp.finfo(old.dtype).tiny) if self.real else 0.0
-        return {name: jnp.where(fine, new, jnp.where(collapsed, floor, old)).astype(old.dtype)}, state
+        new = jnp.where(fine, new, jnp.where(collapsed, floor, old))
+        if not self.domain.whole:
+            new = self.kept(old, new, jnp.where(fine, a, 0), jnp.where(fine, d, 0))
+        return {name: new.astype(old.dtype)}, state
+
+    def kept(self, old: Array, best: Array, a: Array, d: Array) -> Array:
+        """The new value, inside the parameter's domain."""
+        before, after = jnp.log(old), jnp.log(jnp.maximum(best, jnp.finfo(old.dtype).tiny))
+        if not self.domain.ordered:
+            low, high = self.domain.low, self.domain.high
+            return jnp.exp(part_way(before, jnp.log(jnp.clip(best, low, high)), (best > low) & (best < high)))
+        none = jnp.sign(self.degree) * 1e-9 * jnp.abs(a).max(-1, keepdims=True)  # what is not seen stays, if it can
+        a, d = jnp.where(a == 0, none, a), jnp.where(a == 0, none, d)
+        exposure = d * jnp.exp(-self.degree * before)
+        pooled = in_order(before, after, a, exposure, lambda a, d: jnp.log(a / d) / self.degree, -jnp.inf)
+        return jnp.exp(pooled)
 
     def sums(self, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, Array]:
         """The two pooled sums, at the current value of the parameter."""

@@ -41,6 +41,8 @@ POWERS: dict[str, tuple[tuple[str, ...], float | None, Callable[[Arguments], Ter
 MATRICES = {"Wishart": "precision", "InverseWishart": "covariance"}
 
 NORMAL = ("loc", "scale")
+# class name -> attributes, where the log density is quadratic on its support
+QUADRATIC = {"Normal": NORMAL, "HalfNormal": ("scale",)}
 FLAT = "ImproperUniform"
 SOURCE = "Gelman et al. 2013, Bayesian Data Analysis, chapter 2"
 

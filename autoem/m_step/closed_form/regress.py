@@ -119,7 +119,7 @@ def specialised(block: AbstractBlock, params: Params) -> AbstractBlock:
         table = np.asarray(jit_once(jax.jacobian(coefficients))(flat))
         tables.append(table.reshape(-1, *table.shape[-2:]))
     free = [columns(t) for t in tables]
-    if all(free) and not any(prior_of(n, block.problem.factors) for n in block.names):
+    if block.maximises and all(free) and not any(prior_of(n, block.problem.factors) for n in block.names):
         filled = [t[:, f] for t, f in zip(tables, free, strict=True)]
         same = all(np.array_equal(t, filled[0]) for t in filled)
         if same and (len(factors) == 1 or one_noise(factors, params)):

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import jax
 
-from autoem.families import Covariance, Family, NoClosedForm, Opaque
+from autoem.families import Covariance, Family, Location, NoClosedForm, Opaque, Rule
 from autoem.m_step.block import AbstractBlock
 from autoem.m_step.closed_form import (
     counting,
@@ -24,13 +24,14 @@ from autoem.m_step.closed_form import (
     power,
     structured,
 )
+from autoem.m_step.closed_form.bounded import REAL, Domain, domain_of
 from autoem.m_step.closed_form.counting import Count
 from autoem.m_step.closed_form.covariance import Scatter
 from autoem.m_step.closed_form.direction import Turn
 from autoem.m_step.closed_form.location import LeastSquares, Mean
 from autoem.m_step.closed_form.median import Middle
 from autoem.m_step.closed_form.power import Scale
-from autoem.m_step.closed_form.priors import COUNTS, MATRICES, NORMAL, POWERS, prior_of, readable
+from autoem.m_step.closed_form.priors import COUNTS, MATRICES, POWERS, QUADRATIC, prior_of, readable
 from autoem.m_step.closed_form.rates import MixedRate, rate_of
 from autoem.m_step.closed_form.superposition import Superposition
 from autoem.m_step.problem import Bundle, Params, Problem, Use, graph_values
@@ -125,9 +126,9 @@ def in_words(use: Use) -> str:
 
 def power_rule(asked: Asked) -> AbstractBlock:
     """Pooled power updates: scales and rates."""
-    if asked.kind not in ("positive", "real"):
+    domain, real = domain_of(asked.problem.params[asked.name].constraint), asked.kind == "real"
+    if domain is None or not (real or domain.low >= 0):
         raise Declined("it is not positive")
-    real = asked.kind == "real"
     plain = [use for use in asked.uses if not in_matrix(use)]
     degrees = set(asked.at_each(lambda use, p, b: power.accept(asked.problem, use, asked.name, real, p, b), plain))
     degrees |= {matrix_power_at(asked, use, real) for use in asked.uses if in_matrix(use)}
@@ -140,7 +141,8 @@ def power_rule(asked: Asked) -> AbstractBlock:
     (degree,) = degrees
     if prior and (real or entry is None or not readable(prior, entry[0]) or entry[1] not in (None, degree)):
         raise Declined(f"its prior {prior.site.distribution} is not conjugate to it")
-    return Scale((asked.name,), asked.problem, why(asked, "a power of it scales"), asked.uses, degree, real)
+    kept = REAL if domain == Domain(0.0) else domain
+    return Scale((asked.name,), asked.problem, why(asked, "a power of it scales"), asked.uses, degree, real, kept)
 
 
 def in_matrix(use: Use) -> bool:
@@ -158,10 +160,11 @@ def matrix_power_at(asked: Asked, use: Use, real: bool) -> float:
 
 def location_rule(asked: Asked) -> AbstractBlock:
     """Weighted means, or least squares where a place is affine in several entries."""
-    if asked.kind != "real":
+    domain = domain_of(asked.problem.params[asked.name].constraint)
+    if domain is None:
         raise Declined("it is constrained, so least squares may leave its domain")
     prior = prior_of(asked.name, asked.problem.factors)
-    if prior and (prior.site.distribution != "Normal" or not readable(prior, NORMAL)):
+    if prior and (prior.site.distribution not in QUADRATIC or not readable(prior, QUADRATIC[prior.site.distribution])):
         raise Declined(f"its prior {prior.site.distribution} is not Normal")
     forms = asked.at_each(lambda use, p, b: location.accept_linear(asked.problem, use, (asked.name,), p, b))
     only = asked.uses[0] if len(asked.uses) == 1 else None  # two places weigh a vector by a matrix each
@@ -170,10 +173,13 @@ def location_rule(asked: Asked) -> AbstractBlock:
         or (
             only
             and prior is None
+            and domain.whole
             and location.vector_mean_applies(asked.problem, only, asked.name, forms[0], asked.params, asked.bundle)
         )
     ):
-        return Mean((asked.name,), asked.problem, why(asked, "the location of"), asked.uses)
+        return Mean((asked.name,), asked.problem, why(asked, "the location of"), asked.uses, domain)
+    if domain.ordered:
+        raise Declined("its order is kept where each entry is a mean of its own, and least squares may break it")
     return LeastSquares((asked.name,), asked.problem, why(asked, "affine in the location of"))
 
 
@@ -273,6 +279,11 @@ def closed_form(asked: Asked) -> AbstractBlock:
     raise Declined(nearest_reason(asked, reasons))
 
 
+def rule_of(use: Use) -> Rule | None:
+    """How the family solves for the argument of a place; None where a density is not in natural form."""
+    return use.factor._family.rules[use.argument] if use.argument else None
+
+
 def nearest_reason(asked: Asked, reasons: Mapping[Callable, str]) -> str:
     """Why the rule that came nearest declined, in the family's own words where it has none."""
     if asked.mixed:
@@ -292,9 +303,12 @@ def nearest_reason(asked: Asked, reasons: Mapping[Callable, str]) -> str:
             return f"it enters {use.factor.site.distribution} of '{use.factor.name}': {use.factor.direct}"
     if not asked.uses:
         return "nothing observed depends on it: the mode of its prior"
-    if asked.kind == "other" and not asked.limits:
+    domain = domain_of(asked.problem.params[asked.name].constraint)
+    if asked.kind == "other" and not asked.limits and domain is None:
         return f"no closed form keeps it within its constraint, {asked.problem.params[asked.name].constraint}"
     preferred = PREFERRED.get(asked.kind)
+    if domain and any(isinstance(rule_of(u), Location) for u in asked.uses):
+        preferred = location_rule
     reason = reasons.get(preferred, "") if preferred else ""
     if not reason:
         reason = next(iter(reasons.values()))
