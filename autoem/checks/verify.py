@@ -242,13 +242,14 @@ def random_values(program: Program) -> dict[str, Array]:
 def random_states(built: Build, source: Source) -> dict[str, np.ndarray]:
     """A state for every cell of every latent, inside its own bounds."""
     rng, out = np.random.default_rng(20), {}
+    values: dict[Any, Any] = {("data", i): x for i, x in built.data(source).items()}
     for name, latent in built.program.latents.items():
         out[name] = rng.integers(0, latent.num_states, latent.shape)
         if latent.bounded and (name, "low") in built.program.full.outputs:
-            values = {("data", i): x for i, x in built.data(source).items()}
             low, high = built.program.full.evaluate([(name, "low"), (name, "high")], values)
             first = latent.states.ravel()[0]
             out[name] = np.clip(out[name], np.asarray(low) - first, np.asarray(high) - first)
+        values["latent", name] = jnp.asarray(latent.states[out[name]])
     return out
 
 

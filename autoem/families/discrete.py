@@ -23,6 +23,7 @@ from jax.scipy.special import betaln, gammaln
 
 from autoem.families._arrays import as_float, clamp, columns, finite, impossible, rows, safe_log
 from autoem.families._family import Args, Counting, Family, Power, register_family
+from autoem.graph.derivatives import log, log1p
 
 Counts = Callable[[Array, Array], tuple[Array, Array | None]]
 Base = Callable[[Array, Args], Array]
@@ -39,7 +40,7 @@ def _both(args: Args) -> tuple[Array, Array]:
     """Log probabilities of success and of failure: with both counted, no normaliser is left."""
     if "probs" in args:
         probs = clamp(args["probs"])
-        eta = columns(jnp.log(probs), jnp.log1p(-probs))
+        eta = columns(log(probs), log1p(-probs))
     else:
         logits = finite(args["logits"])
         eta = columns(log_sigmoid(logits), log_sigmoid(-logits))
@@ -51,8 +52,8 @@ def _bernoulli(args: Args) -> tuple[Array, Array]:
         logits = finite(args["logits"])
         return columns(logits), softplus(logits)
     probs = clamp(args["probs"])
-    failure = jnp.log1p(-probs)
-    return columns(jnp.log(probs) - failure), -failure
+    failure = log1p(-probs)
+    return columns(log(probs) - failure), -failure
 
 
 def _geometric(args: Args) -> tuple[Array, Array]:
@@ -60,7 +61,7 @@ def _geometric(args: Args) -> tuple[Array, Array]:
         logits = finite(args["logits"])
         return columns(log_sigmoid(-logits)), -log_sigmoid(logits)
     probs = clamp(args["probs"])
-    return columns(jnp.log1p(-probs)), -jnp.log(probs)
+    return columns(log1p(-probs)), -log(probs)
 
 
 def _simplex(args: Args) -> tuple[Array, Array]:

@@ -268,7 +268,7 @@ def row_features(built: Build, bundle: Bundle, latent: Latent) -> Array | None:
 def factor_columns(factor: Factor, bundle: Bundle, latent: str, plates: Sequence[str]) -> list[Array]:
     rows = bundle.rows[factor.name]
     reads = latent in {z.name for z in factor.latents}
-    if not reads or factor.own or factor.route or factor.family is None or rows.value is None:
+    if not reads or factor.own or factor.route or factor.moving or factor.family is None or rows.value is None:
         return []
     value = factor.observations(rows) if factor.family.standardise else factor.features(rows)
     cells = int(np.prod([value.size(p) for p in plates if p in value.axes], dtype=int))
