@@ -19,7 +19,8 @@ from autoem._errors import ModelError, PlanError
 from autoem.e_step.elimination.along_time import pieces_of_paths
 from autoem.e_step.elimination.eliminate import route_to_rows
 from autoem.e_step.elimination.places import pad, scale_of
-from autoem.e_step.tables.tabulate import Factor, log_density_constant
+from autoem.e_step.tables.constants import log_density_constant
+from autoem.e_step.tables.tabulate import Factor
 from autoem.fitting.starts import no_spread, state_spreads, tables_at
 from autoem.graph.named import Named, multiply, named, pick
 from autoem.graph.programs import jit_once

@@ -23,6 +23,7 @@ from autoem.families import NoClosedForm
 from autoem.m_step.block import AbstractBlock
 from autoem.m_step.closed_form import augmented, location
 from autoem.m_step.closed_form.augmented import Reweighted
+from autoem.m_step.closed_form.domain import Domain
 from autoem.m_step.closed_form.location import LeastSquares, Mean, untied
 from autoem.m_step.closed_form.power import Scale
 from autoem.m_step.closed_form.rules import Asked, abstractly, closed_form
@@ -124,7 +125,7 @@ def choose(
                 raise PlanError(name, problem=f"has no closed form: {reason}", mend=mend) from None
             declined[name] = str(reason)
     blocks = join_least_squares(blocks, problem, params, bundle)
-    blocks = [dataclasses.replace(b, groups=untied(b, params)) if isinstance(b, LeastSquares) else b for b in blocks]
+    blocks = [apart(b, params) for b in blocks]
     blocks += [Reweighted(names, problem, "asked for") for names in sharing(problem, weighed)]
     numeric = numerical(problem, declined, asked_for, lambda names: derivatives(problem, names, params, bundle))
     blocks += [with_profile(b, blocks, factors) for b in numeric]
@@ -175,8 +176,8 @@ def join_least_squares(
 ) -> list[AbstractBlock]:
     """Solve parameters together that stand in one location and are jointly affine in it (`x @ beta + b`)."""
     joined: list[AbstractBlock] = []
-    pending = [b for b in blocks if isinstance(b, LeastSquares | Mean)]
-    rest = [b for b in blocks if not isinstance(b, LeastSquares | Mean)]
+    pending = [b for b in blocks if isinstance(b, LeastSquares | Mean) and not is_ordered(b)]
+    rest = [b for b in blocks if not any(b is p for p in pending)]
     while pending:
         block = pending.pop(0)
         for other in list(pending):
@@ -185,9 +186,26 @@ def join_least_squares(
             ) and jointly_affine(problem, block, other, params, bundle):
                 pending.remove(other)
                 reason = f"{block.reason}; solved together with {', '.join(other.names)}"
-                block = LeastSquares((*block.names, *other.names), problem, reason)
+                domains = (*domains_of(block), *domains_of(other))
+                block = LeastSquares((*block.names, *other.names), problem, reason, domains=domains)
         joined.append(block)
     return joined + rest
+
+
+def apart(block: AbstractBlock, params: Params) -> AbstractBlock:
+    """Least squares that may go anywhere, with the groups of entries that no site ties together."""
+    if not isinstance(block, LeastSquares) or not all(d.free for d in block.domains):
+        return block
+    return dataclasses.replace(block, groups=untied(block, params))
+
+
+def domains_of(block: LeastSquares | Mean) -> tuple[Domain, ...]:
+    return (block.domain,) if isinstance(block, Mean) else block.domains
+
+
+def is_ordered(block: LeastSquares | Mean) -> bool:
+    """Whether entries must rise, which is solved for entries that are means apart."""
+    return isinstance(block, Mean) and block.domain.ordered
 
 
 def share(problem: Problem, a: AbstractBlock, b: AbstractBlock) -> bool:

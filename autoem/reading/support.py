@@ -8,16 +8,16 @@ numbers, all values of one cell, or an error that says why they cannot be enumer
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpyro.distributions as dist
 
 from autoem._errors import DataError, PlanError
-from autoem.graph.jaxpr import Graph
+from autoem.graph.jaxpr import Atom, Graph, Key
 from autoem.graph.on_host import on_host
-from autoem.ir import Latent
+from autoem.ir import Chain, Latent, at_lag, at_step
 
 MAX_STATES = 1 << 16
 
@@ -69,29 +69,47 @@ def enumerate_states(name: str, low: int, high: int, event: tuple[int, ...]) -> 
     return np.asarray(grid).reshape(total, *event)
 
 
-def moving_supports(graph: Graph, latents: Mapping[str, Latent], data: Mapping[Any, Any]) -> dict[str, tuple[int, int]]:
-    """The range of every latent whose support reads other latents, over all states of those.
+def moving_supports(
+    graph: Graph, latents: Mapping[str, Latent], chains: Sequence[Chain], data: Mapping[Any, Any]
+) -> dict[str, tuple[int, int]]:
+    """The range of every latent whose support reads latents, over all states of those, by the names of its sites.
+
+    Of a latent that a scan carries, sites at the first steps and at the later ones have one range together.
 
     Raises:
-        PlanError: it reads a parameter, a continuous latent or the step before; or too many states.
+        PlanError: it reads a parameter or a continuous latent; or too many states.
     """
     out = {}
-    for name in sorted({k[0] for k in graph.outputs if k[1] == "low"}):
-        ends = [graph.outputs[name, "low"], graph.outputs[name, "high"]]
-        read = [k for k in graph.needs_of(ends) if k[0] not in ("data", "key")]
-        if not read:
+    for name in latents:
+        lag = next((c.lag for c in chains if name in c.lags), 0)
+        sites = [
+            n for n in (name, at_lag(name, 0), *(at_step(name, h) for h in range(lag))) if (n, "low") in graph.outputs
+        ]
+        ends = {n: [graph.outputs[n, "low"], graph.outputs[n, "high"]] for n in sites}
+        read = {n: [k for k in graph.needs_of(ends[n]) if k[0] not in ("data", "key")] for n in sites}
+        if not any(read.values()):
             continue
-        states = [latents[k[1]].states if k[1] in latents and k[0] == "latent" else np.empty((0, 0)) for k in read]
-        if any(s.ndim > 1 for s in states) or name not in latents or np.prod([len(s) for s in states]) > MAX_STATES:
-            raise PlanError(
-                name,
-                problem=f"its support moves with {', '.join(repr(k[1]) for k in read)}",
-                mend=f'numpyro.sample("{name}", dist.Categorical(logits=...)) over all numbers that may occur, with '
-                "logits of -jnp.inf for those that may not",
-            )
-        found = []
-        for values in itertools.product(*states):
-            given = {k: np.full(graph.inputs[k].shape, v) for k, v in zip(read, values, strict=True)}
-            found.append([on_host(graph, end, {**data, **given}, {}, {}) for end in ends])
-        out[name] = min(int(np.min(low)) for low, _ in found), max(int(np.max(high)) for _, high in found)
+        found = [over_states(graph, name, ends[n], read[n], latents, data) for n in sites]
+        out.update(dict.fromkeys(sites, (min(low for low, _ in found), max(high for _, high in found))))
     return out
+
+
+def over_states(
+    graph: Graph, name: str, ends: Sequence[Atom], read: Sequence[Key], latents: Mapping[str, Latent], data: Mapping
+) -> tuple[int, int]:
+    """The least and the greatest of two ends, over all states of the latents that they read."""
+    states = [latents[k[1]].states if k[1] in latents and k[0] == "latent" else np.empty((0, 0)) for k in read]
+    if any(s.ndim > 1 for s in states) or np.prod([len(s) for s in states]) > MAX_STATES:
+        raise PlanError(
+            name,
+            problem=f"its support moves with {', '.join(repr(k[1]) for k in read)}",
+            mend=f'numpyro.sample("{name}", dist.Categorical(logits=...)) over all numbers that may occur, with '
+            "logits of -jnp.inf for those that may not",
+        )
+    lows, highs = [], []
+    for values in itertools.product(*states):
+        given = {k: np.full(graph.inputs[k].shape, v) for k, v in zip(read, values, strict=True)}
+        low, high = (on_host(graph, end, {**data, **given}, {}, {}) for end in ends)
+        lows.append(int(np.min(low)))
+        highs.append(int(np.max(high)))
+    return min(lows), max(highs)

@@ -97,7 +97,8 @@ def _trace(
         return _trace(
             model, source, continuous, {n: {*joined.get(n, ()), *mixed.get(n, ())} for n in {*joined, *mixed}}
         )
-    if (ranges := moving_supports(full, latents, source.values)) != (moving or {}):
+    if (ranges := moving_supports(full, latents, found.chains, source.values)) != (moving or {}):
+        refuse_growing(moving or {}, ranges, found)
         return _trace(model, source, continuous, joined, ranges)
     unused = unused_arguments(found, full, source)
     refuse_unobserved(model, reader, unused)
@@ -351,6 +352,19 @@ def with_paths(found: Discovery, latents: Mapping[str, Latent]) -> tuple[dict[st
             pieces |= {n: piece(n, chain.bulk, chain.length - chain.lag) for n in bulk}
             pieces |= {n: piece(n, "", 1) for n in ends}
     return whole, pieces
+
+
+def refuse_growing(before: Mapping, ranges: Mapping, found: Discovery) -> None:
+    """Raise where the range of what a scan carries has grown again, once all of its steps had one range."""
+    for chain in found.chains:
+        for name in chain.variables:
+            known = next((n for n in ranges if n.startswith((f"{name}@", f"{name}["))), None)
+            if known in before and before[known] != ranges[known]:
+                raise PlanError(
+                    name,
+                    problem="its support grows with every step of the scan",
+                    mend=f'numpyro.sample("{name}", dist.Categorical(logits=...)) over all numbers that may occur',
+                )
 
 
 def read_site(r: Record, latents: Mapping[str, Latent | Continuous]) -> Site:

@@ -20,7 +20,7 @@ from autoem.e_step.tables.completions import Completions
 from autoem.e_step.tables.regression import REGRESSION, find_coefficients
 from autoem.e_step.tables.tabulate import Factor
 from autoem.families import Family
-from autoem.graph.cells import NONE, SEVERAL, cells_read, merge_axes
+from autoem.graph.cells import NONE, SEVERAL, cells_read, merge, merge_axes
 from autoem.ir import Continuous, Latent, Program, Site
 from autoem.passes.gaussian import Group, continuous_of, latent_groups
 
@@ -255,16 +255,17 @@ def row_cells(
     Axes have size one where all rows agree. Where the latent enters by one argument alone, `field` names that, and
     `events` counts its event axes: the density itself may mix rows on its way (a triangular solve of them all at once).
     """
-    atom = program.full.outputs[site.name, field]
+    fields = [field, "mask"] if field == "elem" and "mask" in moving_fields(program, site, None) else [field]
     # an index may read other latents' values (a table picked by the site's own): any of their states will do
     states = {
         ("latent", n): np.zeros(v.shape, v.aval.dtype) for (k, n), v in program.full.inputs.items() if k == "latent"
     }
     known = ChainMap(cast(Any, values), states)
-    ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, known, along)
-    ids = merge_axes(ids, tuple(range(-events, 0))) if events else ids
-    ids = ids.reshape((1,) * (len(site.axes) - ids.ndim) + ids.shape)
-    ids = np.broadcast_to(ids, site.shape)
+    ids = np.full(site.shape, NONE)
+    for atom in (program.full.outputs[site.name, f] for f in fields):
+        found = cells_read(program.full, atom, ("latent", latent.name), latent.shape, known, along)
+        found = merge_axes(found, tuple(range(-events, 0))) if events else found
+        ids = merge(ids, found.reshape((1,) * (len(site.axes) - found.ndim) + found.shape))
     for i, axis in enumerate(site.axes):
         if axis.startswith("#"):
             ids = merge_axes(ids, (i,), keepdims=True)

@@ -17,8 +17,9 @@ from jax import Array
 
 from autoem.e_step.elimination.eliminate import route_to_rows
 from autoem.e_step.elimination.places import pad, scale_of, scaled_site
+from autoem.e_step.tables.constants import log_base
 from autoem.e_step.tables.regression import design
-from autoem.e_step.tables.tabulate import Factor, Rows, log_base
+from autoem.e_step.tables.tabulate import FEATURE, Factor, Rows
 from autoem.families._arrays import as_float
 from autoem.graph.jaxpr import Constant, Graph
 from autoem.graph.named import Named, arranged, named, union
@@ -51,7 +52,19 @@ def prepare(factor: Factor, program: Program, values: Mapping, cells: Mapping) -
     if not factor.moving:
         return rows
     base = log_base(factor, rows)
-    return dataclasses.replace(rows, base=base and factor.constants(factor.keep(rows), base))
+    base = base and factor.constants(factor.keep(rows), base)
+    return dataclasses.replace(summed(factor, rows), base=base, value=None)
+
+
+def summed(factor: Factor, rows: Rows) -> Rows:
+    """Statistics in place of values, summed over rows that are the same to the parameters."""
+    features, differ = factor.features(rows), {*factor.keep(rows), FEATURE}
+    for argument, events in zip(factor._family.args, factor._family.arg_dims, strict=True):
+        shape = factor.graph.shape((factor.name, f"arg:{argument}"))
+        batch = shape[: len(shape) - events]
+        names = factor.site.axes[len(factor.site.axes) - len(batch) :]
+        differ.update(a for a, s in zip(names, batch, strict=True) if s > 1)
+    return dataclasses.replace(rows, features=features.sum(a for a in features.axes if a not in differ))
 
 
 def mask_of(factor: Factor, graph: Graph, values: Mapping) -> Named | None:
@@ -129,7 +142,8 @@ def own_rows(factor: Factor, rows: Rows) -> Rows:
     sizes = {a: f.size(a) for f in fixed.values() for a in f.axes}
     states = jnp.broadcast_to(states, [sizes.get(a, n) for a, n in zip(axes, states.shape, strict=True)])
     base = Named(family.base(states, {k: f.to(axes) for k, f in fixed.items()}), axes)
-    return dataclasses.replace(rows, value=Named(states, axes), base=base.sum(events))
+    rows = dataclasses.replace(rows, value=Named(states, axes), base=base.sum(events))
+    return summed(factor, rows) if factor.moving else rows
 
 
 def moving_rows(factor: Factor, values: Mapping, rows: Rows) -> Rows:
@@ -141,6 +155,7 @@ def moving_rows(factor: Factor, values: Mapping, rows: Rows) -> Rows:
     size = dict(zip(factor.cell_axes, batch, strict=True))
     for other in (*fixed.values(), *([rows.mask] if rows.mask else [])):
         size.update((a, other.size(a)) for a in other.axes)
+    size.update(zip(factor.site.axes, factor.site.shape, strict=True))
     order = [a for a in factor.cell_axes if size[a] > 1]
     order.sort(key=lambda a: (a in factor.kept, size[a]))
     names = tuple(f"event{i}" for i in range(len(events)))

@@ -36,7 +36,8 @@ class Rows:
     """What a factor needs of the data, made once: values, mask, constants.
 
     `weight` says how often each row counts; `scale` the same relative to the factor's innermost latent. `ready` says
-    that the value is standardised and turned already, once for all steps.
+    that the value is standardised and turned already, once for all steps; `features` and `base` are statistics and `log
+    h(x)` of rows that differ with the states of latents, summed as far as they can be.
     """
 
     value: Named | None = None
@@ -46,6 +47,7 @@ class Rows:
     weight: Named | None = None
     inside: Named | None = None
     base: Named | None = None
+    features: Named | None = None
     centre: Array | None = None
     spread: Array | None = None
     ready: bool = False
@@ -284,7 +286,7 @@ class Factor:
         if self.own:
             out = add(contract(keep, eta, self.features(rows)), self.constants(keep, constants))
             return self._bounded(out if rows.base is None else add(out, rows.base), rows)
-        x = self.observations(rows)
+        x = Named(jnp.zeros(()), ("",)) if rows.features else self.observations(rows)
         if self.coefficients and rows.mask is None and set(x.axes[1:]) <= set(keep):
             value = squared_residuals(keep, eta, x, lambda: self.features(rows), FEATURE)
             return add(value, self.constants(keep, constants))
@@ -323,6 +325,8 @@ class Factor:
 
     def features(self, rows: Rows) -> Named:
         """Sufficient statistics of the rows, masked."""
+        if rows.features is not None:
+            return rows.features
         value = self.observations(rows)
         batch = value.axes[self._family.event_dim :]
         fixed: dict[str, Any] = {k: f.to(batch) for k, f in (rows.fixed or {}).items()}
@@ -372,26 +376,3 @@ class Factor:
 
 def repeated(value: Named, times: float) -> Named:
     return value if times == 1 else Named(value.array * times, value.axes)
-
-
-def log_density_constant(factor: Factor, rows: Rows) -> Named | None:
-    """`log h(x)` of an observed natural site, masked and weighted, with an axis for each plate that it varies on.
-
-    None where it is part of the table, since it differs between states.
-    """
-    out = None if factor.moving else log_base(factor, rows)
-    return out if out is None or rows.weight is None else multiply(out, rows.weight)
-
-
-def log_base(factor: Factor, rows: Rows) -> Named | None:
-    """The same of every row once."""
-    if factor.own or factor.family is None or rows.value is None:
-        return None
-    value, events = factor.observations(rows), factor.family.event_dim
-    axes = value.axes[events:]
-    base = factor.family.base(value.array, {k: f.to(axes) for k, f in (rows.fixed or {}).items()})
-    if rows.spread is not None:  # the density of x is that of the standardised x, divided by the spread
-        log_spread = jnp.log(rows.spread)
-        base = base - (log_spread.sum() if events else named(log_spread, factor.site.axes).to(axes))
-    out = Named(jnp.broadcast_to(base, value.array.shape[events:]), axes)
-    return out if rows.mask is None else choose(rows.mask, out, 0.0)

@@ -24,9 +24,11 @@ from autoem.families import Location
 from autoem.graph.programs import jit_once
 from autoem.m_step.block import AbstractBlock
 from autoem.m_step.closed_form.counting import fit, latex_name
+from autoem.m_step.closed_form.domain import REAL, Domain, in_box
 from autoem.m_step.closed_form.priors import prior_of, prior_slope
 from autoem.m_step.problem import Bundle, Params, Statistics, Use
 from autoem.passes.link import Declined, Linear
+from autoem.passes.terms import terms_of
 
 MAX_DENSE = 2048
 MAX_INCIDENCE = 20_000_000  # entries of the table of what reads what, up to which it is made
@@ -34,15 +36,16 @@ MAX_INCIDENCE = 20_000_000  # entries of the table of what reads what, up to whi
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mean(AbstractBlock):
-    """Weighted mean of every entry of one location parameter."""
+    """Weighted mean of every entry of one location parameter, or the nearest that its `domain` allows."""
 
     uses: tuple[Use, ...] = ()
+    domain: Domain = REAL
 
     order = 1
 
     @property
     def update(self) -> str:
-        return "E[sum of observations] / E[count]"
+        return "E[sum of observations] / E[count]" + ("" if self.domain.free else f", {self.domain}")
 
     @property
     def latex(self) -> str:
@@ -58,11 +61,16 @@ class Mean(AbstractBlock):
             g, h = prior_terms(prior, old, params, bundle)
             slope, curvature = slope + g, curvature + h
         step = slope / jnp.where(curvature > 0, curvature, 1)
-        return {name: jnp.where(curvature > 0, old + step, old).astype(old.dtype)}, state
+        new = jnp.where(curvature > 0, old + step, old)
+        if not self.domain.free:
+            new = self.domain.nearest(new, jnp.maximum(curvature, 0))
+        return {name: new.astype(old.dtype)}, state
 
     def terms(self, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, Array]:
         """Slope and curvature of `Q` along every entry of the parameter, of all places at once."""
         (name,) = self.names
+        if any(use.factor.coefficients for use in self.uses):
+            return self.terms_of_rows(params, statistics, bundle)
         places = [self.problem.arguments(use, params, bundle) for use in self.uses]
 
         def link(value: Array) -> list[Array]:
@@ -81,6 +89,17 @@ class Mean(AbstractBlock):
         slopes = [fit(found[i][0], shape) for i, shape in enumerate(shapes)]
         curvatures = [fit(found[i][1], shape) * jacobian[i] for i, shape in enumerate(shapes)]
         return pull(slopes)[0], pull(curvatures)[0]
+
+    def terms_of_rows(self, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, Array]:
+        """The same where statistics are those of a regression whose rows read one entry each."""
+        (name,) = self.names
+        names = [n for n in self.problem.touched(self.names) if not self.problem.factors[n].is_prior]
+
+        def objective(value: Array) -> Array:
+            return self.problem.q({**params, name: value}, statistics, bundle, names)
+
+        slope, curvature = jax.jvp(jax.grad(objective), (params[name],), (jnp.ones_like(params[name]),))
+        return slope, -curvature
 
     def scalar_terms(self, places: Sequence[tuple[Use, dict]], statistics: Statistics) -> list[tuple[Array, Array]]:
         """Slope and curvature of the cells' objectives in scalar locations."""
@@ -123,7 +142,8 @@ def accept_linear(problem, use: Use, names: tuple[str, ...], params: Params, bun
         Declined: it is not a location, or not affine.
     """
     if use.argument is None:
-        raise Declined(f"it enters the density of {use} as a whole")
+        accept_quadratic(use, names)
+        return Linear(jnp.zeros(()), None, False, False)
     if not isinstance(use.factor._family.rules[use.argument], Location):
         raise Declined(f"it enters {use}, in which the objective is not quadratic")
 
@@ -134,6 +154,24 @@ def accept_linear(problem, use: Use, names: tuple[str, ...], params: Params, bun
     if not isinstance(form, Linear):
         raise Declined(f"it does not enter {use} affinely")
     return form
+
+
+def accept_quadratic(use: Use, names: tuple[str, ...]) -> None:
+    """Check that a density, as a whole, is a polynomial of second degree in all of `names` together.
+
+    Raises:
+        Declined: it is not.
+    """
+    factor = use.factor
+    whole = f"it enters the density of {use} as a whole"
+    if factor.is_prior or factor.completions is not None:
+        raise Declined(whole)
+    try:
+        found = terms_of(factor.graph, factor.graph.outputs[use.key], [("param", n) for n in names], joint=True)
+    except Declined as declined:
+        raise Declined(f"{whole}: {declined}") from None
+    if not found <= {0.0, 1.0, 2.0}:
+        raise Declined(whole)
 
 
 def vector_mean_applies(problem, use: Use, name: str, form: Linear, params: Params, bundle: Bundle) -> bool:
@@ -171,13 +209,16 @@ class LeastSquares(AbstractBlock):
     """
 
     groups: np.ndarray | None = None
+    domains: tuple[Domain, ...] = ()
 
     order = 1
     source = "Aitken 1935 (generalised least squares)"
 
     @property
     def update(self) -> str:
-        return "weighted least squares" + (f" of {', '.join(self.names)} together" if len(self.names) > 1 else "")
+        kept = [f", {n} {d}" for n, d in zip(self.names, self.domains, strict=False) if not d.free]
+        together = f" of {', '.join(self.names)} together" if len(self.names) > 1 else ""
+        return "weighted least squares" + together + "".join(kept)
 
     @property
     def latex(self) -> str:
@@ -194,6 +235,8 @@ class LeastSquares(AbstractBlock):
 
         slope = jax.grad(objective)
         g = slope(flat)
+        if not all(d.free for d in self.domains):
+            return unravel(self.in_domains(old, flat, jax.hessian(objective)(flat), g)), state
         if self.groups is not None:
             step = grouped_step(slope, flat, g, self.groups)
         elif flat.size <= MAX_DENSE:
@@ -203,6 +246,18 @@ class LeastSquares(AbstractBlock):
                 lambda v: -jax.jvp(slope, (flat,), (v,))[1], g, tol=1e-12, maxiter=flat.size
             )
         return unravel(jnp.where(jnp.isfinite(step).all(), flat + step, flat)), state
+
+    def in_domains(self, old: Params, flat: Array, hessian: Array, slope: Array) -> Array:
+        """The maximum with every entry in its domain: that without domains where it lies there."""
+        everywhere = jnp.asarray(jnp.inf, flat.dtype)
+        ends = [
+            {n: jnp.full(jnp.shape(old[n]), d.clipped(end)) for n, d in zip(self.names, self.domains, strict=True)}
+            for end in (-everywhere, everywhere)
+        ]
+        low, high = (ravel_pytree(end)[0] for end in ends)
+        new = flat + concave_direction(hessian, slope)
+        inside = jnp.isfinite(new).all() & (new >= low).all() & (new <= high).all()
+        return jax.lax.cond(inside, lambda: new, lambda: in_box(hessian, slope, flat, low, high))
 
 
 def grouped_step(slope, flat: Array, g: Array, groups: np.ndarray) -> Array:

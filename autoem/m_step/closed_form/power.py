@@ -21,6 +21,7 @@ from jax import Array
 from autoem.families import Power
 from autoem.m_step.block import AbstractBlock
 from autoem.m_step.closed_form.counting import fit, latex_name
+from autoem.m_step.closed_form.domain import POSITIVE, REAL, Domain, isotonic
 from autoem.m_step.closed_form.priors import POWERS, arguments_of, prior_of
 from autoem.m_step.closed_form.structured import accept_direct, coefficients, needs_curvature, power_of, start
 from autoem.m_step.problem import Bundle, Params, Statistics, Use, graph_values
@@ -34,6 +35,7 @@ class Scale(AbstractBlock):
     uses: tuple[Use, ...] = ()
     degree: float = 1.0
     real: bool = False
+    domain: Domain = POSITIVE
 
     order = 2
     source = "Dempster, Laird and Rubin 1977"
@@ -43,10 +45,14 @@ class Scale(AbstractBlock):
         if self.degree == 1:
             ratio = "E[statistic] / E[exposure]"
         elif self.degree in (-2, -1):
-            ratio = "sqrt(E[squared residual] / E[count])" if self.degree == -2 else "E[squared residual] / E[count]"
+            rules = [use.factor._family.rules[use.argument] for use in self.uses if use.argument]
+            squares = all(isinstance(rule, Power) and rule.degree == -2 for rule in rules) and rules
+            total = "E[squared residual]" if squares or self.degree == -2 else "E[statistic]"
+            ratio = f"sqrt({total} / E[count])" if self.degree == -2 else f"{total} / E[count]"
         else:
             ratio = f"(a / b)^(1/{self.degree:g})"
-        return f"log {ratio}" if self.real else ratio
+        kept = "" if self.domain in (REAL, POSITIVE) else f", {self.domain}"
+        return f"log {ratio}" if self.real else ratio + kept
 
     @property
     def latex(self) -> str:
@@ -59,7 +65,8 @@ class Scale(AbstractBlock):
         (name,) = self.names
         old = params[name]
         a, d = self.sums(params, statistics, bundle)
-        fine = (a * d > 0) & jnp.isfinite(a) & jnp.isfinite(d)
+        # with `d` of the other sign than the degree there is a minimum
+        fine = (a * d > 0) & (d * self.degree > 0) & jnp.isfinite(a) & jnp.isfinite(d)
         ratio = jnp.where(fine, a / jnp.where(fine, d, 1), 1)
         new = old + jnp.log(ratio) / self.degree if self.real else old * ratio ** (1 / self.degree)
         # b = 0 with a below zero is a scale that collapses; with nothing expected at all the old value stands
@@ -67,7 +74,18 @@ class Scale(AbstractBlock):
         if self.degree > 0:  # a rate of which nothing was seen: its maximum is at zero
             collapsed = collapsed | ((a == 0) & (d > 0))
         floor = jnp.log(jnp.finfo(old.dtype).tiny) if self.real else 0.0
-        return {name: jnp.where(fine, new, jnp.where(collapsed, floor, old)).astype(old.dtype)}, state
+        new = jnp.where(fine, new, jnp.where(collapsed, floor, old))
+        if self.domain not in (REAL, POSITIVE):
+            new = self.kept(new, old, d)
+        return {name: new.astype(old.dtype)}, state
+
+    def kept(self, new: Array, old: Array, d: Array) -> Array:
+        """The maximum within the domain: to either side of `new` the objective falls away."""
+        if self.domain.ordered:  # powers of entries that are to be equal have the weighted mean of theirs
+            sign = 1 if self.degree > 0 else -1
+            weight = jnp.abs(d) / jnp.where(old > 0, old, 1) ** self.degree
+            new = (sign * isotonic(sign * new**self.degree, weight)) ** (1 / self.degree)
+        return self.domain.clipped(new)
 
     def sums(self, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, Array]:
         """The two pooled sums, at the current value of the parameter."""
@@ -106,8 +124,8 @@ class Scale(AbstractBlock):
         return self.problem.link(use, lambda: start(self.names[0], self.real, u), params, bundle).arrays[0]
 
 
-def accept(problem, use: Use, name: str, real: bool, params: Params, bundle: Bundle) -> float:
-    """The degree `m e` of the place.
+def accept(problem, use: Use, name: str, real: bool, params: Params, bundle: Bundle) -> float | None:
+    """The degree `m e` of the place; None where any goes.
 
     Raises:
         Declined: it is not a power of the parameter times something that does not depend on it.

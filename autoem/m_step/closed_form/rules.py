@@ -28,6 +28,7 @@ from autoem.m_step.closed_form import (
 from autoem.m_step.closed_form.counting import Count
 from autoem.m_step.closed_form.covariance import Scatter
 from autoem.m_step.closed_form.direction import Turn
+from autoem.m_step.closed_form.domain import domain_of
 from autoem.m_step.closed_form.location import LeastSquares, Mean
 from autoem.m_step.closed_form.median import Middle
 from autoem.m_step.closed_form.power import Scale
@@ -55,6 +56,10 @@ class Asked:
     bundle: Bundle
     mixed: str = ""
     limits: tuple[float, float] | None = None
+
+    @property
+    def constraint(self):
+        return self.problem.params[self.name].constraint
 
     def read(self, question: Callable[[Params, Bundle], T]) -> T:
         """Ask about a link under abstract evaluation: nothing is computed, only what JAX traces."""
@@ -125,22 +130,25 @@ def in_words(use: Use) -> str:
 
 def power_rule(asked: Asked) -> AbstractBlock:
     """Pooled power updates: scales and rates."""
-    if asked.kind not in ("positive", "real"):
+    domain, real = domain_of(asked.constraint), asked.kind == "real"
+    if domain is None or (domain.low < 0 and not real) or asked.kind in ("simplex", "angle"):
         raise Declined("it is not positive")
-    real = asked.kind == "real"
     plain = [use for use in asked.uses if not in_matrix(use)]
-    degrees = set(asked.at_each(lambda use, p, b: power.accept(asked.problem, use, asked.name, real, p, b), plain))
+    found = asked.at_each(lambda use, p, b: power.accept(asked.problem, use, asked.name, real, p, b), plain)
+    degrees = {d for d in found if d is not None}
     degrees |= {matrix_power_at(asked, use, real) for use in asked.uses if in_matrix(use)}
     prior = prior_of(asked.name, asked.problem.factors)
     entry = POWERS.get(prior.site.distribution) if prior else None
     if not degrees and entry and entry[1]:
         degrees = {entry[1]}
+    if not degrees:
+        raise Declined("it enters through its logarithm alone")
     if len(degrees) != 1:
         raise Declined(f"its places want different powers ({', '.join(f'{d:g}' for d in sorted(degrees))})")
     (degree,) = degrees
     if prior and (real or entry is None or not readable(prior, entry[0]) or entry[1] not in (None, degree)):
         raise Declined(f"its prior {prior.site.distribution} is not conjugate to it")
-    return Scale((asked.name,), asked.problem, why(asked, "a power of it scales"), asked.uses, degree, real)
+    return Scale((asked.name,), asked.problem, why(asked, "a power of it scales"), asked.uses, degree, real, domain)
 
 
 def in_matrix(use: Use) -> bool:
@@ -158,10 +166,12 @@ def matrix_power_at(asked: Asked, use: Use, real: bool) -> float:
 
 def location_rule(asked: Asked) -> AbstractBlock:
     """Weighted means, or least squares where a place is affine in several entries."""
-    if asked.kind != "real":
+    domain = domain_of(asked.constraint)
+    if domain is None or asked.kind in ("simplex", "angle"):
         raise Declined("it is constrained, so least squares may leave its domain")
     prior = prior_of(asked.name, asked.problem.factors)
-    if prior and (prior.site.distribution != "Normal" or not readable(prior, NORMAL)):
+    flat = prior is not None and prior.site.distribution == "Uniform"
+    if prior and not flat and (prior.site.distribution != "Normal" or not readable(prior, NORMAL)):
         raise Declined(f"its prior {prior.site.distribution} is not Normal")
     forms = asked.at_each(lambda use, p, b: location.accept_linear(asked.problem, use, (asked.name,), p, b))
     only = asked.uses[0] if len(asked.uses) == 1 else None  # two places weigh a vector by a matrix each
@@ -170,11 +180,17 @@ def location_rule(asked: Asked) -> AbstractBlock:
         or (
             only
             and prior is None
+            and domain.free
             and location.vector_mean_applies(asked.problem, only, asked.name, forms[0], asked.params, asked.bundle)
         )
     ):
-        return Mean((asked.name,), asked.problem, why(asked, "the location of"), asked.uses)
-    return LeastSquares((asked.name,), asked.problem, why(asked, "affine in the location of"))
+        return Mean((asked.name,), asked.problem, why(asked, "the location of"), asked.uses, domain)
+    if domain.ordered:
+        if not all(f.simple for f in forms) or not all(u.event_dim == 0 or u.factor.coefficients for u in asked.uses):
+            raise Declined("it is ordered, and its entries are not means apart")
+        return Mean((asked.name,), asked.problem, why(asked, "the location of"), asked.uses, domain)
+    how = "quadratic in the density of" if any(u.argument is None for u in asked.uses) else "affine in the location of"
+    return LeastSquares((asked.name,), asked.problem, why(asked, how), domains=(domain,))
 
 
 def covariance_rule(asked: Asked) -> AbstractBlock:
