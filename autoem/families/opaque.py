@@ -126,7 +126,8 @@ _ENTRIES: tuple[tuple[type, str, str], ...] = (
     (
         dist.MixtureGeneral,
         _HIDDEN,
-        "write the component: z ~ Categorical(probs), then one masked site for each distribution",
+        "write the component: z ~ Categorical(probs), then one masked site for each distribution; "
+        "or have it written: handlers.reparam(model, config={site: autoem.Components()})",
     ),
     (
         dist.OrderedLogistic,

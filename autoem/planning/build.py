@@ -35,7 +35,7 @@ from autoem.lowering.integrals import Integral
 from autoem.lowering.kernel import Kernel
 from autoem.lowering.methods import settled
 from autoem.m_step.block import AbstractBlock
-from autoem.m_step.choose import choose
+from autoem.m_step.choose import choose, kind_of
 from autoem.m_step.closed_form.superposition import Superposition
 from autoem.m_step.mixed_signs import mixed_signs
 from autoem.m_step.problem import Bundle, Params, Problem
@@ -190,7 +190,11 @@ def start_values(found: Discovery, data: Mapping[int, Array], key: Array) -> dic
     keys = [k for k in found.graph.outputs if k[0] == "init"]
     values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
     start = dict(zip((k[1] for k in keys), found.graph.evaluate(keys, values), strict=True))
-    return {n: jnp.asarray(v, float) for n, v in start.items()}
+    weights = {
+        n for n, (_, c) in found.params.items() if kind_of(c) == "simplex"
+    }  # as `jnp.ones(3)`, which sum to three
+    arrays = {n: jnp.asarray(v, float) for n, v in start.items()}
+    return {n: v / v.sum(-1, keepdims=True) if n in weights else v for n, v in arrays.items()}
 
 
 def read(

@@ -24,6 +24,7 @@ from autoem.m_step.block import AbstractBlock
 from autoem.m_step.problem import Bundle, Params, Problem, make_layout, uses_of
 from autoem.passes.classify import nearest
 from autoem.planning.alternatives import Alternatives, alternatives
+from autoem.planning.options import ranges_of
 from autoem.planning.render import citations_of, plan_html, plan_latex, plan_text
 
 MEMORY_LIMIT = 16 << 30
@@ -283,6 +284,6 @@ def notes_of(program: Program, truncated: Mapping[str, tuple[int, int]]) -> tupl
     read = {n for s in program.sites.values() if s.role == "continuous" for n in s.parents}
     turn = {p.name: f'; a latent is drawn from it: latent=["{p.name}"] would integrate it' for p in judged}
     notes = [f"'{p.name}' is {p.reason}{turn[p.name] if p.name in read else ''}" for p in judged]
-    for name, (low, high) in truncated.items():
+    for name, (low, high) in ranges_of(program, truncated).items():
         notes.append(f"'{name}' is summed over {low} ... {high} only; mass outside is left out of the likelihood")
     return tuple(notes)

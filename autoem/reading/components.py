@@ -1,17 +1,20 @@
 """Sites whose density is a sum over a hidden component, rewritten with that component as a latent of its own.
 
-In: a site of `MixtureSameFamily`, or a zero-inflated Poisson. Out: the same law as a discrete latent and a site of the
-component, so that an E-step sums over it and the component's parameters have closed forms.
+In: a site of `MixtureSameFamily` or `MixtureGeneral`, or a zero-inflated one. Out: the same law as a discrete latent
+and a site of the component, or a masked site for each, so that an E-step sums over it and the components' parameters
+have closed forms.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+from numpyro import handlers
 from numpyro.infer.reparam import Reparam
 
 from autoem._errors import ModelError
@@ -30,7 +33,9 @@ class Components(Reparam):
 
         em = autoem.EM(handlers.reparam(model, config={"x": autoem.Components()}))
 
-    A `ZeroInflatedPoisson` becomes `z ~ Bernoulli(gate)` and `x ~ Poisson(rate * (1 - z))`.
+    A `ZeroInflatedPoisson` becomes `z ~ Bernoulli(gate)` and `x ~ Poisson(rate * (1 - z))`. Of a `MixtureGeneral`, and
+    of other zero-inflated laws, each component is a site of its own, `x_0`, `x_1` and so on, which counts where `z` is
+    its number.
 
     Raises:
         ModelError: the site is none of these, or is not observed.
@@ -45,21 +50,48 @@ class Components(Reparam):
         while isinstance(fn, dist.Independent | dist.ExpandedDistribution):
             fn = fn.base_dist
         mixed = isinstance(getattr(fn, "component_distribution", None), dist.Distribution)
-        known = mixed or isinstance(fn, dist.ZeroInflatedPoisson)
+        known = mixed or isinstance(fn, dist.MixtureGeneral | dist.ZeroInflatedProbs)
         if not known or obs is None or fn.event_dim != events:
             raise ModelError(
                 name,
-                problem="Components() rewrites an observed MixtureSameFamily or ZeroInflatedPoisson, "
+                problem="Components() rewrites an observed MixtureSameFamily, MixtureGeneral or zero-inflated site, "
                 f"not this {type(fn).__name__}",
                 mend="leave the site out of handlers.reparam, or write its component by hand",
             )
-        latent = f"{name}_component"
-        if isinstance(fn, dist.ZeroInflatedPoisson):
-            z = numpyro.sample(latent, dist.BernoulliProbs(fn.gate), infer={"enumerate": "parallel"})
+        latent, infer = f"{name}_component", {"enumerate": "parallel"}
+        if isinstance(fn, dist.ZeroInflatedProbs):
+            gate: Any = {"logits": fn.gate_logits} if isinstance(fn, dist.ZeroInflatedLogits) else {"probs": fn.gate}
+            z = numpyro.sample(latent, dist.Bernoulli(**gate), infer=infer)
             base: Any = fn.base_dist
-            return dist.Poisson(base.rate * (1 - z)), obs
-        z = numpyro.sample(latent, fn.mixing_distribution, infer={"enumerate": "parallel"})
-        return picked(fn.component_distribution, z), obs
+            if isinstance(fn, dist.ZeroInflatedPoisson):
+                return dist.Poisson(base.rate * (1 - z)), obs
+            return one_by_one(name, z, [base, dist.Delta(jnp.zeros(()))], obs)
+        mixture: Any = fn
+        z = numpyro.sample(latent, mixture.mixing_distribution, infer=infer)
+        if mixed:
+            return picked(mixture.component_distribution, z), obs
+        return one_by_one(name, z, mixture.component_distributions, obs)
+
+
+def one_by_one(name: str, z: Any, components: Sequence[Any], obs: Any) -> tuple[None, Any]:
+    """A site for each component, which counts where `z` is its number; the site itself holds the data alone.
+
+    Where supports differ, what lies outside of a component's is impossible there, whatever its density would say.
+    """
+    apart = len({str(c.support) for c in components}) > 1
+    for k, component in enumerate(components):
+        chosen, site, support = z == k, f"{name}_{k}", component.support
+        value = obs
+        if apart and "real" not in str(support).lower():
+            inside = jnp.asarray(support(obs))
+            with handlers.mask(mask=chosen & ~inside):
+                numpyro.factor(f"{site}_outside", jnp.where(inside, 0.0, -jnp.inf))
+            chosen = chosen & inside
+            whole = inside.reshape(*inside.shape, *(1,) * component.event_dim)
+            value = jnp.where(whole, obs, support.feasible_like(jnp.asarray(obs)))
+        with handlers.mask(mask=chosen):
+            numpyro.sample(site, component, obs=value)
+    return None, obs
 
 
 def picked(components: Any, z: Any, events: int = 0) -> Any:

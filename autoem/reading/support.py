@@ -20,6 +20,7 @@ from autoem.graph.on_host import on_host
 from autoem.ir import Chain, Latent, at_lag, at_step
 
 MAX_STATES = 1 << 16
+EVERY = "*"  # among names of latents with a range: all whose support has no end
 
 
 def bounds(name: str, base: Any, truncated: Mapping[str, tuple[int, int]]) -> tuple[Any, Any]:
@@ -36,6 +37,8 @@ def bounds(name: str, base: Any, truncated: Mapping[str, tuple[int, int]]) -> tu
     low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
     if low is not None and high is not None and base.event_dim == 0:
         return low, high
+    if EVERY in truncated and base.event_dim == 0:
+        return truncated[EVERY]
     what = (
         f"{type(base).__name__} has no finite support"
         if base.event_dim == 0

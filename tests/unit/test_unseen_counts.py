@@ -363,3 +363,49 @@ def test_locations_kept_positive_have_closed_forms():
     own = scipy.optimize.lsq_linear(np.c_[x, np.ones(60)], y, ([0, 0, 0, -np.inf], np.inf), "bvls", tol=1e-14).x
     np.testing.assert_allclose([*result.params["part"], result.params["offset"]], own, atol=1e-8)
     assert np.isnan(result.standard_errors()["part"]).tolist() == [False, True, False]
+
+
+def contaminated(signal, both):
+    """Karlis and Ntzoufras 2003: counts that share a part."""
+    shared, own = positive("shared", 0.5), positive("own", [1.0, 1.0])
+    with numpyro.plate("rows", len(signal)):
+        z = numpyro.sample("z", dist.Poisson(shared))
+        numpyro.sample("signal", dist.Poisson(own[0]), obs=signal - z)
+        numpyro.sample("both", dist.Poisson(own[1]), obs=both - z)
+
+
+def test_what_is_observed_as_a_difference_is_checked_as_data_are():
+    """The double sum in SciPy; NaN and halves are refused, holes left out where that is asked for."""
+    rng = np.random.default_rng(12)
+    z = rng.poisson(1, 30)
+    data = np.stack([rng.poisson(2, 30) + z, rng.poisson(1, 30) + z]).astype(float)
+    options = {"e_step": autoem.e_step.Truncated(0, 12)}
+    plan, result, _ = fitted(contaminated, *data, **options)
+    assert closed(plan, "shared", "own") == [True, True] and "'z' is summed over 0 ... 12 only" in str(plan)
+    p, k = numbers(result), np.arange(13)[:, None]
+
+    def log_joint(columns):
+        parts = (st.poisson.logpmf(x - k, r) for x, r in zip(columns, p["own"], strict=True))
+        return st.poisson.logpmf(k, p["shared"]) + sum(np.where(np.isnan(q), 0, q) for q in parts)
+
+    np.testing.assert_allclose(result.log_likelihood, scipy.special.logsumexp(log_joint(data), 0).sum(), rtol=1e-12)
+    holes, halves = data.copy(), data.copy()
+    holes[0, 3], halves[1, 2] = np.nan, 0.5
+    with pytest.raises(autoem.DataError, match="1 entry is NaN"):
+        fitted(contaminated, *holes, **options)
+    with pytest.raises(autoem.DataError, match="whole numbers; first otherwise in row 2"):
+        fitted(contaminated, *halves, **options)
+    _, result, _ = fitted(contaminated, *holes, missing="marginalize", **options)
+    p = numbers(result)
+    np.testing.assert_allclose(result.log_likelihood, scipy.special.logsumexp(log_joint(holes), 0).sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("start, kind", [([-1.0, 1.0], "positive"), ([2.0, 1.0], "ordered_vector")])
+def test_a_start_outside_its_constraint_is_refused(start, kind):
+    def model(x):
+        loc = numpyro.param("loc", jnp.array(start), constraint=getattr(constraints, kind))
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", dist.Normal(loc[numpyro.sample("z", dist.Bernoulli(0.5))], 1.0), obs=x)
+
+    with pytest.raises(autoem.DataError, match="parameter 'loc': the model starts it outside"):
+        fitted(model, np.arange(5.0))
