@@ -136,9 +136,10 @@ class Build:
         return jit_once(self.kernel.final)
 
     def fits(self, source: Source) -> bool:
-        """Whether the supports, and the signs of sums, computed from this data are those that the plan was made for."""
+        """Whether supports, signs of sums, and what is 0 or 1 are those in this data that the plan was made for."""
         moved = support_limits(self.found, source)
         same = all(np.array_equal(self.limits[n], v) for n, v in moved.items())
+        same = same and self.kernel.problem.binary <= binary_data(self.program, source)
         return same and self.mixed == self.signs(source).keys() and self.gaps == self.gaps_in(source)
 
     @property
@@ -159,6 +160,15 @@ class Build:
         key = jax.random.key(0)
         values = {**{("data", i): x for i, x in self.data(source).items()}, ("key", 0): key}
         return mixed_signs(self.sums, self.program.params, self.start(source, key), values)
+
+
+def binary_data(program: Program, source: Source) -> frozenset[int]:
+    """Numbers of the data that arguments of sites read, and that hold nothing but 0 and 1."""
+    if source.concrete:
+        return frozenset()
+    read = program.full.needs(*(k for k in program.full.outputs if k[1].startswith("arg:")))
+    arrays = {k[1]: np.asarray(source.data[k[1]]) for k in read if k[0] == "data"}
+    return frozenset(i for i, x in arrays.items() if x.dtype != bool and bool(((x == 0) | (x == 1)).all()))
 
 
 def call_of(source: Source, data: Mapping[int, Array]) -> tuple[tuple, dict]:
@@ -263,7 +273,7 @@ def derive(model: Callable, args: tuple, kwargs: dict, options: Options, key: Ar
     factors, gaps, patterns = with_gaps(program, factors, values)
     groups = (*groups, *gaps)
     cells = {n: jnp.asarray(c) for n, c in {**cells, **found_cells, **patterns}.items()}
-    problem = Problem({f.name: f for f in factors}, program.params)
+    problem = Problem({f.name: f for f in factors}, program.params, binary_data(program, source))
 
     def whole(d, k, c):
         return with_passed_on(program, factors, make_bundle(program, factors, d, k, c), d)
