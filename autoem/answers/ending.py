@@ -22,6 +22,7 @@ from autoem.graph.named import Named, multiply, named
 from autoem.graph.programs import jit_once
 from autoem.m_step.problem import Bundle
 from autoem.planning.build import Build
+from autoem.planning.options import ranges_of
 from autoem.reading.trace import Source
 from autoem.treatments.importance import JointImportance
 
@@ -34,7 +35,7 @@ def remarks(
     built: Build, source: Source, params: Mapping[str, Array], truncated: Mapping[str, tuple[int, int]], steps: int
 ) -> tuple[str, ...]:
     """What a user should know of the end point; `truncated` names the latents that are summed over a range only."""
-    warmup = built.kernel.warmup
+    warmup, truncated = built.kernel.warmup, ranges_of(built.program, truncated)
     if warmup > steps:
         return (f"the posterior was still flattened, for it sharpens until step {warmup}: give a larger max_steps",)
     if not warmup and not truncated:

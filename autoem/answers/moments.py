@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from autoem.e_step.elimination.eliminate import Table
-from autoem.e_step.tables.tabulate import log_density_constant
+from autoem.e_step.tables.constants import log_density_constant
 from autoem.graph.named import Named, add
 from autoem.ir import Chain
 from autoem.lowering.integrals import Integral

@@ -14,7 +14,7 @@ from jax import Array
 
 from autoem.answers.moments import with_constants
 from autoem.e_step.elimination.eliminate import Table, eliminate
-from autoem.e_step.tables.tabulate import log_density_constant
+from autoem.e_step.tables.constants import log_density_constant
 from autoem.graph.named import add
 from autoem.lowering.kernel import Kernel
 from autoem.m_step.problem import Bundle, Params, make_layout

@@ -22,7 +22,8 @@ from autoem._errors import ModelError, PlanError
 from autoem.graph.programs import jit_once, jit_well
 from autoem.ir import Param
 from autoem.lowering.kernel import Kernel
-from autoem.m_step.choose import kind_of, part_of_unit
+from autoem.m_step.choose import kind_of
+from autoem.m_step.closed_form.bounded import Domain, domain_of
 from autoem.m_step.problem import Bundle
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
 from autoem.treatments import AbstractDrawn
@@ -52,8 +53,9 @@ def free_entries(param: Param, value: np.ndarray) -> np.ndarray:
         return value > 1e-12
     if kind == "real":
         return np.ones(value.shape, bool)
-    if limits := part_of_unit(param.constraint):
-        return (value > limits[0] + BOUNDARY) & (value < limits[1] - BOUNDARY)
+    if (domain := ends_of(param)) is not None:
+        edge = BOUNDARY * domain.size
+        return (value > domain.low + edge) & (value < domain.high - edge)
     return np.isfinite(np.asarray(jit_once(lambda v: to_unconstrained(param, v))(value)))
 
 
@@ -66,7 +68,13 @@ def on_boundary(param: Param, value: np.ndarray) -> np.ndarray:
         return value <= BOUNDARY
     if kind == "positive":
         return value <= 1e-12
-    return ~free_entries(param, value) if part_of_unit(param.constraint) else np.zeros(value.shape, bool)
+    return ~free_entries(param, value) if ends_of(param) else np.zeros(value.shape, bool)
+
+
+def ends_of(param: Param) -> Domain | None:
+    """The interval that a parameter is kept to; None where it is kept to none, or otherwise."""
+    domain = domain_of(param.constraint)
+    return None if domain is None or domain.whole or domain.ordered else domain
 
 
 def off_boundary(param: Param, value: Array) -> Array:

@@ -29,6 +29,7 @@ from autoem.answers.stderr import free_entries, move
 from autoem.checks.verify import by_model, host_params, model_fields, noise_for, verify
 from autoem.e_step.cells.local import LocalBlock
 from autoem.e_step.tables.completions import NODES
+from autoem.e_step.tables.factors import tied_to_states
 from autoem.graph.programs import jit_once
 from autoem.lowering.kernel import with_nodes
 from autoem.m_step.block import CLOSED_FORM
@@ -341,7 +342,7 @@ def check_refit(em: EM, call: Call, result: EMResult, key: Array) -> Check:
         again.model, again.init, again.restarts, again.progress = observing(em.model), dict(result.params), 1, False
         again._builds, again._loops, again._batches = {}, {}, {}
         refit = again.run(key, drawn, *call.args, **call.kwargs)
-    except (ModelError, PlanError, DataError, NotImplementedError) as error:
+    except (ModelError, PlanError, DataError, NotImplementedError, TypeError) as error:
         return not_tried(name, f"NumPyro cannot draw data of this kind ({type(error).__name__}: {error})")
     if "collapsed" in refit.status:
         return not_tried(name, f"the fit of the simulated data broke down ({refit.status.partition(':')[0]})")
@@ -362,6 +363,8 @@ def no_simulation(built: Build, result: EMResult) -> str:
         return "a numpyro.factor has no distribution to draw from"
     if any(s.scaled for s in sites):
         return "weighted rows are no sample"
+    if why := tied_to_states(built.factors):
+        return why[1]
     if not result.converged or "collapsed" in result.status:
         return f"the fit did not converge ({result.status.partition(':')[0]})"
     if 5 * result.num_params > result.num_data:

@@ -39,11 +39,17 @@ def validate(built: Build, source: Source, missing: str) -> None:
     outputs = program.full.outputs
     shown = {s.name: "given" if (s.name, "given") in outputs else "value" for s in observed}
     keys = [(s.name, f) for s in observed for f in (shown[s.name], "mask") if (s.name, f) in outputs]
+    moving = [k for k in keys if k[1] != "mask" and any(n[0] == "latent" for n in program.full.needs(k))]
     keys = [k for k in keys if all(n[0] == "data" for n in program.full.needs(k))]
     values = host_values(built, keys, source)
+    for key in moving:
+        check_moving(built, key, source, missing)
     for site in observed:
         if (site.name, shown[site.name]) not in values:
             continue
+        if missing == "marginalize" and (site.name, "mask") in outputs and (site.name, "mask") not in values:
+            value = values[site.name, shown[site.name]]  # NaN is masked, and so is more by latents
+            values[site.name, "mask"] = np.asarray(~np.isnan(value).any(tuple(range(-site.event_dim, 0))))
         record = built.found.records[site.name]
         value, mask = values[site.name, shown[site.name]], values.get((site.name, "mask"))
         if site.name in built.gaps:
@@ -71,6 +77,34 @@ def host_values(built: Build, keys: list, source: Source) -> dict[Any, np.ndarra
         built.observed = built.observed or jit_once(lambda d: graph.evaluate(rest, d))
         out.update(zip(rest, map(np.asarray, built.observed(data)), strict=True))
     return out
+
+
+def check_moving(built: Build, key: tuple[str, str], source: Source, missing: str) -> None:
+    """Check what is observed as computed from latents: NaN, and whole numbers, are the same whatever their states."""
+    program, (name, _) = built.program, key
+    record = built.found.records.get(name)
+    needs = program.full.needs(key)
+    if record is None or source.concrete or any(n[0] == "param" or n[1] in program.continuous for n in needs):
+        return
+    given = {("data", i): jnp.asarray(x) for i, x in enumerate(source.data)}
+    for n in (n for n in needs if n[0] == "latent"):
+        states = program.latents[n[1]].states
+        given[n] = jnp.broadcast_to(jnp.asarray(states[0]), program.full.inputs[n].shape)
+    value = np.asarray(jit_once(lambda g: program.full.evaluate([key], g)[0])(given))
+    events = record.base.event_dim
+    hidden = np.zeros(np.shape(value)[: np.ndim(value) - events], bool)
+    if missing == "marginalize":
+        hidden = hidden | np.isnan(value).any(tuple(range(-events, 0)))
+    check_finite(name, value, hidden, events)
+    whole = value % 1 == 0 if getattr(record.base.support, "is_discrete", False) else np.ones(value.shape, bool)
+    wrong = ~(whole.all(tuple(range(-events, 0))) if events else whole) & ~hidden
+    if wrong.any():
+        first = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise DataError(
+            name,
+            problem=f"{type(record.base).__name__} observes whole numbers; first otherwise in {place(first)}",
+            mend="correct the data, or choose a distribution that can produce them",
+        )
 
 
 def check_site(name: str, record: Record, value, mask, source: Source, missing: str, shape: tuple[int, ...]) -> None:
@@ -211,6 +245,8 @@ def describe(support: Any) -> str:
         return "0 or 1"
     if support is constraints.positive:
         return "numbers above 0"
+    if isinstance(limits[1], Tracer) and isinstance(limits[0], int | float):
+        return f"{whole} from {limits[0]}"
     if all(b is None for b in limits) or any(isinstance(b, Tracer) or np.ndim(b) for b in limits):
         return str(support)
     low, high = limits

@@ -19,7 +19,8 @@ from autoem._errors import ModelError, PlanError
 from autoem.e_step.elimination.along_time import pieces_of_paths
 from autoem.e_step.elimination.eliminate import route_to_rows
 from autoem.e_step.elimination.places import pad, scale_of
-from autoem.e_step.tables.tabulate import Factor, log_density_constant
+from autoem.e_step.tables.constants import log_density_constant
+from autoem.e_step.tables.tabulate import Factor
 from autoem.fitting.starts import no_spread, state_spreads, tables_at
 from autoem.graph.named import Named, multiply, named, pick
 from autoem.graph.programs import jit_once
@@ -251,13 +252,14 @@ def random_values(program: Program) -> dict[str, Array]:
 def random_states(built: Build, source: Source) -> dict[str, np.ndarray]:
     """A state for every cell of every latent, inside its own bounds."""
     rng, out = np.random.default_rng(20), {}
+    values: dict[Any, Any] = {("data", i): x for i, x in built.data(source).items()}
     for name, latent in built.program.latents.items():
         out[name] = rng.integers(0, latent.num_states, latent.shape)
         if latent.bounded and (name, "low") in built.program.full.outputs:
-            values = {("data", i): x for i, x in built.data(source).items()}
             low, high = built.program.full.evaluate([(name, "low"), (name, "high")], values)
             first = latent.states.ravel()[0]
             out[name] = np.clip(out[name], np.asarray(low) - first, np.asarray(high) - first)
+        values["latent", name] = jnp.asarray(latent.states[out[name]])
     return out
 
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from autoem.graph.derivatives import log
+
 
 def as_float(x: ArrayLike) -> Array:
     """`x` in the default floating dtype at least: single-precision data are squared in double, where that is on."""
@@ -52,4 +54,4 @@ def safe_log(x: ArrayLike) -> Array:
     """Log of `x >= 0`; zero (anything below the smallest normal number) gives `impossible`, with a gradient of 0."""
     x = as_float(x)
     positive = x >= jnp.finfo(x.dtype).tiny
-    return jnp.where(positive, jnp.log(jnp.where(positive, x, 1.0)), impossible(x.dtype))
+    return jnp.where(positive, log(jnp.where(positive, x, 1.0)), impossible(x.dtype))

@@ -33,6 +33,7 @@ from autoem.ir import Latent, at_lag, at_step
 from autoem.lowering.integrals import Integral
 from autoem.lowering.kernel import with_nodes
 from autoem.m_step.choose import kind_of
+from autoem.m_step.closed_form.bounded import domain_of
 from autoem.m_step.problem import Bundle, Params, make_layout
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
 from autoem.mean_field.field import Field
@@ -57,6 +58,8 @@ def starts(
     base = built.start(source, key)
     weights, fixed = given_start(built, init)
     base.update(fixed)
+    if not weights and init != "random":
+        refuse_outside(built, base)
     plain = functools.cache(lambda: whole(built, source, key, bundle))
     alike = alike_at(built, base, plain, fixed) if fixed else built.alike
     notes: tuple[str, ...] = ()
@@ -163,9 +166,30 @@ def start_value(built: Build, name: str, value: Any) -> Any:
     return array
 
 
+def refuse_outside(built: Build, start: Params) -> None:
+    """Raise where the model starts a parameter outside of what its own constraint allows."""
+    for name, param in built.program.params.items():
+        kind, value = kind_of(param.constraint), np.asarray(start[name])
+        if param.prior or (kind != "simplex" and domain_of(param.constraint) is None):
+            continue
+        if inside(param.constraint, value) and np.isfinite(value).all():
+            continue
+        shown = np.array2string(value, precision=4, threshold=6)
+        raise DataError(
+            name,
+            problem=f"the model starts it outside {param.constraint}, at {shown}",
+            mend=f'numpyro.param("{name}", ..., constraint=...) with an initial value that the constraint allows',
+            kind="parameter",
+        )
+
+
 def inside(constraint: Any, array: np.ndarray) -> bool:
     """Whether a value satisfies a constraint; the usual ones in NumPy, since each JAX operation would be compiled."""
     kind = kind_of(constraint)
+    domain = domain_of(constraint)
+    if domain is not None and kind == "other":
+        rising = not domain.ordered or bool((np.diff(array, axis=-1) > 0).all())
+        return rising and bool((array >= domain.low).all() and (array <= domain.high).all())
     if kind == "real":
         return True
     if kind in ("positive", "unit"):
@@ -268,7 +292,7 @@ def row_features(built: Build, bundle: Bundle, latent: Latent) -> Array | None:
 def factor_columns(factor: Factor, bundle: Bundle, latent: str, plates: Sequence[str]) -> list[Array]:
     rows = bundle.rows[factor.name]
     reads = latent in {z.name for z in factor.latents}
-    if not reads or factor.own or factor.route or factor.family is None or rows.value is None:
+    if not reads or factor.own or factor.route or factor.moving or factor.family is None or rows.value is None:
         return []
     value = factor.observations(rows) if factor.family.standardise else factor.features(rows)
     cells = int(np.prod([value.size(p) for p in plates if p in value.axes], dtype=int))

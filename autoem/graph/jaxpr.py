@@ -17,11 +17,15 @@ import numpy as np
 from jax.extend import core as jex
 from jax.lax import GatherScatterMode
 
+from autoem.graph.derivatives import safe
+
 Key = tuple[str, Any]  # what kind of input or output, or whose; and its own name
 
 
 NESTED = ("jit", "pjit", "closed_call")
 WITH_RULES = (*NESTED, "custom_jvp_call", "custom_vjp_call")  # of which derivatives are known: gone, if opened
+# what `x log y` with a guard for zero is made of: its own derivative is infinite there, that of its parts is not
+GUARDED_LOG = {"ne", "or", "mul", "log", "log1p", "select_n", "convert_element_type", "broadcast_in_dim", *NESTED}
 
 
 class Variable:
@@ -165,7 +169,10 @@ class Graph:
             return env[atom] if atom in env else values[self.keys[atom]]
 
         for eqn in self.slice(atoms, given):
-            env.update(zip(eqn.outputs, eqn.apply([read(a) for a in eqn.inputs]), strict=True))
+            inputs = [read(a) for a in eqn.inputs]
+            function = safe(eqn.primitive.name, inputs)
+            outputs = eqn.apply(inputs) if function is None else [function(*inputs)]
+            env.update(zip(eqn.outputs, outputs, strict=True))
         return [read(a) for a in atoms]
 
 
@@ -193,6 +200,12 @@ def graph_of(closed, opened: tuple[str, ...] = NESTED) -> Graph:
     return Graph(inputs, {("out", i): a for i, a in enumerate(atoms)}, tuple(equations))
 
 
+def is_guarded_log(closed) -> bool:
+    """Whether a call computes `x log y` or `x log(1 + y)`, and zero where `x` is."""
+    names = {eqn.primitive.name for eqn in closed.jaxpr.eqns}
+    return names <= GUARDED_LOG and bool(names & {"log", "log1p"})
+
+
 def inline(closed, env: dict[Any, Atom], equations: list[Equation], opened: tuple[str, ...]) -> list[Atom]:
     """Append the equations of `closed`, those of the calls `opened` in their place; return its outputs."""
     env.update(zip(closed.jaxpr.constvars, map(Constant, closed.consts), strict=True))
@@ -201,8 +214,8 @@ def inline(closed, env: dict[Any, Atom], equations: list[Equation], opened: tupl
         return Constant(v.val) if isinstance(v, jex.Literal) else env[v]
 
     for eqn in closed.jaxpr.eqns:
-        if eqn.primitive.name in opened:
-            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        if eqn.primitive.name in opened or (eqn.primitive.name == "custom_jvp_call" and is_guarded_log(inner)):
             inner_env = dict(zip(inner.jaxpr.invars, map(read, eqn.invars), strict=True))
             outs = inline(inner, inner_env, equations, opened)
         else:

@@ -49,7 +49,8 @@ class Program:
         self._on_cpu = jax.default_backend() == "cpu"
         self._options = dict(options) if options and self._on_cpu else None
         self._placed = placed
-        self._jit = jax.jit(function, compiler_options=self._options, **placed)
+        # arguments that go unused stay: two programs that differ in what they leave unread would else have one text
+        self._jit = jax.jit(function, compiler_options=self._options, keep_unused=True, **placed)
         self._compiled: dict[tuple, Future] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -124,7 +125,8 @@ def forget() -> None:
 
 def lower(part: Any, options: dict[str, Any] | None) -> Any:
     """A closed jaxpr, lowered."""
-    return jax.jit(jex.jaxpr_as_fun(part), compiler_options=options).trace(*map(spec, part.in_avals)).lower()
+    whole = jax.jit(jex.jaxpr_as_fun(part), compiler_options=options, keep_unused=True)
+    return whole.trace(*map(spec, part.in_avals)).lower()
 
 
 def chained(parts: Sequence[Callable], tree: Any) -> Callable:

@@ -18,8 +18,10 @@ from jax import Array
 from autoem._errors import DataError
 from autoem.e_step.elimination.places import build_layout
 from autoem.e_step.groups import build_blocks, with_gaps
-from autoem.e_step.tables.factors import TURN_UP_TO, build_factors, prepare
-from autoem.e_step.tables.tabulate import Factor, Rows, log_density_constant
+from autoem.e_step.tables.constants import log_density_constant
+from autoem.e_step.tables.factors import build_factors
+from autoem.e_step.tables.prepared import TURN_UP_TO, prepare
+from autoem.e_step.tables.tabulate import Factor, Rows
 from autoem.graph.jaxpr import Variable
 from autoem.graph.named import Named
 from autoem.ir import Program

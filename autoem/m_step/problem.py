@@ -94,10 +94,11 @@ def uses_of(param: str, factors: Sequence[Factor]) -> list[Use]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    """The M-step's view of a plan: factors by name, and the parameters."""
+    """The M-step's view of a plan: factors by name, the parameters, and which of the data are 0 or 1 throughout."""
 
     factors: Mapping[str, Factor]
     params: Mapping[str, Param]
+    binary: frozenset[int] = frozenset()
 
     def cells(self, params: Params, bundle: Bundle, names: Sequence[str] | None = None) -> dict[str, Any]:
         values = graph_values(bundle, params)
@@ -130,7 +131,8 @@ class Problem:
         """
         factor, values = use.factor, graph_values(bundle, params)
         kind: list[Value] = []
-        switches = {("latent", z.name) for z in factor.latents if set(z.states.ravel().tolist()) <= {0, 1}}
+        switches: set[Any] = {("latent", z.name) for z in factor.latents if set(z.states.ravel().tolist()) <= {0, 1}}
+        switches |= {("data", i) for i in self.binary}
 
         def parts(states: Mapping) -> tuple[Array, ...]:
             given = {**values, **states}

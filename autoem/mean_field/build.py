@@ -86,7 +86,7 @@ def field_factor(program: Program, site: Site, values: Mapping[Any, Any]) -> tup
         usable = program.half is not None and not program.chains and all(program.compact[z.name] for z in latents)
         factor = dataclasses.replace(
             factor, family=family, graph=program.half if usable else program.full, compact=usable, coefficients=(),
-            completions=Completions(members, affine=False, fixed=True),
+            completions=Completions(members, affine=False, fixed=True), moving=(),
         )  # fmt: skip
     cells: dict[str, np.ndarray] = {}
     for z in latents:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from autoem.graph.jaxpr import Atom, Equation, Graph, Variable, graph_of
@@ -76,6 +77,9 @@ def run(equations: list[Equation], env: dict[Variable, Value]) -> None:
             same = eqn.primitive.name in UNIFORM or (eqn.primitive.name == "mul" and entries == {1.0})
             uniform = known[0].uniform if same and len(entries) == 1 else None
             env.update(zip(eqn.outputs, marked(eqn, known, [Known(o, uniform) for o in out]), strict=True))
+            continue
+        if eqn.primitive.name in ("ne", "eq") and eqn.inputs[0] is eqn.inputs[1]:  # whether it is a number at all
+            env[eqn.outputs[0]] = Known(jnp.full(eqn.outputs[0].shape, eqn.primitive.name == "eq"))
             continue
         apply = RULES.get(eqn.primitive.name)
         if apply is None:

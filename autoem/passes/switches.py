@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from autoem.passes.forms import Known, Monomial, Switch, Value
 
-COPIES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "copy", "copy_p"}
+COPIES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "copy", "copy_p", "slice", "transpose", "rev"}
 OF_SWITCHES = {"mul", "max", "min", "and", "or", "xor", "stack", "concatenate", "gather", "dynamic_slice", "select_n"}
 
 

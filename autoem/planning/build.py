@@ -37,7 +37,7 @@ from autoem.lowering.integrals import Integral
 from autoem.lowering.kernel import Kernel
 from autoem.lowering.methods import settled
 from autoem.m_step.block import AbstractBlock
-from autoem.m_step.choose import choose
+from autoem.m_step.choose import choose, kind_of
 from autoem.m_step.closed_form.superposition import Superposition
 from autoem.m_step.mixed_signs import mixed_signs, superpositions
 from autoem.m_step.problem import Bundle, Params, Problem
@@ -48,6 +48,7 @@ from autoem.planning.jumps import refuse_jumps
 from autoem.planning.options import Options
 from autoem.planning.plan import Plan, make_plan, notes_of
 from autoem.planning.wishes import refuse_unknown_sites
+from autoem.reading.support import binary_data
 from autoem.reading.trace import Discovery, Source, trace
 from autoem.reading.walks import walks_among
 from autoem.treatments import AbstractDrawn, drawn_treatment, treatment_of, try_out
@@ -139,9 +140,11 @@ class Build:
         return jit_once(self.kernel.final)
 
     def fits(self, source: Source) -> bool:
-        """Whether the supports, and the signs of sums, computed from this data are those that the plan was made for."""
+        """Whether supports, signs of sums, and what is 0 or 1 are those in this data that the plan was made for."""
         moved = support_limits(self.found, source)
         same = all(np.array_equal(self.limits[n], v) for n, v in moved.items())
+        binary = self.kernel.problem.binary
+        same = same and (not binary or binary <= binary_data(self.program, source))
         return same and self.mixed == self.signs(source).keys() and self.gaps == self.gaps_in(source)
 
     @property
@@ -193,7 +196,9 @@ def start_values(found: Discovery, data: Mapping[int, Array], key: Array) -> dic
     keys = [k for k in found.graph.outputs if k[0] == "init"]
     values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
     start = dict(zip((k[1] for k in keys), found.graph.evaluate(keys, values), strict=True))
-    return {n: jnp.asarray(v, float) for n, v in start.items()}
+    weights = {n for n, (_, c) in found.params.items() if kind_of(c) == "simplex"}  # `jnp.ones(3)` sum to three
+    arrays = {n: jnp.asarray(v, float) for n, v in start.items()}
+    return {n: v / v.sum(-1, keepdims=True) if n in weights else v for n, v in arrays.items()}
 
 
 def read(
@@ -292,7 +297,7 @@ def derived(
     factors, gaps, patterns = with_gaps(program, factors, values)
     groups = (*groups, *gaps)
     cells = {n: jnp.asarray(c) for n, c in {**cells, **found_cells, **patterns}.items()}
-    problem = Problem({f.name: f for f in factors}, program.params)
+    problem = Problem({f.name: f for f in factors}, program.params, binary_data(program, source))
 
     def whole(d, k, c):
         return with_passed_on(program, factors, make_bundle(program, factors, d, k, c), d)

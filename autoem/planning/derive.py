@@ -130,7 +130,7 @@ def build_field(model: Callable, args: tuple, kwargs: dict, options: Options, ke
             raise PlanError(f.name, problem=problem, mend="drop those rows, or set them to NaN as a whole")
     field = field_of(program, factors, wish, cells)
     cells = {n: jnp.asarray(c) for n, c in cells.items()}
-    problem = Problem({f.name: f for f in factors}, program.params)
+    problem = Problem({f.name: f for f in factors}, program.params, binary_data(program, source))
 
     def whole(d, k, c):
         return with_passed_on(program, factors, make_bundle(program, factors, d, k, c), d)

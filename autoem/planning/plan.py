@@ -24,6 +24,7 @@ from autoem.m_step.block import AbstractBlock
 from autoem.m_step.problem import Bundle, Params, Problem, make_layout, uses_of
 from autoem.passes.classify import nearest
 from autoem.planning.alternatives import Alternatives, alternatives
+from autoem.planning.options import ranges_of
 from autoem.planning.render import citations_of, plan_html, plan_latex, plan_text
 
 MEMORY_LIMIT = 16 << 30
@@ -288,6 +289,6 @@ def notes_of(program: Program, truncated: Mapping[str, tuple[int, int]]) -> tupl
             f"{', '.join(flat)} flat over all numbers: the log-likelihood is the restricted one (REML), or that of a "
             "diffuse start, and compares among models alone that are flat over the same"
         )
-    for name, (low, high) in truncated.items():
+    for name, (low, high) in ranges_of(program, truncated).items():
         notes.append(f"'{name}' is summed over {low} ... {high} only; mass outside is left out of the likelihood")
     return tuple(notes)

@@ -73,6 +73,11 @@ class Source:
         """What the model calls the argument that holds the data's array `i`."""
         return path_name(self.model, self.paths[self.where[i]][:2])
 
+    @property
+    def values(self) -> dict:
+        """The data as inputs of a graph."""
+        return {("data", i): x for i, x in enumerate(self.data)}
+
     def data_inputs(self) -> dict:
         return {} if self.concrete else {("data", i): x for i, x in enumerate(self.data)}
 

@@ -26,7 +26,7 @@ from autoem.ir import Continuous, Latent, Param, Plate, Program, Site, at_lag, a
 from autoem.reading.reader import NOT_CONCRETE, Reader, Record, outputs_of
 from autoem.reading.scan import is_discrete
 from autoem.reading.source import Discovery, Source, line_in, model_name
-from autoem.reading.support import enumerate_states
+from autoem.reading.support import enumerate_states, moving_supports
 
 
 def trace(
@@ -80,11 +80,15 @@ def trace(
 
 
 def _trace(
-    model: Callable, source: Source, continuous: Mapping[str, str], joined: Mapping[str, Collection[str]]
+    model: Callable,
+    source: Source,
+    continuous: Mapping[str, str],
+    joined: Mapping[str, Collection[str]],
+    moving: Mapping[str, tuple[int, int]] | None = None,
 ) -> tuple[Program, Discovery, Source]:
     found = source.discover()
     plates = read_plates(found)
-    found_latents = read_latents(found, source)
+    found_latents = read_latents(found, source, moving or {})
     latents, pieces = with_paths(found, found_latents)
     hidden, strands = continuous_paths(found, read_continuous(found, continuous, joined), source.walks)
     every = {**latents, **pieces, **hidden, **strands}
@@ -98,6 +102,9 @@ def _trace(
         return _trace(
             model, source, continuous, {n: {*joined.get(n, ()), *mixed.get(n, ())} for n in {*joined, *mixed}}
         )
+    if (ranges := moving_supports(full, latents, found.chains, source.values)) != (moving or {}):
+        refuse_growing(moving or {}, ranges, found)
+        return _trace(model, source, continuous, joined, ranges)
     unused = unused_arguments(found, full, source)
     refuse_unobserved(model, reader, unused)
     refuse_point_masses(reader, full, hidden)
@@ -308,8 +315,8 @@ def read_plates(found: Discovery) -> dict[str, Plate]:
     return plates
 
 
-def read_latents(found: Discovery, source: Source) -> dict[str, Latent]:
-    """Discrete latents with their supports, whose bounds are computed from the data."""
+def read_latents(found: Discovery, source: Source, moving: Mapping[str, tuple[int, int]]) -> dict[str, Latent]:
+    """Discrete latents with their supports, whose bounds are computed from the data; of some the ranges are known."""
     latents = {}
     for name, r in found.records.items():
         if r.observed or not is_discrete(r):
@@ -321,10 +328,11 @@ def read_latents(found: Discovery, source: Source) -> dict[str, Latent]:
             )
         values = {("data", i): x for i, x in enumerate(source.data) if ("data", i) in needs}
         low, high = (on_host(found.graph, found.graph.outputs[name, end], values, {}, {}) for end in ("low", "high"))
-        states = enumerate_states(name, int(low.min()), int(high.max()), tuple(r.fn.event_shape))
+        least, most = moving.get(name, (int(low.min()), int(high.max())))
+        states = enumerate_states(name, least, most, tuple(r.fn.event_shape))
         batch = tuple(getattr(r, "batch_shape", r.fn.batch_shape))
         axes = r.axes[: len(batch)]
-        bounded = bool(low.min() < low.max() or high.min() < high.max())
+        bounded = bool(low.min() < low.max() or high.min() < high.max()) or name in moving
         latents[name] = Latent(name, states, axes, batch, bounded, r.mask is not None)
     return latents
 
@@ -352,6 +360,19 @@ def with_paths(found: Discovery, latents: Mapping[str, Latent]) -> tuple[dict[st
             pieces |= {n: piece(n, chain.bulk, chain.length - chain.lag) for n in bulk}
             pieces |= {n: piece(n, "", 1) for n in ends}
     return whole, pieces
+
+
+def refuse_growing(before: Mapping, ranges: Mapping, found: Discovery) -> None:
+    """Raise where the range of what a scan carries has grown again, once all of its steps had one range."""
+    for chain in found.chains:
+        for name in chain.variables:
+            known = next((n for n in ranges if n.startswith((f"{name}@", f"{name}["))), None)
+            if known in before and before[known] != ranges[known]:
+                raise PlanError(
+                    name,
+                    problem="its support grows with every step of the scan",
+                    mend=f'numpyro.sample("{name}", dist.Categorical(logits=...)) over all numbers that may occur',
+                )
 
 
 def read_site(r: Record, latents: Mapping[str, Latent | Continuous]) -> Site:

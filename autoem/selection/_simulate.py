@@ -23,6 +23,7 @@ from autoem._errors import DataError, ModelError, PlanError
 from autoem.answers.result import EMResult
 from autoem.checks.check import Call as Derived
 from autoem.checks.check import observing, simulate
+from autoem.e_step.tables.factors import tied_to_states
 from autoem.graph.programs import jit_once
 from autoem.ir import Program
 
@@ -64,9 +65,13 @@ def refuse_unsimulable(result: EMResult) -> None:
     """Raise where a draw from the fitted model is not a data set like the one fitted.
 
     Raises:
-        PlanError: a site has weights, is a factor, or reads its data in Python; a plate is subsampled.
+        PlanError: a site has weights, is a factor, or reads its data in Python; a plate is subsampled; data are not
+            what a site draws.
     """
     program, source = result._context.built.program, result._context.source
+    if why := tied_to_states(result._context.built.factors):
+        mend = "write the choice into the arguments of one site (jnp.where, or an index), which observes the data alone"
+        raise PlanError(why[0], problem=why[1], mend=mend)
     for site in program.sites.values():
         if site.role == "factor":
             problem = "a numpyro.factor has no distribution to draw data from"

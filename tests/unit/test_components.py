@@ -303,6 +303,39 @@ def test_the_rewritten_law_draws_what_it_weighs():
         assert report.ok, report
 
 
+def anywhere_or_near(x):
+    """Components of supports that differ, of which the narrow one ends inside the data."""
+    weight = numpyro.param("weight", jnp.array([0.3, 0.7]), constraint=constraints.simplex)
+    centre = numpyro.param("centre", 0.0)
+    spread = numpyro.param("spread", 1.0, constraint=constraints.positive)
+    laws = [dist.Uniform(-2.0, 2.0), dist.Normal(centre, spread)]
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("x", dist.MixtureGeneral(dist.Categorical(weight), laws, support=constraints.real), obs=x)
+
+
+def extra_zeros(x):
+    gate = numpyro.param("gate", 0.3, constraint=constraints.unit_interval)
+    mean = numpyro.param("mean", 1.0, constraint=constraints.positive)
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("x", dist.ZeroInflatedNegativeBinomial2(mean, 5.0, gate=gate), obs=x)
+
+
+@pytest.mark.parametrize("model, data", [(anywhere_or_near, X[:, 0]), (extra_zeros, COUNTS)])
+def test_components_of_different_laws_become_masked_sites(model, data):
+    """NumPyro's own density of the mixture at the estimate, and the maximum by Newton's method on that."""
+    options = {"init": "model", "tol": 1e-13, "max_steps": 5000, "progress": False}
+    em = autoem.EM(handlers.reparam(model, config={"x": Components()}), **options)
+    result = em.run(KEY, data)
+    assert all(em.plan(data).m_step(n).startswith("closed form") for n in result.params if n != "mean")
+    given = handlers.substitute(handlers.seed(model, 0), data=result.params)
+    with numpyro.validation_enabled(False):
+        own = handlers.trace(given).get_trace(data)["x"]["fn"].log_prob(data).sum()
+    np.testing.assert_allclose(result.log_likelihood, own, rtol=1e-7)  # to as many digits as JAX's betaln has
+    newton = autoem.EM(model, **options).run(KEY, data)
+    assert result.log_likelihood == pytest.approx(newton.log_likelihood, abs=1e-6)
+    assert result.posterior(data).marginals["x_component"].shape == (len(data), 2)
+
+
 def test_other_sites_are_refused():
     def model(x):
         with numpyro.plate("rows", len(x)):

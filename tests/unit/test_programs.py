@@ -100,6 +100,13 @@ def test_programs_that_differ_in_a_constant_alone_are_two():
         assert float(jit_once(lambda x, table=table: (x * table).sum())(x)) == 3 * number
 
 
+def test_programs_that_differ_in_what_they_leave_unread_are_two():
+    """The same operation on other arguments: what is not read is no part of the text that JAX would lower."""
+    one, two = jit_once(lambda a, b, c: a - c), jit_once(lambda a, b, c: b - c)
+    given = 3.0, 5.0, 1.0
+    assert (float(one(*given)), float(two(*given))) == (2.0, 4.0)
+
+
 def test_a_program_is_shared_whatever_function_it_came_from_but_not_its_options():
     programs.forget()
     x = jnp.arange(7.0)

@@ -243,3 +243,36 @@ def test_a_choice_written_as_arithmetic_is_counted(model):
     newton = {n: autoem.m_step.Newton() for n in params}
     other = autoem.EM(model, m_step=newton, **options).run(KEY, ANSWERS)
     np.testing.assert_allclose(result.log_likelihood, other.log_likelihood, rtol=1e-9)
+
+
+def treated(dose, y):
+    """Two sorts of people; of one the treatment changes how often they are well, written as arithmetic with data."""
+    sort, well, helped = share("sort", 0.4), share("well", [0.3, 0.6]), share("helped", 0.8)
+    with numpyro.plate("people", len(y)):
+        z = numpyro.sample("z", dist.Bernoulli(sort))
+        p = jnp.where(z == 1, well[1], dose * helped + (1 - dose) * well[0])
+        numpyro.sample("y", dist.Binomial(5, p), obs=y)
+
+
+def test_data_that_are_0_or_1_choose_as_latents_do():
+    """The sum over both sorts in SciPy. Other data of the same model, in between, are no choice any more."""
+    rng = np.random.default_rng(6)
+    dose, z = rng.integers(0, 2, 60), rng.random(60) < 0.4
+    y = rng.binomial(5, np.where(z, 0.5, np.where(dose == 1, 0.9, 0.2)))
+    em = autoem.EM(treated, init="model", tol=1e-13, max_steps=5000, progress=False)
+    plan, result = em.plan(dose, y), em.run(KEY, dose, y)
+    assert all(plan.m_step(n).startswith("closed form") for n in result.params)
+
+    def log_likelihood(p, dose):
+        first = dose * p["helped"] + (1 - dose) * p["well"][0]
+        parts = [np.log(p["sort"]) + scipy.stats.binom.logpmf(y, 5, p["well"][1])]
+        parts.append(np.log(1 - p["sort"]) + scipy.stats.binom.logpmf(y, 5, first))
+        return scipy.special.logsumexp(parts, 0).sum()
+
+    params = {n: np.asarray(v) for n, v in result.params.items()}
+    np.testing.assert_allclose(result.log_likelihood, log_likelihood(params, dose), rtol=1e-12)
+    half = dose / 2
+    assert em.plan(half, y).m_step("helped") == em.plan(half.astype(float), y).m_step("well") == "Newton"
+    result = em.run(KEY, half, y)
+    params = {n: np.asarray(v) for n, v in result.params.items()}
+    np.testing.assert_allclose(result.log_likelihood, log_likelihood(params, half), rtol=1e-12)

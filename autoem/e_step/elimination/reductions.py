@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array
 
 from autoem._errors import PlanError
+from autoem.graph.derivatives import log
 
 MOST_FACTORS = 32  # of one product, whose rounding errors add up
 
@@ -33,7 +34,7 @@ def _log_sum_exp(x: Array) -> Array:
 @_log_sum_exp.defjvp
 def _log_sum_exp_jvp(primals, tangents):
     top, total, slope = _parts(primals[0], tangents[0])
-    return (jnp.log(total) + top)[0], slope
+    return (log(total) + top)[0], slope
 
 
 @jax.custom_jvp
@@ -71,7 +72,7 @@ def _sum_of_logs(x: Array, most: int) -> Array:
     count = int(np.clip(digits / np.log(max(most, 2)), 1, MOST_FACTORS))
     whole = flat.size - flat.size % count
     products = jnp.prod(flat[:whole].reshape(count, -1), axis=0)
-    return jnp.log(products).sum() + jnp.log(jnp.prod(flat[whole:]))
+    return log(products).sum() + log(jnp.prod(flat[whole:]))
 
 
 def log_sum_exp(x: Array) -> Array:

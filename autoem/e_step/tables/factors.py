@@ -7,30 +7,22 @@ Where a factor reads a latent of other plates, the route from rows to cells is f
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from autoem._errors import ModelError
-from autoem.e_step.elimination.eliminate import Route, route_to_rows
-from autoem.e_step.elimination.places import pad, plates_of, scale_of, scaled_site
+from autoem.e_step.elimination.eliminate import Route
+from autoem.e_step.elimination.places import plates_of
 from autoem.e_step.tables.completions import Completions
-from autoem.e_step.tables.regression import REGRESSION, design, find_coefficients
-from autoem.e_step.tables.tabulate import Factor, Rows
+from autoem.e_step.tables.regression import REGRESSION, find_coefficients
+from autoem.e_step.tables.tabulate import Factor
 from autoem.families import Family
-from autoem.families._arrays import as_float
-from autoem.graph.cells import NONE, SEVERAL, cells_read, merge_axes
-from autoem.graph.jaxpr import Constant, Graph
-from autoem.graph.named import Named, arranged, named
+from autoem.graph.cells import NONE, SEVERAL, cells_read, merge, merge_axes
 from autoem.ir import Continuous, Latent, Program, Site
 from autoem.passes.gaussian import Group, continuous_of, is_flat, latent_groups
-
-TURN_UP_TO = 256 * 2**20  # bytes: larger data are not copied but turned chunk by chunk, which costs up to a fifth
 
 
 def build_factors(program: Program, values: Mapping[Any, Any]) -> tuple[tuple[Factor, ...], dict[str, np.ndarray]]:
@@ -57,7 +49,8 @@ def build_factors(program: Program, values: Mapping[Any, Any]) -> tuple[tuple[Fa
             every = {z.name: z for s in group.sites for z in read_latents(program, program.sites[s])}
             factors.append(completed_factor(program, site, tuple(every.values()), group, route))
             continue
-        refuse_random_weights(program, site)
+        chosen = site.role in ("observed", "factor") and of_states(program, (site.name, "mask"))
+        refuse_random_weights(program, site, ("scale",) if chosen else ("mask", "scale"))
         factors.append(build_factor(program, site, latents, route))
     refuse_two_indices(factors, cells)
     return tuple(factors), cells
@@ -77,9 +70,9 @@ def refuse_two_indices(factors: list[Factor], cells: Mapping[str, np.ndarray]) -
                 )
 
 
-def refuse_random_weights(program: Program, site: Site) -> None:
+def refuse_random_weights(program: Program, site: Site, fields: tuple[str, ...] = ("mask", "scale")) -> None:
     """Raise where a mask or a scale depends on a latent or a parameter."""
-    for field in ("mask", "scale"):
+    for field in fields:
         if (site.name, field) in program.full.outputs and not is_data(program, (site.name, field)):
             raise ModelError(
                 site.name,
@@ -115,9 +108,9 @@ def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     plates = frozenset().union(*(plates_of(z) for z in latents if z.name not in routed), route.source if route else ())
     kept = tuple(a for a in site.axes if a in plates)
     family, direct = natural_family(program, site, as_normal=site.family is None)
-    coefficients = (
-        find_coefficients(program, site) if family is not None and usable and site.role == "observed" else None
-    )
+    moving = moving_fields(program, site, family)
+    regression = family is not None and usable and site.role == "observed" and not moving
+    coefficients = find_coefficients(program, site) if regression else None
     family = REGRESSION if coefficients else family
     params = tuple(p for p in site.parents if p in program.params)
     if site.role == "parameter":
@@ -128,7 +121,7 @@ def build_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     alone = site.role == "parameter" and not latents  # a prior that reads latents is summed over them with the rest
     return Factor(
         site, latents, site.role == "latent", kept, plates, route, family, params, alone, sizes, graph,
-        usable, direct, coefficients or (), times,
+        usable, direct, coefficients or (), times, moving=moving,
     )  # fmt: skip
 
 
@@ -146,7 +139,7 @@ def completed_factor(
     return dataclasses.replace(
         factor, own=False, kept=tuple(a for a in site.axes if a in plates), plates=plates, coefficients=(),
         family=family, graph=program.graph if usable else program.full, compact=usable, is_prior=False,
-        completions=Completions(members, affine),
+        completions=Completions(members, affine), moving=(),
     )  # fmt: skip
 
 
@@ -166,6 +159,7 @@ def drawn_factor(program: Program, site: Site, latents: tuple[Latent, ...], rout
     return dataclasses.replace(
         build_factor(program, site, latents, route), coefficients=(), graph=graph, compact=False, is_prior=False,
         family=natural_family(program, site, filled=True)[0], completions=Completions(members, affine=False),
+        moving=(),
     )  # fmt: skip
 
 
@@ -179,17 +173,47 @@ def natural_family(program: Program, site: Site, filled=False, as_normal=False) 
     if not isinstance(entry, Family):
         reason = entry.reason if entry else f"{site.distribution} is not in the family table"
         return None, reason
-    if site.role == "latent" and program.every_latent[site.name].bounded:
-        return None, "its support differs between cells"
-    if site.role not in ("latent", "continuous") and not filled and not is_data(program, (site.name, "value")):
-        return None, "its value depends on parameters or latents"
-    if any(not is_data(program, (site.name, f"arg:{a}")) for a in entry.fixed):
-        return None, entry.otherwise or f"{', '.join(entry.fixed)} depends on parameters or latents"
+    seen = site.role not in ("latent", "continuous") and not filled
+    if seen and not of_states(program, (site.name, "value")):
+        return None, "its value depends on parameters or continuous latents"
+    known = is_data if filled else of_states
+    if any(not known(program, (site.name, f"arg:{a}")) for a in entry.fixed):
+        of = "parameters or latents" if filled else "parameters or continuous latents"
+        return None, entry.otherwise or f"{', '.join(entry.fixed)} depends on {of}"
     return entry, ""
 
 
 def is_data(program: Program, key: tuple[str, str]) -> bool:
     return all(k[0] in ("data", "key") for k in program.full.needs(key))
+
+
+def of_states(program: Program, key: tuple[str, str]) -> bool:
+    """Whether an output depends on no more than the data and discrete latents; one that is not there does."""
+    if key not in program.full.outputs:
+        return True
+    return all(k[0] in ("data", "key") or k[1] in program.latents for k in program.full.needs(key))
+
+
+def moving_fields(program: Program, site: Site, family: Family | None) -> tuple[str, ...]:
+    """What of a site's rows differs with the states of latents, or between the cells of a latent of its own."""
+    own, fixed = site.role == "latent", [f"arg:{a}" for a in family.fixed] if family is not None else []
+    if own and program.every_latent[site.name].bounded:
+        return tuple(fixed)
+    keys = [(site.name, f) for f in (*fixed, *(() if own else ("value", "mask")))]
+    known = [k for k in keys if k in program.full.outputs]
+    return tuple(
+        k[1] for k in known if any(n[0] == "latent" and n[1] in program.latents for n in program.full.needs(k))
+    )
+
+
+def tied_to_states(factors: Sequence[Factor]) -> tuple[str, str] | None:
+    """The site whose data are no draws of its own, and why; None where there is none."""
+    for f in factors:
+        if f.site.role == "observed" and "value" in f.moving:
+            return f.name, f"what '{f.name}' observes is computed from latents"
+        if "mask" in f.moving:
+            return f.name, f"latents decide which rows of '{f.name}' count, so that other sites hold its data too"
+    return None
 
 
 def find_route(program: Program, site: Site, routed: list[Latent], values: Mapping) -> tuple[Route, np.ndarray]:
@@ -233,16 +257,17 @@ def row_cells(
     Axes have size one where all rows agree. Where the latent enters by one argument alone, `field` names that, and
     `events` counts its event axes: the density itself may mix rows on its way (a triangular solve of them all at once).
     """
-    atom = program.full.outputs[site.name, field]
+    fields = [field, "mask"] if field == "elem" and "mask" in moving_fields(program, site, None) else [field]
     # an index may read other latents' values (a table picked by the site's own): any of their states will do
     states = {
         ("latent", n): np.zeros(v.shape, v.aval.dtype) for (k, n), v in program.full.inputs.items() if k == "latent"
     }
     known = ChainMap(cast(Any, values), states)
-    ids = cells_read(program.full, atom, ("latent", latent.name), latent.shape, known, along)
-    ids = merge_axes(ids, tuple(range(-events, 0))) if events else ids
-    ids = ids.reshape((1,) * (len(site.axes) - ids.ndim) + ids.shape)
-    ids = np.broadcast_to(ids, site.shape)
+    ids = np.full(site.shape, NONE)
+    for atom in (program.full.outputs[site.name, f] for f in fields):
+        found = cells_read(program.full, atom, ("latent", latent.name), latent.shape, known, along)
+        found = merge_axes(found, tuple(range(-events, 0))) if events else found
+        ids = merge(ids, found.reshape((1,) * (len(site.axes) - found.ndim) + found.shape))
     for i, axis in enumerate(site.axes):
         if axis.startswith("#"):
             ids = merge_axes(ids, (i,), keepdims=True)
@@ -254,146 +279,3 @@ def row_cells(
             f"or declare '{latent.name}' as separate sites outside a plate",
         )
     return np.where(ids == NONE, 0, ids)
-
-
-def prepare(factor: Factor, program: Program, values: Mapping, cells: Mapping) -> Rows:
-    """Make what `factor` needs of the data."""
-    site, graph = factor.site, program.full
-    rows = Rows(
-        mask=output(factor, graph, "mask", values),
-        scale=relative_scale(factor, program, values, cells),
-        weight=output(factor, graph, "scale", values),
-        inside=bounds_mask(factor, values) if factor.own and factor.latents[0].bounded else None,
-    )
-    if rows.mask is not None:
-        rows = dataclasses.replace(rows, mask=Named(rows.mask.array.astype(jnp.int8), rows.mask.axes))
-    if factor.own and rows.mask is not None:
-        events = [a for a in rows.mask.axes if a.startswith("#")]
-        rows = dataclasses.replace(rows, mask=rows.mask.sum(events))
-    if factor.family is None:
-        return rows
-    keys = [(site.name, f"arg:{a}") for a in factor.family.fixed]
-    fixed = {
-        k[1][4:]: named(pad(v, len(site.axes)), site.axes)
-        for k, v in zip(keys, graph.evaluate(keys, values), strict=True)
-    }
-    rows = dataclasses.replace(rows, fixed=fixed)
-    if factor.is_hidden or factor.value_hidden:
-        return rows
-    return own_rows(factor, rows) if factor.own else observed_rows(factor, graph, values, rows)
-
-
-def output(factor: Factor, graph, field: str, values) -> Named | None:
-    key = (factor.name, field)
-    if key not in graph.outputs:
-        return None
-    array = graph.evaluate([key], values)[0]
-    return (
-        scale_of(array, factor.site) if field == "scale" else named(pad(array, len(factor.site.axes)), factor.site.axes)
-    )
-
-
-def relative_scale(factor: Factor, program: Program, values, cells: Mapping) -> Named | None:
-    """Multiplicity of the factor relative to its innermost latent; None where they agree."""
-    graph, own = program.full, (factor.name, "scale")
-    inner = factor.inner
-    mine = output(factor, graph, "scale", values)
-    if inner is None or (site := scaled_site(program, factor.latent_of(inner.name))) is None:
-        return mine
-    above = (site, "scale")
-    if own in graph.outputs and same(graph.outputs[own], graph.outputs[above]):
-        return None
-    mine = mine or Named(jnp.ones(()), ())
-    theirs = scale_of(graph.evaluate([above], values)[0], program.sites[site])
-    theirs = route_to_rows(theirs, factor.route_to(inner.name), cells)
-    both = tuple(dict.fromkeys((*mine.axes, *theirs.axes)))
-    lower = theirs.to(both)
-    return Named(jnp.where(lower == 0, 1.0, mine.to(both) / jnp.where(lower == 0, 1, lower)), both)
-
-
-def same(a, b) -> bool:
-    both = isinstance(a, Constant) and isinstance(b, Constant)
-    return a is b or (both and np.array_equal(a.value, b.value))
-
-
-def bounds_mask(factor: Factor, values) -> Named:
-    """Which states of a latent each of its cells may take."""
-    low, high = (factor.graph.evaluate([(factor.name, f)], values)[0] for f in ("low", "high"))
-    rank = len(factor.site.axes)
-    states = jnp.asarray(factor.latents[0].states).reshape((-1,) + (1,) * rank)
-    inside = (states >= pad(low, rank)) & (states <= pad(high, rank))
-    return named(inside.astype(float), (factor.name, *factor.site.axes))
-
-
-def own_rows(factor: Factor, rows: Rows) -> Rows:
-    """The 'data' of a latent's own site: its states."""
-    latent, family = factor.latents[0], factor.family
-    assert family is not None
-    events = tuple(a for a in factor.site.axes if a.startswith("#") and not a.startswith("#unit"))
-    axes = (latent.name, *events)
-    value = Named(jnp.asarray(latent.states), axes)
-    base = Named(family.base(value.array, {k: f.to(axes) for k, f in (rows.fixed or {}).items()}), axes)
-    return dataclasses.replace(rows, value=value, base=base.sum(events))
-
-
-def observed_rows(factor: Factor, graph: Graph, values: Mapping, rows: Rows) -> Rows:
-    """The values as the data hold them, and the moments that `Factor.observations` standardises them by."""
-    site, family = factor.site, factor.family
-    assert family is not None
-    raw, rank = observed_values(factor, graph, values), len(site.shape)
-    if rows.mask is not None:
-        seen = jnp.broadcast_to(rows.mask.to(site.axes) > 0, site.shape)
-        raw = without_hidden(raw, seen.reshape(site.shape + (1,) * family.event_dim), rank)
-    if family.standardise is not None and any(
-        s > 1 and not a.startswith("#") for a, s in zip(site.axes, site.shape, strict=True)
-    ):
-        centre, spread = (m.reshape(m.shape[rank:] if family.event_dim else m.shape) for m in moments(raw, site))
-        rows = dataclasses.replace(rows, centre=centre, spread=spread)
-    kept = [i for i, s in enumerate(site.shape) if s > 1]
-    shape = tuple(site.shape[i] for i in kept) + raw.shape[rank:]
-    value = raw if raw.shape == shape else raw.reshape(shape)  # what is not touched is passed on without a copy
-    axes = (*(site.axes[i] for i in kept), *(f"event{i}" for i in range(raw.ndim - rank)))
-    value, small = narrow(value, site.support)
-    rows = dataclasses.replace(rows, value=Named(value, axes))
-    if value.nbytes > TURN_UP_TO:
-        return rows
-    turned = factor.observations(rows)
-    if small:
-        turned = Named(turned.array.astype(jnp.int8), turned.axes)
-    mask = None if rows.mask is None else arranged(rows.mask, turned.axes)
-    fixed = {k: arranged(f, turned.axes) for k, f in (rows.fixed or {}).items()}
-    return dataclasses.replace(rows, value=turned, mask=mask, fixed=fixed, ready=True)
-
-
-def narrow(values: Array, support: str) -> tuple[Array, bool]:
-    """Small whole numbers as bytes: every step reads them all, and memory is what it waits for."""
-    bounds = re.fullmatch(r"IntegerInterval\(lower_bound=0, upper_bound=(\d{1,2})\)", support)
-    small = support == "Boolean()" or bounds is not None
-    return (values.astype(jnp.int8), True) if small else (values, False)
-
-
-def observed_values(factor: Factor, graph: Graph, values: Mapping) -> Array:
-    """The observed value, `(*batch, *event)` at full shape; of a regression, design and residual side by side."""
-    site, family = factor.site, factor.family
-    assert family is not None
-    raw = jnp.asarray(graph.evaluate([(site.name, "value")], values)[0])
-    if factor.coefficients:
-        columns, offset = design(factor.graph, site, factor.coefficients, values)
-        raw = jnp.broadcast_to(raw, site.shape) - offset
-        return jnp.moveaxis(jnp.concatenate([columns, raw[None]]), 0, -1)
-    shape = site.shape + raw.shape[raw.ndim - family.event_dim :]
-    return raw if raw.shape == shape else jnp.broadcast_to(raw, shape)
-
-
-def without_hidden(raw: Array, seen: Array, rank: int) -> Array:
-    """Put a value that is seen where a mask hides one: what is hidden may be NaN or outside the support."""
-    first = jnp.argmax(seen.reshape(-1))
-    example = jnp.take(raw.reshape(-1, *raw.shape[rank:]), first, 0)
-    return jnp.where(seen, raw, example)
-
-
-def moments(raw: Array, site: Site) -> tuple[Array, Array]:
-    """Mean and standard deviation over the plates, element by element of the event; a constant has spread one."""
-    over, raw = tuple(i for i, a in enumerate(site.axes) if not a.startswith("#")), as_float(raw)
-    centre, variance = raw.mean(over, keepdims=True), raw.var(over, keepdims=True)
-    return centre, jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 1.0)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,9 @@ from autoem.graph.jaxpr import Graph, Variable
 from autoem.graph.named import Named, contract
 from autoem.ir import Program, Site
 from autoem.passes.link import Declined, Known, Linear, Value, look_up, run
+
+if TYPE_CHECKING:
+    from autoem.e_step.tables.tabulate import Factor, Rows
 
 MAX_COEFFICIENTS = 24
 FIXED, FREE = {"data", "key"}, {"param", "latent"}  # kinds of input
@@ -227,3 +231,17 @@ POOLED = dataclasses.replace(
     natural=_whole_natural,
     rules={"loc": Location(), "scale": Power(_whole_residuals, degree=-2)},
 )
+
+
+def on_latents(factor: Factor, values: Mapping[Any, Any], rows: Rows) -> dict[str, Array]:
+    """A Normal site's arguments as those of a regression on one and the coordinates of its latents."""
+    normal = factor.site.normal
+    assert isinstance(normal, Family)
+    dims = zip(normal.args, normal.arg_dims, strict=True)
+    args = {a: factor.argument(f"arg:{a}", values, d) for a, d in dims}
+    if normal.standardise is not None and rows.centre is not None and rows.spread is not None:
+        args = normal.standardise(args, rows.centre, rows.spread)
+    at = len(factor.parents)
+    loc = jnp.moveaxis(args["loc"], at, -1)
+    loc = jnp.concatenate([loc[..., :1], loc[..., 1:] - loc[..., :1]], -1)
+    return {**args, "loc": jnp.expand_dims(loc, at)}

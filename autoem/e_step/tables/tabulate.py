@@ -19,7 +19,7 @@ from jax import Array
 
 from autoem.e_step.elimination.eliminate import Route, Table
 from autoem.e_step.tables.completions import NODES, Completions
-from autoem.e_step.tables.regression import squared_residuals
+from autoem.e_step.tables.regression import on_latents, squared_residuals
 from autoem.e_step.tables.selected import selected
 from autoem.families import Family
 from autoem.families._arrays import as_float
@@ -36,7 +36,8 @@ class Rows:
     """What a factor needs of the data, made once: values, mask, constants.
 
     `weight` says how often each row counts; `scale` the same relative to the factor's innermost latent. `ready` says
-    that the value is standardised and turned already, once for all steps.
+    that the value is standardised and turned already, once for all steps; `features` and `base` are statistics and `log
+    h(x)` of rows that differ with the states of latents, summed as far as they can be.
     """
 
     value: Named | None = None
@@ -46,6 +47,7 @@ class Rows:
     weight: Named | None = None
     inside: Named | None = None
     base: Named | None = None
+    features: Named | None = None
     centre: Array | None = None
     spread: Array | None = None
     ready: bool = False
@@ -77,6 +79,7 @@ class Factor:
         pooled: whether it is a regression on its continuous latents, the same for all rows, as the M-step sees it.
         routes: under mean field, how rows find cells, for each latent of other plates.
         aliases: names of a latent at its further reads, to its own.
+        moving: what of its rows differs with the states of latents that it reads: "value", "mask", "arg:total_count".
     """
 
     site: Site
@@ -99,6 +102,7 @@ class Factor:
     pooled: bool = False
     routes: Mapping[str, Route] = dataclasses.field(default_factory=dict)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    moving: tuple[str, ...] = ()
 
     def route_to(self, latent: str) -> Route | None:
         """How the rows find their cell of a latent; None where it stands in their own plates."""
@@ -266,6 +270,8 @@ class Factor:
     def table(self, cells: Any, rows: Rows) -> Table:
         """Log density over the factor's latents and kept plates; linear in `cells`."""
         value = self._natural_table(cells, rows) if self.family else self._direct_table(cells, rows)
+        if rows.base is not None and not self.own:
+            value = add(value, rows.base)
         if rows.scale is not None:
             value = multiply(value, rows.scale)
         gone = [a for a in value.axes if a not in self.kept and a not in {NODES, *(z.name for z in self.latents)}]
@@ -276,14 +282,14 @@ class Factor:
         if FEATURE not in eta.axes:
             eta = Named(eta.array[..., None], (*eta.axes, FEATURE))
         constants = named(-cells[1], self.cell_axes)
-        keep = self._keep(rows)
+        keep = self.keep(rows)
         if self.own:
-            out = add(contract(keep, eta, self.features(rows)), self._constants(keep, constants))
+            out = add(contract(keep, eta, self.features(rows)), self.constants(keep, constants))
             return self._bounded(out if rows.base is None else add(out, rows.base), rows)
-        x = self.observations(rows)
+        x = Named(jnp.zeros(()), ("",)) if rows.features else self.observations(rows)
         if self.coefficients and rows.mask is None and set(x.axes[1:]) <= set(keep):
             value = squared_residuals(keep, eta, x, lambda: self.features(rows), FEATURE)
-            return add(value, self._constants(keep, constants))
+            return add(value, self.constants(keep, constants))
         many = self.times or eta.size(FEATURE) >= LOOK_UP_FROM
         looked = self._family.looks_up and many and not self._differentiated_twice
         if looked and set(x.axes) <= set(keep) - set(eta.axes):
@@ -294,7 +300,7 @@ class Factor:
         counted = self._counted(keep, constants, features, rows)
         return contract_sum(keep, (eta, features), counted, twice=self._differentiated_twice)
 
-    def _constants(self, keep: tuple[str, ...], value: Named) -> Named:
+    def constants(self, keep: tuple[str, ...], value: Named) -> Named:
         """A term of every cell, summed over what is not kept."""
         return repeated(contract(keep, value), self._repeats({*value.axes, *keep}))
 
@@ -305,9 +311,9 @@ class Factor:
             return repeated(value, self._repeats({*value.axes, *keep, *count.axes})), count
         once = set(value.axes).isdisjoint(features.axes)
         plates = tuple(a for a in features.axes if a in keep) if once else ()
-        return self._constants(keep, value), Named(jnp.ones([features.size(a) for a in plates]), plates)
+        return self.constants(keep, value), Named(jnp.ones([features.size(a) for a in plates]), plates)
 
-    def _keep(self, rows: Rows) -> tuple[str, ...]:
+    def keep(self, rows: Rows) -> tuple[str, ...]:
         scaled = rows.scale.axes if rows.scale is not None else ()
         nodes = (NODES,) if self.completions else ()
         return union(self.times, [z.name for z in self.latents], nodes, self.kept, scaled)
@@ -319,6 +325,8 @@ class Factor:
 
     def features(self, rows: Rows) -> Named:
         """Sufficient statistics of the rows, masked."""
+        if rows.features is not None:
+            return rows.features
         value = self.observations(rows)
         batch = value.axes[self._family.event_dim :]
         fixed: dict[str, Any] = {k: f.to(batch) for k, f in (rows.fixed or {}).items()}
@@ -327,7 +335,8 @@ class Factor:
         out = Named(self._family.features(value.array, fixed), (FEATURE, *batch))
         if rows.mask is None or self.own:
             return out
-        return Named(out.array * rows.mask.to(out.axes), out.axes)
+        axes = (FEATURE, *(a for a in rows.mask.axes if a not in out.axes), *batch)
+        return Named(out.to(axes) * rows.mask.to(axes), axes)
 
     def observations(self, rows: Rows) -> Named:
         """Values with event axes first and the longest kept plate last, standardised."""
@@ -350,7 +359,7 @@ class Factor:
             value = self._bounded(value, rows)
         elif rows.mask is not None:
             value = choose(rows.mask, value, 0.0)
-        return repeated(value, self._repeats({*value.axes, *self._keep(rows)}))
+        return repeated(value, self._repeats({*value.axes, *self.keep(rows)}))
 
     def _bounded(self, value: Named, rows: Rows) -> Named:
         """A latent's own table: impossible states have no density, and a cell that a mask takes out counts once."""
@@ -365,34 +374,5 @@ class Factor:
         return value
 
 
-def on_latents(factor: Factor, values: Mapping[Any, Any], rows: Rows) -> dict[str, Array]:
-    """A Normal site's arguments as those of a regression on one and the coordinates of its latents."""
-    normal = factor.site.normal
-    assert isinstance(normal, Family)
-    dims = zip(normal.args, normal.arg_dims, strict=True)
-    args = {a: factor.argument(f"arg:{a}", values, d) for a, d in dims}
-    if normal.standardise is not None and rows.centre is not None and rows.spread is not None:
-        args = normal.standardise(args, rows.centre, rows.spread)
-    at = len(factor.parents)
-    loc = jnp.moveaxis(args["loc"], at, -1)
-    loc = jnp.concatenate([loc[..., :1], loc[..., 1:] - loc[..., :1]], -1)
-    return {**args, "loc": jnp.expand_dims(loc, at)}
-
-
 def repeated(value: Named, times: float) -> Named:
     return value if times == 1 else Named(value.array * times, value.axes)
-
-
-def log_density_constant(factor: Factor, rows: Rows) -> Named | None:
-    """`log h(x)` of an observed natural site, masked and weighted, with an axis for each plate that it varies on."""
-    if factor.own or factor.family is None or rows.value is None:
-        return None
-    value, events = factor.observations(rows), factor.family.event_dim
-    axes = value.axes[events:]
-    base = factor.family.base(value.array, {k: f.to(axes) for k, f in (rows.fixed or {}).items()})
-    if rows.spread is not None:  # the density of x is that of the standardised x, divided by the spread
-        log_spread = jnp.log(rows.spread)
-        base = base - (log_spread.sum() if events else named(log_spread, factor.site.axes).to(axes))
-    out = Named(jnp.broadcast_to(base, value.array.shape[events:]), axes)
-    out = out if rows.mask is None else choose(rows.mask, out, 0.0)  # what stands in for a hidden value may be none
-    return out if rows.weight is None else multiply(out, rows.weight)

@@ -43,6 +43,11 @@ class Domain:
     def bounded(self) -> bool:
         return self.low > -math.inf or self.high < math.inf
 
+    @property
+    def size(self) -> float:
+        """What is small beside it is no distance from a bound."""
+        return self.high - self.low if math.isfinite(self.high - self.low) else 1.0
+
     def __str__(self) -> str:
         return ", in order" if self.ordered else ", within its bounds" if self.bounded else ""
 

@@ -29,6 +29,7 @@ from autoem.m_step.closed_form.counting import fit, latex_name
 from autoem.m_step.closed_form.priors import prior_of, prior_slope
 from autoem.m_step.problem import Bundle, Params, Statistics, Use
 from autoem.passes.link import Declined, Linear
+from autoem.passes.terms import terms_of
 
 MAX_DENSE = 2048
 ALIKE = 64  # times the machine's precision, up to which scaled matrices differ by rounding alone
@@ -36,7 +37,7 @@ ALIKE = 64  # times the machine's precision, up to which scaled matrices differ 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mean(AbstractBlock):
-    """Weighted mean of every entry of one location parameter."""
+    """Weighted mean of every entry of one location parameter, or the nearest that its `domain` allows."""
 
     uses: tuple[Use, ...] = ()
     domain: Domain = REAL
@@ -81,6 +82,8 @@ class Mean(AbstractBlock):
     def terms(self, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, Array]:
         """Slope and curvature of `Q` along every entry of the parameter, of all places at once."""
         (name,) = self.names
+        if any(use.factor.coefficients for use in self.uses):
+            return self.terms_of_rows(params, statistics, bundle)
         places = [self.problem.arguments(use, params, bundle) for use in self.uses]
 
         def link(value: Array) -> list[Array]:
@@ -99,6 +102,17 @@ class Mean(AbstractBlock):
         slopes = [fit(found[i][0], shape) for i, shape in enumerate(shapes)]
         curvatures = [fit(found[i][1], shape) * jacobian[i] for i, shape in enumerate(shapes)]
         return pull(slopes)[0], pull(curvatures)[0]
+
+    def terms_of_rows(self, params: Params, statistics: Statistics, bundle: Bundle) -> tuple[Array, Array]:
+        """The same where statistics are those of a regression whose rows read one entry each."""
+        (name,) = self.names
+        names = [n for n in self.problem.touched(self.names) if not self.problem.factors[n].is_prior]
+
+        def objective(value: Array) -> Array:
+            return self.problem.q({**params, name: value}, statistics, bundle, names)
+
+        slope, curvature = jax.jvp(jax.grad(objective), (params[name],), (jnp.ones_like(params[name]),))
+        return slope, -curvature
 
     def scalar_terms(self, places: Sequence[tuple[Use, dict]], statistics: Statistics) -> list[tuple[Array, Array]]:
         """Slope and curvature of the cells' objectives in scalar locations."""
@@ -141,7 +155,8 @@ def accept_linear(problem, use: Use, names: tuple[str, ...], params: Params, bun
         Declined: it is not a location, or not affine.
     """
     if use.argument is None:
-        raise Declined(f"it enters the density of {use} as a whole")
+        accept_quadratic(use, names)
+        return Linear(jnp.zeros(()), None, False, False)
     if not isinstance(use.factor._family.rules[use.argument], Location):
         raise Declined(f"it enters {use}, in which the objective is not quadratic")
 
@@ -152,6 +167,24 @@ def accept_linear(problem, use: Use, names: tuple[str, ...], params: Params, bun
     if not isinstance(form, Linear):
         raise Declined(f"it does not enter {use} affinely")
     return form
+
+
+def accept_quadratic(use: Use, names: tuple[str, ...]) -> None:
+    """Check that a density, as a whole, is a polynomial of second degree in all of `names` together.
+
+    Raises:
+        Declined: it is not.
+    """
+    factor = use.factor
+    whole = f"it enters the density of {use} as a whole"
+    if factor.is_prior or factor.completions is not None:
+        raise Declined(whole)
+    try:
+        found = terms_of(factor.graph, factor.graph.outputs[use.key], [("param", n) for n in names], joint=True)
+    except Declined as declined:
+        raise Declined(f"{whole}: {declined}") from None
+    if not found <= {0.0, 1.0, 2.0}:
+        raise Declined(whole)
 
 
 def vector_mean_applies(problem, use: Use, name: str, form: Linear, params: Params, bundle: Bundle) -> bool:

@@ -48,7 +48,10 @@ class Scale(AbstractBlock):
         if self.degree == 1:
             ratio = "E[statistic] / E[exposure]"
         elif self.degree in (-2, -1):
-            ratio = "sqrt(E[squared residual] / E[count])" if self.degree == -2 else "E[squared residual] / E[count]"
+            rules = [use.factor._family.rules[use.argument] for use in self.uses if use.argument]
+            squares = all(isinstance(rule, Power) and rule.degree == -2 for rule in rules) and rules
+            total = "E[squared residual]" if squares or self.degree == -2 else "E[statistic]"
+            ratio = f"sqrt({total} / E[count])" if self.degree == -2 else f"{total} / E[count]"
         else:
             ratio = f"(a / b)^(1/{self.degree:g})"
         return f"log {ratio}" if self.real else f"{ratio}{self.domain}"
@@ -68,7 +71,8 @@ class Scale(AbstractBlock):
         (name,) = self.names
         old = params[name]
         a, d = self.sums(params, statistics, bundle)
-        fine = (a * d > 0) & jnp.isfinite(a) & jnp.isfinite(d)
+        # with `d` of the other sign than the degree there is a minimum
+        fine = (a * d > 0) & (d * self.degree > 0) & jnp.isfinite(a) & jnp.isfinite(d)
         ratio = jnp.where(fine, a / jnp.where(fine, d, 1), 1)
         new = old + jnp.log(ratio) / self.degree if self.real else old * ratio ** (1 / self.degree)
         # b = 0 with a below zero is a scale that collapses; with nothing expected at all the old value stands
@@ -130,8 +134,8 @@ class Scale(AbstractBlock):
         return self.problem.link(use, lambda: start(self.names[0], self.real, u), params, bundle).arrays[0]
 
 
-def accept(problem, use: Use, name: str, real: bool, params: Params, bundle: Bundle) -> float:
-    """The degree `m e` of the place.
+def accept(problem, use: Use, name: str, real: bool, params: Params, bundle: Bundle) -> float | None:
+    """The degree `m e` of the place; None where any goes.
 
     Raises:
         Declined: it is not a power of the parameter times something that does not depend on it.

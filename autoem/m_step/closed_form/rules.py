@@ -57,6 +57,10 @@ class Asked:
     mixed: str = ""
     limits: tuple[float, float] | None = None
 
+    @property
+    def constraint(self):
+        return self.problem.params[self.name].constraint
+
     def read(self, question: Callable[[Params, Bundle], T]) -> T:
         """Ask about a link under abstract evaluation: nothing is computed, only what JAX traces."""
         return abstractly(question, self.params, self.bundle)
@@ -126,16 +130,19 @@ def in_words(use: Use) -> str:
 
 def power_rule(asked: Asked) -> AbstractBlock:
     """Pooled power updates: scales and rates."""
-    domain, real = domain_of(asked.problem.params[asked.name].constraint), asked.kind == "real"
+    domain, real = domain_of(asked.constraint), asked.kind == "real"
     if domain is None or not (real or domain.low >= 0):
         raise Declined("it is not positive")
     plain = [use for use in asked.uses if not in_matrix(use)]
-    degrees = set(asked.at_each(lambda use, p, b: power.accept(asked.problem, use, asked.name, real, p, b), plain))
+    found = asked.at_each(lambda use, p, b: power.accept(asked.problem, use, asked.name, real, p, b), plain)
+    degrees = {d for d in found if d is not None}
     degrees |= {matrix_power_at(asked, use, real) for use in asked.uses if in_matrix(use)}
     prior = prior_of(asked.name, asked.problem.factors)
     entry = POWERS.get(prior.site.distribution) if prior else None
     if not degrees and entry and entry[1]:
         degrees = {entry[1]}
+    if not degrees:
+        raise Declined("it enters through its logarithm alone")
     if len(degrees) != 1:
         raise Declined(f"its places want different powers ({', '.join(f'{d:g}' for d in sorted(degrees))})")
     (degree,) = degrees
@@ -160,11 +167,12 @@ def matrix_power_at(asked: Asked, use: Use, real: bool) -> float:
 
 def location_rule(asked: Asked) -> AbstractBlock:
     """Weighted means, or least squares where a place is affine in several entries."""
-    domain = domain_of(asked.problem.params[asked.name].constraint)
+    domain = domain_of(asked.constraint)
     if domain is None:
         raise Declined("it is constrained, so least squares may leave its domain")
     prior = prior_of(asked.name, asked.problem.factors)
-    if prior and (prior.site.distribution not in QUADRATIC or not readable(prior, QUADRATIC[prior.site.distribution])):
+    law = prior.site.distribution if prior else "Uniform"
+    if prior and law != "Uniform" and (law not in QUADRATIC or not readable(prior, QUADRATIC[law])):
         raise Declined(f"its prior {prior.site.distribution} is not Normal")
     forms = asked.at_each(lambda use, p, b: location.accept_linear(asked.problem, use, (asked.name,), p, b))
     only = asked.uses[0] if len(asked.uses) == 1 else None  # two places weigh a vector by a matrix each
@@ -179,8 +187,11 @@ def location_rule(asked: Asked) -> AbstractBlock:
     ):
         return Mean((asked.name,), asked.problem, why(asked, "the location of"), asked.uses, domain)
     if domain.ordered:
-        raise Declined("its order is kept where each entry is a mean of its own, and least squares may break it")
-    return LeastSquares((asked.name,), asked.problem, why(asked, "affine in the location of"))
+        if not all(f.simple for f in forms) or not all(u.event_dim == 0 or u.factor.coefficients for u in asked.uses):
+            raise Declined("its order is kept where each entry is a mean of its own, and least squares may break it")
+        return Mean((asked.name,), asked.problem, why(asked, "the location of"), asked.uses, domain)
+    how = "quadratic in the density of" if any(u.argument is None for u in asked.uses) else "affine in the location of"
+    return LeastSquares((asked.name,), asked.problem, why(asked, how))
 
 
 def covariance_rule(asked: Asked) -> AbstractBlock:
@@ -303,7 +314,7 @@ def nearest_reason(asked: Asked, reasons: Mapping[Callable, str]) -> str:
             return f"it enters {use.factor.site.distribution} of '{use.factor.name}': {use.factor.direct}"
     if not asked.uses:
         return "nothing observed depends on it: the mode of its prior"
-    domain = domain_of(asked.problem.params[asked.name].constraint)
+    domain = domain_of(asked.constraint)
     if asked.kind == "other" and not asked.limits and domain is None:
         return f"no closed form keeps it within its constraint, {asked.problem.params[asked.name].constraint}"
     preferred = PREFERRED.get(asked.kind)

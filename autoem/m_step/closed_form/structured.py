@@ -26,6 +26,7 @@ from numpyro.distributions import biject_to
 from autoem.families import Covariance, Family, Power
 from autoem.m_step.problem import Bundle, Params, Statistics, Use, graph_values
 from autoem.passes.link import Declined, Linear, Monomial
+from autoem.passes.terms import terms_of
 
 DRAWS = 3
 DEGREES = {"covariance": -1.0, "precision": 1.0, "tril": -2.0}
@@ -56,25 +57,36 @@ def coefficients(
     return slope - curvature / degree, -curvature / degree
 
 
-def accept_direct(problem, use: Use, name: str, real: bool, params: Params, bundle: Bundle) -> float:
-    """The degree of a place in a site that is evaluated as a whole, read off the family table for the argument alone.
+def accept_direct(problem, use: Use, name: str, real: bool, params: Params, bundle: Bundle) -> float | None:
+    """The degree of a place in a site that is evaluated as a whole: by the family table, or by its density's terms.
+
+    None where the parameter enters through its logarithm alone, which goes with any degree.
 
     Raises:
-        Declined: the table has no power for it, or it enters more than one argument.
+        Declined: the density is no `a log s - b s^m` in any entry of the parameter.
     """
     factor, entry = use.factor, use.factor.site.family
-    whole = Declined(f"it enters the density of {use} as a whole")
-    if not isinstance(entry, Family) or factor.is_prior:
-        raise whole
-    fields = ["value", *(f"arg:{a}" for a in (*entry.args, *entry.fixed))]
-    entered = [f for f in fields if ("param", name) in factor.graph.needs((factor.name, f))]
-    rule = entry.rules.get(entered[0][4:]) if len(entered) == 1 else None
-    if not isinstance(rule, Power):
-        raise whole
-    form = problem.link(
-        Use(factor, entered[0][4:]), lambda: start(name, real, jnp.zeros(params[name].shape)), params, bundle
-    ).form
-    return rule.degree * power_of(form, use)
+    whole = f"it enters the density of {use} as a whole"
+    if factor.is_prior:
+        raise Declined(whole)
+    if isinstance(entry, Family):
+        fields = ["value", *(f"arg:{a}" for a in (*entry.args, *entry.fixed))]
+        entered = [f for f in fields if ("param", name) in factor.graph.needs((factor.name, f))]
+        rule = entry.rules.get(entered[0][4:]) if len(entered) == 1 else None
+        if isinstance(rule, Power):
+            place = Use(factor, entered[0][4:])
+            link = problem.link(place, lambda: start(name, real, jnp.zeros(params[name].shape)), params, bundle)
+            return rule.degree * power_of(link.form, use)
+    if factor.completions is not None:
+        raise Declined(whole)
+    try:
+        found = terms_of(factor.graph, factor.graph.outputs[use.key], [("param", name)], joint=False, real=real)
+    except Declined as declined:
+        raise Declined(f"{whole}: {declined}") from None
+    powers = [p for p in found if isinstance(p, float) and p]
+    if len(powers) > 1:
+        raise Declined(f"{whole}, in more than one power ({', '.join(f'{p:g}' for p in sorted(powers))})")
+    return powers[0] if powers else None
 
 
 def power_of(form, use: Use) -> float:
