@@ -41,6 +41,7 @@ from autoem.planning.build import (
 from autoem.planning.jumps import refuse_jumps
 from autoem.planning.options import Options
 from autoem.planning.plan import MEMORY_LIMIT, Cost, LatentRow, Plan, human, notes_of, parameter_rows, unread
+from autoem.reading.support import binary_data
 
 BOUND = (
     "the objective is the ELBO, a lower bound of the log-likelihood; what latents of different groups share is left out"
