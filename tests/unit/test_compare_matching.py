@@ -13,7 +13,7 @@ from numpyro.distributions import constraints
 
 import autoem
 from autoem.baselines import GradientAscent
-from autoem.comparison import _match
+from autoem.comparison import match
 from autoem.comparison.row import Latents
 from autoem.comparison.strategies import base_of
 from autoem.comparison.yardstick import find
@@ -60,7 +60,7 @@ def judges(votes):
 def symmetries_of(model, *args):
     yardstick = find(base_of(model), [], 1, KEY, args, {}, None)
     params = {n: np.asarray(v) for n, v in yardstick.target.starts[0].items()}
-    return yardstick, params, _match.symmetries(yardstick, params)
+    return yardstick, params, match.symmetries(yardstick, params)
 
 
 def test_components_of_a_mixture_may_change_places():
@@ -88,17 +88,17 @@ def test_a_swapped_mixture_is_matched(order):
     reference = {**params, "loc": np.array([-4.0, 0.0, 5.0]), "weights": np.array([0.3, 0.5, 0.2])}
     moved = found[0].apply(reference, order)
     latents = yardstick.latents(moved)
-    back, after, orders = _match.relabelled(found, moved, latents, reference)
+    back, after, orders = match.relabelled(found, moved, latents, reference)
     np.testing.assert_array_equal(back["loc"], reference["loc"])
     np.testing.assert_array_equal(back["weights"], reference["weights"])
-    assert _match.distance(back, reference) == 0
-    assert _match.variation(after, yardstick.latents(reference)) < 1e-12
+    assert match.distance(back, reference) == 0
+    assert match.variation(after, yardstick.latents(reference)) < 1e-12
     assert (order == (0, 1, 2)) == (not orders)
 
 
 def test_many_components_are_matched_by_swaps():
     """Nine states are too many for every permutation to be tried."""
-    symmetry = _match.Symmetry(("z",), 9, {"loc": (0,), "move": (0, 1)})
+    symmetry = match.Symmetry(("z",), 9, {"loc": (0,), "move": (0, 1)})
     reference = {"loc": RNG.normal(size=9), "move": RNG.dirichlet(np.ones(9), 9)}
     order = tuple(RNG.permutation(9))
     moved = symmetry.apply(reference, order)
@@ -110,9 +110,9 @@ def test_many_components_are_matched_by_swaps():
 def test_total_variation_and_shift_by_hand():
     a = Latents({"z": np.array([[0.5, 0.5], [1.0, 0.0]])}, {"u": (np.array([1.0, 2.0]), np.array([1.0, 1.0]))})
     b = Latents({"z": np.array([[0.1, 0.9], [1.0, 0.0]])}, {"u": (np.array([1.0, 6.0]), np.array([1.0, 2.0]))})
-    assert _match.variation(a, b) == pytest.approx(0.2)
-    assert _match.shift(a, b) == pytest.approx(np.sqrt((0 + 2**2) / 2))
-    assert np.isnan(_match.variation(a, Latents()))
+    assert match.variation(a, b) == pytest.approx(0.2)
+    assert match.shift(a, b) == pytest.approx(np.sqrt((0 + 2**2) / 2))
+    assert np.isnan(match.variation(a, Latents()))
 
 
 def test_strategies_that_end_with_other_labels_are_brought_together():

@@ -126,7 +126,7 @@ EXACT = {"e_step": autoem.e_step.Exact()}
         (switching, (PATH,), EXACT, (ModelError, PlanError), r"'level'.*discrete latent 'z'"),
         (outliers, (PATH,), EXACT, PlanError, r"'level'.*discrete latent 'z'"),
         (bent, (PATH,), EXACT, PlanError, r"not affine.*`sin`"),
-        (crossed, (1.0 * MANY, MANY % 2500, MANY * 7 % 2499, 2500), EXACT, PlanError, r"'u'.*5,000 coordinates"),
+        (crossed, (1.0 * MANY, MANY % 4500, MANY * 7 % 4499, 4500), EXACT, PlanError, r"'u'.*9,000 coordinates"),
         (weighted, (Y, np.full(len(Y), 2.0)), {}, PlanError, r"'u'.*handlers.scale"),
         (random_intercept, (Y, X, GROUP), {"latent": ["between"]}, PlanError, r"'between'.*already a parameter"),
         (random_intercept, (Y, X, GROUP), {"latent": ["w"]}, PlanError, r"'w'.*no unobserved site"),
@@ -199,5 +199,5 @@ def test_what_is_refused_as_exact_is_treated_by_draws(model, reason):
 
 def test_many_tied_coordinates_go_to_a_mean_field():
     """They are Normal given each other; asked for, a guide takes them as well."""
-    text = " ".join(str(plan(crossed, 1.0 * MANY, MANY % 2500, MANY * 7 % 2499, 2500)).split())
-    assert "mean field (chosen since no exact E-step is known" in text and "5,000 coordinates" in text
+    text = " ".join(str(plan(crossed, 1.0 * MANY, MANY % 4500, MANY * 7 % 4499, 4500)).split())
+    assert "mean field (chosen since no exact E-step is known" in text and "9,000 coordinates" in text
