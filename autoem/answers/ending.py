@@ -24,6 +24,7 @@ from autoem.m_step.problem import Bundle
 from autoem.planning.build import Build
 from autoem.planning.options import ranges_of
 from autoem.reading.trace import Source
+from autoem.treatments.discrete import SparseTreatment
 from autoem.treatments.importance import JointImportance
 
 ALIKE = 1e-6  # relative difference of two states' densities below which nothing will tell them apart
@@ -38,10 +39,12 @@ def remarks(
     warmup, truncated = built.kernel.warmup, ranges_of(built.program, truncated)
     if warmup > steps:
         return (f"the posterior was still flattened, for it sharpens until step {warmup}: give a larger max_steps",)
-    if not warmup and not truncated:
+    sparse = isinstance(built.kernel.treatment, SparseTreatment)
+    if not (warmup or truncated or sparse):
         return ()
     bundle = built.plain_bundle(source, jax.random.key(0))
     out = merged(built, params, bundle) if warmup else ()
+    out = (*out, *not_best(built, params, bundle)) if sparse else out
     if truncated:
         out = (*out, *left_out(built, params, bundle, truncated), *cut_off(built, source, params, bundle, truncated))
     return out
@@ -56,6 +59,22 @@ def merged(built: Build, params, bundle) -> tuple[str, ...]:
         "and fit all from there by init=result.params"
     )
     return tuple(f"the states of '{n}' have merged, a saddle point that no step leaves: {mend}" for n in names)
+
+
+def not_best(built: Build, params, bundle) -> tuple[str, ...]:
+    """What a sum over the best states leaves out of the log-likelihood, and of the posterior's mass."""
+    kernel, latents = built.kernel, built.program.latents
+
+    def both(params, bundle) -> tuple[Array, Array]:
+        return kernel.expect(params, bundle, None).likelihood, kernel.proof.log_likelihood(params, bundle)
+
+    kept, whole = map(float, jit_once(both)(dict(params), bundle))
+    if whole - kept <= LEFT_OUT:
+        return ()
+    most = max(latents.values(), key=lambda z: int(np.prod(z.shape, dtype=int)))
+    share = 1 - np.exp((kept - whole) / np.prod(most.shape))
+    cell = f"{share:.2g} of the posterior mass of a cell of '{most.name}' on average"
+    return (f"the states that are not among the best hold {whole - kept:.3g} nats of the log-likelihood, {cell}",)
 
 
 def left_out(built: Build, params, bundle, truncated: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:

@@ -64,6 +64,13 @@ STRATEGIES: tuple[Strategy, ...] = (
         "Celeux and Govaert 1992",
     ),
     Strategy(
+        strategies.Sparse(),
+        (DISCRETE,),
+        "a lower bound of the log-likelihood, without the states that are not among the best, which the result tells",
+        "as the exact step, and a selection",
+        "Neal and Hinton 1998; Lücke and Eggert 2010",
+    ),
+    Strategy(
         strategies.Stochastic(),
         (DISCRETE,),
         "the log-likelihood, by a path with random error: small hills are left, and the best point visited is returned",

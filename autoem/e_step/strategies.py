@@ -253,6 +253,38 @@ class Hard(AbstractEStep):
 
 
 @dataclasses.dataclass(frozen=True)
+class Sparse(AbstractEStep):
+    r"""Sum every discrete latent over its `top` most probable states alone: sparse EM, expectation truncation.
+
+    .. math:: \log \sum_{z \in K} p(x, z \mid \theta), \qquad K \text{ chosen anew in every E-step},
+
+    is what rises, a lower bound of the log-likelihood: a latent that is summed out given others keeps `top` states for
+    each of theirs. With `top=1` it is the maximum, as by `Hard()`; with as many as there are states, the exact sum.
+    As `e_step={"z": Sparse(2)}` it is for the latents that are named, the others summed out over all states. It makes
+    responsibilities sparse, and tells what few states would do; the tables cost what the exact step's do.
+
+    After the fit the log-likelihood and the posterior are the exact ones at the parameters found, and the status says
+    how much of the posterior's mass the best states leave out.
+
+    Args:
+        top: states that are kept, at least 1.
+
+    Raises:
+        PlanError: the model has no discrete latent.
+
+    References:
+        Neal and Hinton 1998, "A view of the EM algorithm that justifies incremental, sparse, and other variants";
+        Lücke and Eggert 2010, "Expectation truncation and the benefits of preselection in training generative models".
+    """
+
+    top: int = 2
+
+    def __post_init__(self):
+        if not isinstance(self.top, int) or self.top < 1:
+            raise ValueError(f"Sparse(top={self.top!r}): top must be a whole number, at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Stochastic(AbstractEStep):
     r"""Draw all discrete latents once from their exact joint posterior at every step, and count that: stochastic EM.
 

@@ -1,4 +1,4 @@
-r"""Discrete latents otherwise than by their exact sum: at their best, at a draw, or tempered.
+r"""Discrete latents otherwise than by their exact sum: at their best or few best, at a draw, or tempered.
 
 In: a kernel, parameters, data. Out: an `Expectation`. Each is the exact E-step with another reduction in place of the
 sum over a latent (`e_step.reductions`), of which the statistics are the derivative as ever: so whatever the exact
@@ -21,8 +21,8 @@ from jax import Array
 
 from autoem._errors import PlanError
 from autoem.accelerate import AbstractAcceleration
-from autoem.e_step.elimination.reductions import Drawn, Partly, Reduce, Tempered, largest, removing
-from autoem.e_step.strategies import AbstractEStep, Annealed, Hard, Stochastic
+from autoem.e_step.elimination.reductions import Best, Drawn, Partly, Reduce, Tempered, largest, removing
+from autoem.e_step.strategies import AbstractEStep, Annealed, Hard, Sparse, Stochastic
 from autoem.e_step.tables.tabulate import Factor, Rows
 from autoem.e_step.treatment import AbstractTreatment, Ending, Expectation
 from autoem.graph.named import Named, multiply
@@ -30,7 +30,7 @@ from autoem.ir import Program
 from autoem.lowering.kernel import Kernel
 from autoem.m_step.problem import Bundle, Params
 
-STRATEGIES = (Hard, Stochastic, Annealed)
+STRATEGIES = (Hard, Sparse, Stochastic, Annealed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,38 @@ class HardTreatment(AbstractTreatment):
         if self.names and latent not in self.names:
             return "exact", "summed out within the maximum over the others"
         return "hard", "its best joint value alone is counted, and the classification log-likelihood rises"
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseTreatment(AbstractTreatment):
+    """The `top` best states of the latents `names`, pieces of paths among them; of all where it is empty."""
+
+    top: int
+    names: frozenset[str] = frozenset()
+
+    objective_name = "log-likelihood of the best states"
+    sums_exactly = True
+    source = "Neal and Hinton 1998 (sparse EM); Lücke and Eggert 2010"
+
+    def init(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> None:
+        return None
+
+    def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any) -> Expectation:
+        return reduced(kernel, params, bundle, Best(self.top, self.names))
+
+    def ended(
+        self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, value: Array, likelihood: Array
+    ) -> Ending:
+        return Ending(params, value, kernel.proof.log_likelihood(params, bundle))
+
+    def described(self, latent: str) -> tuple[str, str] | None:
+        if self.names and latent not in self.names:
+            return None
+        best = "its best state" if self.top == 1 else f"its {self.top} best states"
+        return (
+            "sparse",
+            f"{best} alone, given what it depends on, are counted, and a bound of the log-likelihood rises",
+        )
 
 
 class Drawing(NamedTuple):
@@ -201,7 +233,7 @@ def discrete_treatment(
         return None
     strategy = next(iter(asked.values()))
     refuse_mixtures(asked, program)
-    if accelerate is not None:
+    if accelerate is not None and not isinstance(strategy, Sparse):
         why = "settles after a few steps" if isinstance(strategy, Hard) else "makes every step another map"
         raise PlanError(
             "accelerate",
@@ -209,8 +241,11 @@ def discrete_treatment(
             problem=f"{strategy} {why}, which leaves nothing to extrapolate",
             mend="accelerate=None",
         )
+    names = frozenset() if program.latents.keys() <= asked.keys() else with_pieces(program, asked)
     if isinstance(strategy, Hard):
-        return HardTreatment(frozenset() if program.latents.keys() <= asked.keys() else with_pieces(program, asked))
+        return HardTreatment(names)
+    if isinstance(strategy, Sparse):
+        return SparseTreatment(strategy.top, names)
     return (
         StochasticTreatment() if isinstance(strategy, Stochastic) else AnnealedTreatment(strategy.start, strategy.steps)
     )
@@ -231,6 +266,6 @@ def refuse_mixtures(asked: Mapping[str, AbstractEStep], program: Program) -> Non
     if other is not None:
         raise PlanError(other, problem=f"{asked[other]} does not go with {strategy} of '{first}'", mend=mend)
     left = next((n for n in program.latents if n not in asked), None)
-    if left is not None and not isinstance(strategy, Hard):
+    if left is not None and not isinstance(strategy, Hard | Sparse):
         problem = f"{strategy} is for all discrete latents together, and '{left}' is not named"
         raise PlanError(first, problem=problem, mend=mend)

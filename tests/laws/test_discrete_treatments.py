@@ -15,7 +15,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
 import autoem
-from autoem.e_step import Annealed, Hard, Stochastic
+from autoem.e_step import Annealed, Hard, Sparse, Stochastic
 from autoem.e_step.elimination.along_time import in_pieces
 from autoem.e_step.elimination.eliminate import Table, eliminate
 from autoem.e_step.elimination.reductions import Drawn
@@ -134,6 +134,32 @@ def test_statistics_and_objective_at_the_best_and_at_any_temperature(name):
         np.testing.assert_allclose(likelihood, objective, rtol=1e-12)
         for n, expected in theirs(weight).items():
             np.testing.assert_allclose(ours[n], expected, rtol=1e-9, atol=1e-9, err_msg=f"{strategy}: {n}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_few_states_lie_between_the_best_and_all(name):
+    """One state each is the maximum and all are the sum; statistics are the objective's own slope, by Fisher."""
+    truth, params = oracle(name)
+    every = jnp.asarray(truth._completions(params))
+    ends = {1: every.max(), 2: None, 9: jax.nn.logsumexp(every) - truth._log_masked}
+    for top, objective in ends.items():
+        built, bundle = kernel_of(name, Sparse(top))
+        problem, names = built.kernel.problem, [f.name for f in built.kernel.likelihood_factors]
+
+        def climbed(p, kernel=built.kernel, bundle=bundle):
+            return kernel.expect(p, bundle, None).likelihood
+
+        def both(p, climbed=climbed, kernel=built.kernel, problem=problem, names=names, bundle=bundle):
+            statistics = kernel.expect(p, bundle, None).statistics
+            own = jax.grad(lambda q: problem.q(q, statistics, bundle, names))(p)
+            return climbed(p), own, jax.grad(climbed)(p)
+
+        likelihood, own, slope = jax.jit(both)(params)
+        if objective is not None:
+            np.testing.assert_allclose(likelihood, objective, rtol=1e-12)
+        assert ends[1] - 1e-9 <= likelihood <= ends[9] + 1e-9
+        for n, expected in slope.items():
+            np.testing.assert_allclose(own[n], expected, rtol=1e-9, atol=1e-9, err_msg=f"{top}: {n}")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -16,7 +16,7 @@ from sklearn.datasets import load_iris
 
 import autoem
 from autoem import PlanError
-from autoem.e_step import Annealed, Exact, Hard, Stochastic, Truncated, strategies
+from autoem.e_step import Annealed, Exact, Hard, Sparse, Stochastic, Truncated, strategies
 from autoem.e_step.registry import STRATEGIES
 from autoem.m_step import Fixed
 from tests.laws.test_discrete_treatments import MODELS, Y, kernel_of, oracle
@@ -145,6 +145,35 @@ def test_annealing_leaves_poor_starts():
     assert good_plain <= 38
 
 
+def test_two_states_of_five_by_sorting_and_adding():
+    """Each row's two largest joint densities, in NumPy; the bound rises, and the status tells what is left out."""
+    rng = np.random.default_rng(3)
+    y = rng.normal(2.0 * rng.integers(5, size=200), 1.0)
+
+    def five(y):
+        w = numpyro.param("w", jnp.ones(5) / 5, constraint=constraints.simplex)
+        loc = numpyro.param("loc", 2.0 * jnp.arange(5) - 0.5)
+        with numpyro.plate("rows", len(y)):
+            z = numpyro.sample("z", dist.Categorical(w))
+            numpyro.sample("y", dist.Normal(loc[z], 1.0), obs=y)
+
+    options = {"init": "model", "tol": 1e-10, "max_steps": 2000, "progress": False}
+    result = autoem.EM(five, e_step=Sparse(2), **options).run(KEY, y)
+    w, loc = (np.asarray(result.params[n]) for n in ("w", "loc"))
+    joint = w * np.exp(-0.5 * (y[:, None] - loc) ** 2) / np.sqrt(2 * np.pi)
+    objective, whole = np.log(np.sort(joint)[:, 3:].sum(1)).sum(), np.log(joint.sum(1)).sum()
+    np.testing.assert_allclose([result.objective, result.log_likelihood], [objective, whole], rtol=1e-10)
+    assert result.converged and (np.diff(result.history) > -1e-9).all()
+    share = 1 - np.exp((objective - whole) / 200)
+    assert f"hold {whole - objective:.3g} nats" in result.status and f"{share:.2g} of the posterior" in result.status
+    exact = autoem.EM(five, **options).run(KEY, y)
+    assert result.log_likelihood < exact.log_likelihood
+    named = autoem.EM(five, e_step={"z": Sparse(5)}, accelerate=SQUAREM, **options).run(KEY, y)
+    np.testing.assert_allclose(named.log_likelihood, exact.log_likelihood, atol=1e-6)
+    with pytest.raises(ValueError, match=r"Sparse\(top=0\)"):
+        Sparse(0)
+
+
 def test_states_that_annealing_has_merged_are_named():
     y = np.concatenate([np.random.default_rng(0).normal(m, 1.0, 60) for m in (-2, 3)])
     result = autoem.EM(gauss, e_step=Annealed(), progress=False).run(KEY, y)
@@ -174,7 +203,7 @@ def test_stochastic_em_ends_near_the_maximum_and_tells_its_exact_likelihood():
         result.standard_errors()
 
 
-@pytest.mark.parametrize("strategy", [Hard(), Annealed(start=0.5, steps=5), Stochastic()], ids=str)
+@pytest.mark.parametrize("strategy", [Hard(), Sparse(1), Annealed(start=0.5, steps=5), Stochastic()], ids=str)
 def test_continuous_latents_are_integrated_within(strategy):
     """The same objective where the random effect is integrated by hand: its measurements' joint Gaussian."""
     y = np.random.default_rng(5).normal(size=(3, 12)) + np.repeat([-1.0, 2.0], 6)
@@ -192,7 +221,7 @@ def test_continuous_latents_are_integrated_within(strategy):
     np.testing.assert_allclose(both[0].log_likelihood, both[1].log_likelihood, rtol=1e-10)
 
 
-@pytest.mark.parametrize("strategy", [Hard(), Annealed(start=0.5, steps=5)], ids=str)
+@pytest.mark.parametrize("strategy", [Hard(), Sparse(1), Annealed(start=0.5, steps=5)], ids=str)
 def test_a_weight_counts_as_often_as_a_repeated_row(strategy):
     weights = jnp.array([1.0, 3.0, 2.0, 1.0])
 
@@ -208,7 +237,7 @@ def test_a_weight_counts_as_often_as_a_repeated_row(strategy):
     np.testing.assert_allclose(both[0].history, both[1].history, rtol=1e-10)
 
 
-@pytest.mark.parametrize("strategy", [Hard(), Annealed(start=0.5, steps=5), Stochastic()], ids=str)
+@pytest.mark.parametrize("strategy", [Hard(), Sparse(1), Annealed(start=0.5, steps=5), Stochastic()], ids=str)
 def test_rows_in_chunks_are_as_rows_at_once(strategy):
     """The objective is the same; draws are as far apart as two sets of draws: each chunk has its own."""
     y = np.random.default_rng(0).normal(size=5000)

@@ -147,6 +147,26 @@ class Tempered(Reduction):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Best(Reduction):
+    """`log_sum_exp` of the `top` largest entries alone, for the latents `names` (all, where it is empty).
+
+    However it is nested, it is the log of a sum over some set of completions; and no set of the same kind has more.
+    """
+
+    top: int
+    names: frozenset[str] = frozenset()
+
+    def of(self, latents: frozenset[str], beside: frozenset[str]) -> Reduce:
+        return self if not self.names or latents & self.names else log_sum_exp
+
+    def __call__(self, x: Array) -> Array:
+        if len(x) <= self.top:
+            return log_sum_exp(x)
+        best, _ = jax.lax.top_k(jnp.moveaxis(x, 0, -1), self.top)
+        return log_sum_exp(jnp.moveaxis(best, -1, 0))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Drawn(Reduction):
     """`log_sum_exp`, whose derivative is one at a single entry, drawn in proportion to the exponentials.
 
