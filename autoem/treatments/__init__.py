@@ -101,7 +101,7 @@ def treatment_of(
         raise PlanError(
             "e_step",
             kind="option",
-            problem="Hard(), Sparse(), Stochastic() and Annealed() do not go with continuous latents of no exact integral",
+            problem="Hard(), Sparse(), Stochastic() and Annealed() do not go with continuous latents of no formula",
             mend="leave the discrete latents to the exact sum, or integrate the continuous ones by Quadrature()",
         )
     return discrete or drawn
