@@ -269,5 +269,6 @@ def numerical(
             steps = wish.max_steps if isinstance(wish, Newton) else NewtonBlock.max_steps
             blocks.append(NewtonBlock(names, problem, reason, max_steps=steps))
         else:
-            blocks.append(GradientBlock(names, problem, f"{reason}; {size} entries are too many for Newton's method"))
+            many = f"{size} entries are too many for Newton's method"
+            blocks.append(GradientBlock(names, problem, f"{reason}; {many}", in_place_of_newton=many))
     return blocks

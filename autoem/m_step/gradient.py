@@ -25,10 +25,14 @@ from autoem.m_step.unconstrained import to_constrained, to_unconstrained
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GradientBlock(AbstractBlock):
-    """`steps` steps of `optimizer` (default: L-BFGS with a line search) on the block's parameters."""
+    """`steps` steps of `optimizer` (default: L-BFGS with a line search) on the block's parameters.
+
+    `in_place_of_newton` says why Newton's method, which would be chosen otherwise, was not.
+    """
 
     optimizer: Any = None
     steps: int = 10
+    in_place_of_newton: str = ""
 
     order = 4
     strategy = GRADIENT

@@ -12,10 +12,12 @@ References:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
@@ -42,12 +44,14 @@ class NewtonBlock(AbstractBlock):
 
     `profile` holds closed-form blocks that are strongly tied to them (a Gamma's rate to its shape, a rate's level to
     the slopes in it): `Q` is maximised with those at their closed form for every trial value, which is a joint maximum
-    at the price of a conditional one.
+    at the price of a conditional one. `groups` are places of free coordinates, `(groups, size)`, of which no datum ties
+    two together: the parameters of each item of a test, or of each component.
     """
 
     profile: tuple[AbstractBlock, ...] = ()
     max_steps: int = 25
     tolerance: float = 1e-10
+    groups: np.ndarray | None = None
 
     order = 3
     strategy = NEWTON
@@ -57,19 +61,29 @@ class NewtonBlock(AbstractBlock):
     def update(self) -> str:
         together = f" on {', '.join(self.names)} together" if len(self.names) > 1 else ""
         tied = [n for b in self.profile for n in b.names]
-        return "damped Newton steps" + together + (f", with {', '.join(tied)} at the closed form" if tied else "")
+        apart = "" if self.groups is None else f", in {len(self.groups):,} groups apart"
+        tied = f", with {', '.join(tied)} at the closed form" if tied else ""
+        return f"damped Newton steps{together}{apart}{tied}"
 
     @property
     def latex(self) -> str:
         name = ",".join(latex_name(n) for n in self.names)
         return rf"{name} \leftarrow {name} - (\nabla^2 Q)^{{-1}} \nabla Q \quad\text{{(damped)}}"
 
-    def solve(self, params: Params, statistics: Statistics, bundle: Bundle, state):
-        touched = self.problem.touched((*self.names, *(n for b in self.profile for n in b.names)))
-        free = {n: to_unconstrained(self.problem.params[n], params[n]) for n in self.names}
-        flat, unravel = ravel_pytree(free)
-        if not flat.size:  # a simplex of one point
-            return {n: params[n] for n in self.names}, state
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """The factors that read its parameters."""
+        return self.problem.touched((*self.names, *(n for b in self.profile for n in b.names)))
+
+    def free(self, params: Params) -> dict[str, Array]:
+        """Unconstrained coordinates."""
+        return {n: to_unconstrained(self.problem.params[n], params[n]) for n in self.names}
+
+    def climbed(
+        self, params: Params, statistics: Statistics, bundle: Bundle
+    ) -> tuple[Array, Callable[[Array], dict[str, Array]], Callable[[Array], Array]]:
+        """Where it is, in one vector; the parameters for such a vector, and `Q` of it."""
+        flat, unravel = ravel_pytree(self.free(params))
 
         def constrained(v: Array) -> dict[str, Array]:
             return {n: to_constrained(self.problem.params[n], u) for n, u in unravel(v).items()}
@@ -81,9 +95,20 @@ class NewtonBlock(AbstractBlock):
             return new
 
         def objective(v: Array) -> Array:
-            return self.problem.q(completed(v), statistics, bundle, touched)
+            return self.problem.q(completed(v), statistics, bundle, self.touched)
 
-        kinks = {n: arg for n in touched if (arg := kinked(self.problem.factors[n], self.names))}
+        return flat, completed, objective
+
+    @property
+    def kinks(self) -> dict[str, str]:
+        """Factors whose density has a corner at every datum, and in which argument."""
+        return {n: arg for n in self.touched if (arg := kinked(self.problem.factors[n], self.names))}
+
+    def solve(self, params: Params, statistics: Statistics, bundle: Bundle, state):
+        flat, completed, objective = self.climbed(params, statistics, bundle)
+        if not flat.size:  # a simplex of one point
+            return {n: params[n] for n in self.names}, state
+        touched, kinks = self.touched, self.kinks
         if kinks:
             smooth = [n for n in touched if n not in kinks]
 
@@ -103,7 +128,7 @@ class NewtonBlock(AbstractBlock):
 
             best = climb(objective, minorised, flat, self.max_steps, self.tolerance)
         else:
-            best = maximise(objective, flat, self.max_steps, self.tolerance)
+            best = maximise(objective, flat, self.max_steps, self.tolerance, self.groups)
         new = completed(best)
         # a parameter on its boundary has no finite coordinate: it stays there
         finite = jnp.isfinite(flat).all() & jnp.isfinite(best).all()
@@ -168,7 +193,16 @@ def derivatives(objective, at: Array) -> tuple[Array, Array]:
     return first, hessian
 
 
-def maximise(objective, start: Array, max_steps: int, tolerance: float) -> Array:
+def derivatives_in_groups(objective, at: Array, groups: np.ndarray) -> tuple[Array, Array]:
+    """Slope and second derivatives, `(groups, size)` and `(groups, size, size)`, where the groups are apart."""
+    slope, product = jax.linearize(jax.grad(objective), at)
+    probes = np.zeros((groups.shape[1], at.size))
+    np.put_along_axis(probes, groups.T, 1.0, axis=1)
+    columns = jax.lax.map(product, jnp.asarray(probes, at.dtype))
+    return slope[groups], jnp.moveaxis(columns[:, groups], 0, -1)
+
+
+def maximise(objective, start: Array, max_steps: int, tolerance: float, groups: np.ndarray | None = None) -> Array:
     """A local maximum of `objective` from `start`; never lower than where it began."""
     tolerance = max(tolerance, 10 * float(jnp.finfo(start.dtype).eps))
 
@@ -176,12 +210,16 @@ def maximise(objective, start: Array, max_steps: int, tolerance: float) -> Array
         return (s.step < max_steps) & s.moved
 
     def step(s: NewtonState) -> NewtonState:
-        slope, hessian = derivatives(objective, s.at)
+        if groups is None:
+            slope, hessian = derivatives(objective, s.at)
+        else:
+            slope, hessian = derivatives_in_groups(objective, s.at, groups)
         direction = newton_direction(hessian, slope, s.damping)
         # where the quadratic model is not concave its step may point down: follow the slope instead
-        rises = jnp.vdot(direction, slope) > 0
-        direction = jnp.where(rises, direction, slope / (1 + jnp.linalg.norm(slope)) / (1 + s.damping))
-        new = s.at + direction
+        rises = jnp.sum(direction * slope, axis=-1, keepdims=True) > 0
+        length = jnp.linalg.norm(slope, axis=-1, keepdims=True)
+        direction = jnp.where(rises, direction, slope / (1 + length) / (1 + s.damping))
+        new = s.at + direction if groups is None else s.at.at[groups].add(direction)
         value = objective(new)
         better = value >= s.value
         gain = jnp.vdot(direction, slope)

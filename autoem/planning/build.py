@@ -36,6 +36,7 @@ from autoem.lowering.condense import note_of
 from autoem.lowering.integrals import Integral
 from autoem.lowering.kernel import Kernel
 from autoem.lowering.methods import settled
+from autoem.m_step.apart import in_groups
 from autoem.m_step.block import AbstractBlock
 from autoem.m_step.choose import choose, kind_of
 from autoem.m_step.closed_form.superposition import Superposition
@@ -324,6 +325,8 @@ def derived(
     sums = superpositions(blocks)
     if mixed := mixed_signs(sums, program.params, params, values):
         blocks = choose(problem, params, shapes, wishes, mixed)
+    concrete = functools.cache(lambda: jit_once(kernel.completed)(params, jit_once(whole)(data, key, cells)))
+    blocks = tuple(in_groups(b, params, concrete) for b in blocks)
     chunks = None if integrals or drawing else plan_chunks(program, problem, layout, params, shapes)
     notes = notes_of(program, options.truncated())
     kernel = dataclasses.replace(kernel, blocks=blocks, chunks=chunks)

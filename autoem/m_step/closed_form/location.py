@@ -316,7 +316,7 @@ def grouped_step(slope, flat: Array, g: Array, groups: np.ndarray, room: tuple[A
 def newton_direction(hessian: Array, slope: Array, damping: Array | float = 0.0) -> Array:
     """`(-H + damping I)^-1 g`, scaled to unit diagonal first; directions without curvature stay where they are."""
     scaled, unit = scaled_curvature(hessian, damping)
-    return jax.scipy.linalg.solve(scaled, slope / unit, assume_a="sym") / unit
+    return jax.scipy.linalg.solve(scaled, (slope / unit)[..., None], assume_a="sym")[..., 0] / unit
 
 
 def concave_direction(hessian: Array, slope: Array) -> Array:
