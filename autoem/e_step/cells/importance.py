@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import gammaln
 
-from autoem.e_step.cells.local import LocalBlock
+from autoem.e_step.cells.local import Cells, LocalBlock
 from autoem.e_step.cells.quadrature import Gauss
 from autoem.e_step.strategies import Importance
 
@@ -60,6 +60,9 @@ class ImportanceCells(Gauss):
     strategy = "importance"
     smooth = False
     source = SOURCE
+
+    def centre(self, cells: Cells) -> tuple[Array, Array, Array]:
+        return self.place(cells)
 
     def nodes(self, mode: Array, root: Array, at: int) -> tuple[Array, Array]:
         shape = (*mode.shape[:at], self.wish.num_samples, *mode.shape[at:])
