@@ -6,6 +6,7 @@ run programs as users have them.
 
 import itertools
 import os
+import pathlib
 
 import jax
 import pytest
@@ -24,3 +25,12 @@ def bounded_memory():
     yield
     if next(TESTS) % 40 == 0:
         jax.clear_caches()
+
+
+@pytest.hookimpl(tryfirst=True)  # before those marked slow are left out
+def pytest_collection_modifyitems(items):
+    """Leave the tests that `slow_tests.txt` lists to the slow mode."""
+    slow = set(pathlib.Path(__file__).with_name("slow_tests.txt").read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
