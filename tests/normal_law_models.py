@@ -173,8 +173,8 @@ def flat_by_group(y, x, group, count=4):
         normal("y", u[group] + slope * x, sd, y)
 
 
-def diffuse_trend(y):
-    """Level and slope start anywhere; the first observations may be missing."""
+def diffuse_trend(y, start=flat):
+    """Level and slope start anywhere, or as `start` has it; the first observations may be missing."""
     move, bend, sd = param("move", 0.8, POSITIVE), param("bend", 0.4, POSITIVE), param("sd", 0.6, POSITIVE)
 
     def step(carry, seen):
@@ -183,7 +183,7 @@ def diffuse_trend(y):
         normal("y", level, sd, seen)
         return (level, slope), None
 
-    scan(step, (flat("level0"), flat("slope0")), y)
+    scan(step, (start("level0"), start("slope0")), y)
 
 
 def diffuse_state(y):

@@ -32,19 +32,17 @@ ENOUGH, SHARE = 30.0, 0.1  # draws of equal weight that weighted ones have to be
 LEFT_OUT = 1e-6  # prior mass beyond a truncated sum that is worth a word
 
 
-def remarks(
-    built: Build, source: Source, params: Mapping[str, Array], truncated: Mapping[str, tuple[int, int]], steps: int
-) -> tuple[str, ...]:
+def remarks(built: Build, source: Source, state: State, truncated: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
     """What a user should know of the end point; `truncated` names the latents that are summed over a range only."""
-    warmup, truncated = built.kernel.warmup, ranges_of(built.program, truncated)
-    if warmup > steps:
+    params, warmup, truncated = state.params, built.kernel.warmup, ranges_of(built.program, truncated)
+    if warmup > int(state.step):
         return (f"the posterior was still flattened, for it sharpens until step {warmup}: give a larger max_steps",)
     sparse = isinstance(built.kernel.treatment, SparseTreatment)
     if not (warmup or truncated or sparse):
         return ()
     bundle = built.plain_bundle(source, jax.random.key(0))
     out = merged(built, params, bundle) if warmup else ()
-    out = (*out, *not_best(built, params, bundle)) if sparse else out
+    out = (*out, *not_best(built, state, bundle)) if sparse else out
     if truncated:
         out = (*out, *left_out(built, params, bundle, truncated), *cut_off(built, source, params, bundle, truncated))
     return out
@@ -61,20 +59,17 @@ def merged(built: Build, params, bundle) -> tuple[str, ...]:
     return tuple(f"the states of '{n}' have merged, a saddle point that no step leaves: {mend}" for n in names)
 
 
-def not_best(built: Build, params, bundle) -> tuple[str, ...]:
+def not_best(built: Build, state: State, bundle: Bundle) -> tuple[str, ...]:
     """What a sum over the best states leaves out of the log-likelihood, and of the posterior's mass."""
     kernel, latents = built.kernel, built.program.latents
-
-    def both(params, bundle) -> tuple[Array, Array]:
-        return kernel.expect(params, bundle, None).likelihood, kernel.proof.log_likelihood(params, bundle)
-
-    kept, whole = map(float, jit_once(both)(dict(params), bundle))
-    if whole - kept <= LEFT_OUT:
+    prior = jit_once(lambda p, b: kernel.log_prior(kernel.problem.cells(p, b), b))(dict(state.params), bundle)
+    left = float(state.log_likelihood + prior - state.objective)
+    if left <= LEFT_OUT:
         return ()
     most = max(latents.values(), key=lambda z: int(np.prod(z.shape, dtype=int)))
-    share = 1 - np.exp((kept - whole) / np.prod(most.shape))
+    share = 1 - np.exp(-left / np.prod(most.shape))
     cell = f"{share:.2g} of the posterior mass of a cell of '{most.name}' on average"
-    return (f"the states that are not among the best hold {whole - kept:.3g} nats of the log-likelihood, {cell}",)
+    return (f"the states that are not among the best hold {left:.3g} nats of the log-likelihood, {cell}",)
 
 
 def left_out(built: Build, params, bundle, truncated: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:

@@ -311,9 +311,7 @@ def make_result(
     state, restarts = ended
     odd: tuple[str, ...] = ()
     if np.isfinite(float(state.objective)):
-        odd = oddities(built, state.params, bundle) + remarks(
-            built, source, state.params, em.options.truncated(), int(state.step)
-        )
+        odd = oddities(built, state.params, bundle) + remarks(built, source, state, em.options.truncated())
     if int(state.status) in (DIVERGED, FELL):
         odd = tuple(dict.fromkeys((*odd, *cause(built, state, bundle))))
     sentence = SENTENCES[int(state.status)]

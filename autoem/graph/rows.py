@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from autoem.graph.jaxpr import Atom, Constant, Equation, Graph, Key, Variable, trace_graph
+from autoem.graph.rules import Rules
 
 ROWS: Key = ("rows", 0)
 ELEMENTWISE = {
@@ -115,15 +116,7 @@ class Taker:
         return dataclasses.replace(equation, params={**equation.params, **changes}).apply(values)
 
 
-RULES: dict[str, Rule] = {}
-
-
-def rule_of(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
+RULES: Rules[Rule] = Rules()
 
 
 def shape_of(atom: Atom) -> tuple[int, ...]:
@@ -146,7 +139,7 @@ def elementwise(equation: Equation, axis: int, count: int) -> Cut:
     return tuple(axis if len(s) > axis and s[axis] == size else None for s in shapes), {}
 
 
-@rule_of("broadcast_in_dim")
+@RULES.of("broadcast_in_dim")
 def _broadcast(equation: Equation, axis: int, count: int) -> Cut:
     dims, shape = equation.params["broadcast_dimensions"], equation.params["shape"]
     read = shape_of(equation.inputs[0])
@@ -154,7 +147,7 @@ def _broadcast(equation: Equation, axis: int, count: int) -> Cut:
     return (own, *(None for _ in equation.inputs[1:])), {"shape": resized(shape, axis, count)}
 
 
-@rule_of("reshape")
+@RULES.of("reshape")
 def _reshape(equation: Equation, axis: int, count: int) -> Cut:
     before, after = shape_of(equation.inputs[0]), equation.params["new_sizes"]
     if equation.params.get("dimensions") is not None:
@@ -165,38 +158,38 @@ def _reshape(equation: Equation, axis: int, count: int) -> Cut:
     raise mixing(equation)
 
 
-@rule_of("squeeze")
+@RULES.of("squeeze")
 def _squeeze(equation: Equation, axis: int, count: int) -> Cut:
     rank, gone = len(shape_of(equation.inputs[0])), {int(d) for d in equation.params["dimensions"]}
     return ([d for d in range(rank) if d not in gone][axis],), {}
 
 
-@rule_of("transpose")
+@RULES.of("transpose")
 def _transpose(equation: Equation, axis: int, count: int) -> Cut:
     return (int(equation.params["permutation"][axis]),), {}
 
 
-@rule_of("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
+@RULES.of("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
 def _reduce(equation: Equation, axis: int, count: int) -> Cut:
     rank, gone = len(shape_of(equation.inputs[0])), set(equation.params["axes"])
     return ([d for d in range(rank) if d not in gone][axis],), {}
 
 
-@rule_of("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+@RULES.of("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 def _along(equation: Equation, axis: int, count: int) -> Cut:
     if equation.params["axis"] == axis:
         raise mixing(equation)
     return (axis,), {}
 
 
-@rule_of("concatenate")
+@RULES.of("concatenate")
 def _concatenate(equation: Equation, axis: int, count: int) -> Cut:
     if equation.params["dimension"] == axis:
         raise mixing(equation)
     return (axis,) * len(equation.inputs), {}
 
 
-@rule_of("stack")
+@RULES.of("stack")
 def _stack(equation: Equation, axis: int, count: int) -> Cut:
     along = equation.params["axis"]
     if along == axis:
@@ -204,7 +197,7 @@ def _stack(equation: Equation, axis: int, count: int) -> Cut:
     return (axis - (along < axis),) * len(equation.inputs), {}
 
 
-@rule_of("slice")
+@RULES.of("slice")
 def _slice(equation: Equation, axis: int, count: int) -> Cut:
     size = shape_of(equation.inputs[0])[axis]
     if equation.outputs[0].shape[axis] != size:
@@ -212,7 +205,7 @@ def _slice(equation: Equation, axis: int, count: int) -> Cut:
     return (axis,), {"limit_indices": resized(equation.params["limit_indices"], axis, count)}
 
 
-@rule_of("dot_general")
+@RULES.of("dot_general")
 def _dot(equation: Equation, axis: int, count: int) -> Cut:
     (contract_l, contract_r), (batch_l, batch_r) = equation.params["dimension_numbers"]
     if axis < len(batch_l):
@@ -224,7 +217,7 @@ def _dot(equation: Equation, axis: int, count: int) -> Cut:
     return (free_l[at], None) if at < len(free_l) else (None, free_r[at - len(free_l)]), {}
 
 
-@rule_of("gather")
+@RULES.of("gather")
 def _gather(equation: Equation, axis: int, count: int) -> Cut:
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     operand = shape_of(equation.inputs[0])
@@ -241,7 +234,7 @@ def _gather(equation: Equation, axis: int, count: int) -> Cut:
     return (own, None), {"slice_sizes": resized(sizes, own, count)}
 
 
-@rule_of("scan")
+@RULES.of("scan")
 def _scan(equation: Equation, axis: int, count: int) -> Cut:
     """Steps that carry nothing on are rows: `jax.lax.map`."""
     fixed, carried = equation.params["num_consts"], equation.params["num_carry"]

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from autoem.graph.programs import jit_once
 from autoem.m_step.block import AbstractBlock
@@ -40,7 +39,7 @@ def in_groups(block: AbstractBlock, params: Params, bundle: Callable[[], Bundle]
         trial = block
     else:
         return block
-    free = {n: np.asarray(u) for n, u in jit_once(trial.free)(dict(params)).items()}
+    free = {n: np.empty(u.shape) for n, u in jax.eval_shape(trial.free, dict(params)).items()}
     if sum(u.size for u in free.values()) < LEAST or trial.kinks:
         return block
     found = [g for axis in (0, -1) if (g := along(free, axis)) is not None and g.shape[1] <= LARGEST]
@@ -54,9 +53,10 @@ def along(free: Mapping[str, np.ndarray], axis: int) -> np.ndarray | None:
     """Places of the entries at each index of an axis that all arrays share; None where they share none."""
     if any(u.ndim == 0 for u in free.values()) or len({u.shape[axis] for u in free.values()}) > 1:
         return None
-    flat, unravel = ravel_pytree(dict(free))
-    place = jax.tree.map(np.asarray, unravel(jnp.arange(flat.size, dtype=flat.dtype)))
-    moved = [np.moveaxis(p.astype(int), axis, 0).reshape(p.shape[axis], -1) for p in place.values()]
+    arrays = [free[n] for n in sorted(free)]  # in the order in which JAX ravels a dict
+    ends = np.cumsum([u.size for u in arrays])
+    place = [np.arange(end - u.size, end).reshape(u.shape) for u, end in zip(arrays, ends, strict=True)]
+    moved = [np.moveaxis(p, axis, 0).reshape(p.shape[axis], -1) for p in place]
     groups = np.concatenate(moved, axis=1)
     return groups if len(groups) > 2 else None
 

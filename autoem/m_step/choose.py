@@ -24,7 +24,7 @@ from autoem.m_step.augment import as_asked, offer
 from autoem.m_step.block import AbstractBlock
 from autoem.m_step.closed_form import location
 from autoem.m_step.closed_form.augmented import served
-from autoem.m_step.closed_form.bounded import bounds_of
+from autoem.m_step.closed_form.bounded import base_of, bounds_of
 from autoem.m_step.closed_form.decomposed import decomposed
 from autoem.m_step.closed_form.location import LeastSquares, Mean
 from autoem.m_step.closed_form.places import Place
@@ -44,18 +44,15 @@ INCOMPLETE = {"igamma", "igammac", "regularized_incomplete_beta"}  # JAX cannot 
 
 def kind_of(constraint) -> str:
     """'simplex', 'unit', 'positive', 'real', 'matrix' or 'other'."""
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
+    constraint = base_of(constraint)
+    bounds = bounds_of(constraint)
     if constraint is constraints.simplex:
         return "simplex"
-    if constraint in (constraints.unit_interval, constraints.open_interval(0.0, 1.0)) or bounds_of(constraint) == (
-        0,
-        1,
-    ):
+    if constraint in (constraints.unit_interval, constraints.open_interval(0.0, 1.0)) or bounds == (0, 1):
         return "unit"
-    if constraint in (constraints.positive, constraints.nonnegative, constraints.softplus_positive) or bounds_of(
-        constraint
-    ) == (0, None):
+    if constraint in (constraints.positive, constraints.nonnegative, constraints.softplus_positive):
+        return "positive"
+    if bounds == (0, None):
         return "positive"
     if constraint in (constraints.real, constraints.real_vector, constraints.real_matrix):
         return "real"

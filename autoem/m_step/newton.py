@@ -25,7 +25,7 @@ from autoem.e_step.tables.tabulate import Factor
 from autoem.families import Family, Median
 from autoem.m_step.block import NEWTON, AbstractBlock
 from autoem.m_step.closed_form.counting import latex_name
-from autoem.m_step.closed_form.location import newton_direction
+from autoem.m_step.closed_form.location import hessian_in_groups, newton_direction
 from autoem.m_step.problem import Bundle, Params, Statistics, graph_values, inner
 from autoem.m_step.unconstrained import to_constrained, to_unconstrained
 
@@ -193,15 +193,6 @@ def derivatives(objective, at: Array) -> tuple[Array, Array]:
     return first, hessian
 
 
-def derivatives_in_groups(objective, at: Array, groups: np.ndarray) -> tuple[Array, Array]:
-    """Slope and second derivatives, `(groups, size)` and `(groups, size, size)`, where the groups are apart."""
-    slope, product = jax.linearize(jax.grad(objective), at)
-    probes = np.zeros((groups.shape[1], at.size))
-    np.put_along_axis(probes, groups.T, 1.0, axis=1)
-    columns = jax.lax.map(product, jnp.asarray(probes, at.dtype))
-    return slope[groups], jnp.moveaxis(columns[:, groups], 0, -1)
-
-
 def maximise(objective, start: Array, max_steps: int, tolerance: float, groups: np.ndarray | None = None) -> Array:
     """A local maximum of `objective` from `start`; never lower than where it began."""
     tolerance = max(tolerance, 10 * float(jnp.finfo(start.dtype).eps))
@@ -213,7 +204,7 @@ def maximise(objective, start: Array, max_steps: int, tolerance: float, groups: 
         if groups is None:
             slope, hessian = derivatives(objective, s.at)
         else:
-            slope, hessian = derivatives_in_groups(objective, s.at, groups)
+            slope, hessian = hessian_in_groups(jax.grad(objective), s.at, groups)
         direction = newton_direction(hessian, slope, s.damping)
         # where the quadratic model is not concave its step may point down: follow the slope instead
         rises = jnp.sum(direction * slope, axis=-1, keepdims=True) > 0

@@ -76,6 +76,12 @@ class Use:
         return f"{site.distribution}({self.argument}) of '{site.name}'" if self.argument else f"'{site.name}'"
 
 
+def listed(uses: Sequence[Use]) -> str:
+    """Places in a sentence, a few of them where they are many."""
+    named = [str(u) for u in uses]
+    return ", ".join(named if len(named) <= 6 else [*named[:4], f"... {len(named) - 4} more"])
+
+
 def uses_of(param: str, factors: Sequence[Factor]) -> list[Use]:
     """Every place where `param` enters the density, its own prior excepted."""
     uses = []

@@ -1,7 +1,6 @@
 """The closed forms in which a parameter may enter an argument, and what every rule about them shares.
 
-In: nothing. Out: the values of the algebra (`Known`, `Linear`, `Monomial`, `Negated`), `Declined`, and `Rules`, a table
-from the name of a primitive to what it does to such values.
+In: nothing. Out: the values of the algebra (`Known`, `Linear`, `Monomial`, `Negated`), and `Declined`.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-
-from autoem.graph.jaxpr import Equation
 
 
 class Declined(Exception):
@@ -77,20 +74,6 @@ class Negated:
 
 
 Value = Known | Linear | Monomial | Negated
-Rule = Callable[[Equation, list], Any]
-
-
-class Rules(dict[str, Rule]):
-    """For the name of each primitive what it does to values of the algebra."""
-
-    def of(self, *names: str) -> Callable[[Rule], Rule]:
-        """Enter the decorated function for the primitives `names`."""
-
-        def register(function: Rule) -> Rule:
-            self.update(dict.fromkeys(names, function))
-            return function
-
-        return register
 
 
 def log_of(x: Value) -> tuple[Any, Any]:

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from autoem.graph.jaxpr import Atom, Equation, Graph, Variable, graph_of
+from autoem.graph.rules import Rules
 from autoem.passes import link_arithmetic, link_copies
-from autoem.passes.forms import Declined, Known, Linear, Monomial, Rules, Value
+from autoem.passes.forms import Declined, Known, Linear, Monomial, Value
 from autoem.passes.switches import marked, switch_of
 
 RULES = Rules({**link_copies.RULES, **link_arithmetic.RULES})

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from autoem.graph.jaxpr import Variable
-from autoem.passes.forms import Declined, Known, Linear, Monomial, Negated, Rules, Value, each, log_of
+from autoem.graph.rules import Rules
+from autoem.passes.forms import Declined, Known, Linear, Monomial, Negated, Value, each, log_of
 from autoem.passes.link_copies import together
 from autoem.passes.switches import choice
 

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from autoem.passes.forms import Declined, Known, Linear, Monomial, Rules, Value, each, log_of
+from autoem.graph.rules import Rules
+from autoem.passes.forms import Declined, Known, Linear, Monomial, Value, each, log_of
 
 RULES = Rules()
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from autoem.graph.jaxpr import Atom, Equation, Graph, Variable, graph_of
+from autoem.graph.rules import Rules
 from autoem.passes.forms import Declined
 
 LOG = "log"
@@ -120,15 +121,7 @@ def inside(eqn: Equation, inputs: list[Value]) -> list[Value]:
 
 
 Rule = Callable[[Equation, list[Value]], Value]
-RULES: dict[str, Rule] = {}
-
-
-def rule_of(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
+RULES: Rules[Rule] = Rules()
 
 
 def read_as(values: list[Value]) -> Any:
@@ -159,7 +152,7 @@ def summed(values: list[Value], signs: tuple[float, ...] = ()) -> dict[Power, fl
     return out
 
 
-@rule_of(*COPIES)
+@RULES.of(*COPIES)
 def _copy(eqn, inputs):
     if not isinstance(inputs[0], Terms) or any(isinstance(i, Terms) for i in inputs[1:]):
         raise Declined("it is used as an index")
@@ -172,7 +165,7 @@ def _copy(eqn, inputs):
     return Terms(x.of, (token, x.read))
 
 
-@rule_of(*JOINS)
+@RULES.of(*JOINS)
 def _join(eqn, inputs):
     name = eqn.primitive.name
     parts = inputs[1:] if name == "select_n" else inputs[::2] if name == "scatter" else inputs
@@ -183,7 +176,7 @@ def _join(eqn, inputs):
     return Terms(summed(parts), way if name == "select_n" else blended(way))
 
 
-@rule_of(*SUMS)
+@RULES.of(*SUMS)
 def _sum(eqn, inputs):
     terms = [i for i in inputs if isinstance(i, Terms)]
     if eqn.primitive.name.startswith("scatter") and isinstance(inputs[1], Terms):
@@ -191,7 +184,7 @@ def _sum(eqn, inputs):
     return Terms(dict.fromkeys(summed(list(terms)), None), blended(read_as(list(terms))))
 
 
-@rule_of("dot_general")
+@RULES.of("dot_general")
 def _dot(eqn, inputs):
     if not all(isinstance(i, Terms) for i in inputs):
         return _sum(eqn, inputs)
@@ -200,18 +193,18 @@ def _dot(eqn, inputs):
     return _product(inputs)
 
 
-@rule_of("add", "add_any", "sub")
+@RULES.of("add", "add_any", "sub")
 def _add(eqn, inputs):
     sign = -1.0 if eqn.primitive.name == "sub" else 1.0
     return Terms(summed(inputs, (1.0, sign)), read_as(inputs))
 
 
-@rule_of("neg")
+@RULES.of("neg")
 def _neg(eqn, inputs):
     return Terms(summed(inputs, (-1.0,)), inputs[0].read)
 
 
-@rule_of("mul")
+@RULES.of("mul")
 def _mul(eqn, inputs):
     return _product(inputs)
 
@@ -233,7 +226,7 @@ def _product(inputs: list[Value]) -> Terms:
     return Terms(out, a.read)
 
 
-@rule_of("div")
+@RULES.of("div")
 def _div(eqn, inputs):
     a, b = inputs
     if isinstance(b, Free):
@@ -253,22 +246,22 @@ def raised(x: Value, power: float) -> Terms:
     return Terms({x.power * power: None}, x.read)
 
 
-@rule_of("integer_pow")
+@RULES.of("integer_pow")
 def _integer_pow(eqn, inputs):
     return raised(inputs[0], float(eqn.params["y"]))
 
 
-@rule_of("square")
+@RULES.of("square")
 def _square(eqn, inputs):
     return raised(inputs[0], 2.0)
 
 
-@rule_of("sqrt", "rsqrt")
+@RULES.of("sqrt", "rsqrt")
 def _root(eqn, inputs):
     return raised(inputs[0], 0.5 if eqn.primitive.name == "sqrt" else -0.5)
 
 
-@rule_of("pow")
+@RULES.of("pow")
 def _pow(eqn, inputs):
     x, exponent = inputs
     if not isinstance(exponent, Free) or exponent.number is None:
@@ -276,7 +269,7 @@ def _pow(eqn, inputs):
     return raised(x, exponent.number)
 
 
-@rule_of("log")
+@RULES.of("log")
 def _log(eqn, inputs):
     (x,) = inputs
     of_one_entry(x)
@@ -285,7 +278,7 @@ def _log(eqn, inputs):
     return Terms({0.0: None, LOG: x.power} if x.power else {0.0: None}, x.read)
 
 
-@rule_of("exp")
+@RULES.of("exp")
 def _exp(eqn, inputs):
     (x,) = inputs
     of_one_entry(x)
@@ -295,7 +288,7 @@ def _exp(eqn, inputs):
     return Terms({power: None}, x.read)
 
 
-@rule_of("max", "clamp")
+@RULES.of("max", "clamp")
 def _guard(eqn, inputs):
     limits, x = (inputs[:1] + inputs[2:], inputs[1]) if eqn.primitive.name == "clamp" else (inputs[:1], inputs[1])
     if isinstance(limits[0], Terms):

@@ -10,6 +10,7 @@ constant, which is taken out again.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -34,19 +35,17 @@ STRATEGIES = (Hard, Sparse, Stochastic, Annealed)
 
 
 @dataclasses.dataclass(frozen=True)
-class HardTreatment(AbstractTreatment):
-    """The best value of the latents `names`, pieces of paths among them; of all discrete ones where it is empty."""
+class AbstractBest(AbstractTreatment):
+    """The best states of the latents `names`, pieces of paths among them; of all discrete ones where it is empty."""
 
     names: frozenset[str] = frozenset()
 
-    objective_name = "classification log-likelihood"
     sums_exactly = True
-    source = "Celeux and Govaert 1992 (classification EM); Juang and Rabiner 1990 (along a chain)"
 
     @property
+    @abc.abstractmethod
     def reduce(self) -> Reduce:
         """What stands in place of the sum."""
-        return Partly(self.names) if self.names else largest
 
     def init(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> None:
         return None
@@ -59,6 +58,18 @@ class HardTreatment(AbstractTreatment):
     ) -> Ending:
         return Ending(params, value, kernel.proof.log_likelihood(params, bundle))
 
+
+@dataclasses.dataclass(frozen=True)
+class HardTreatment(AbstractBest):
+    """The best value alone."""
+
+    objective_name = "classification log-likelihood"
+    source = "Celeux and Govaert 1992 (classification EM); Juang and Rabiner 1990 (along a chain)"
+
+    @property
+    def reduce(self) -> Reduce:
+        return Partly(self.names) if self.names else largest
+
     def described(self, latent: str) -> tuple[str, str] | None:
         if self.names and latent not in self.names:
             return "exact", "summed out within the maximum over the others"
@@ -66,35 +77,23 @@ class HardTreatment(AbstractTreatment):
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseTreatment(AbstractTreatment):
-    """The `top` best states of the latents `names`, pieces of paths among them; of all where it is empty."""
+class SparseTreatment(AbstractBest):
+    """The `top` best states."""
 
-    top: int
-    names: frozenset[str] = frozenset()
+    top: int = 1
 
     objective_name = "log-likelihood of the best states"
-    sums_exactly = True
     source = "Neal and Hinton 1998 (sparse EM); Lücke and Eggert 2010"
 
-    def init(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> None:
-        return None
-
-    def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any) -> Expectation:
-        return reduced(kernel, params, bundle, Best(self.top, self.names))
-
-    def ended(
-        self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, value: Array, likelihood: Array
-    ) -> Ending:
-        return Ending(params, value, kernel.proof.log_likelihood(params, bundle))
+    @property
+    def reduce(self) -> Reduce:
+        return Best(self.top, self.names)
 
     def described(self, latent: str) -> tuple[str, str] | None:
         if self.names and latent not in self.names:
             return None
-        best = "its best state" if self.top == 1 else f"its {self.top} best states"
-        return (
-            "sparse",
-            f"{best} alone, given what it depends on, are counted, and a bound of the log-likelihood rises",
-        )
+        best = "best state alone is" if self.top == 1 else f"{self.top} best states alone are"
+        return "sparse", f"its {best} counted, given what it depends on, and a bound of the log-likelihood rises"
 
 
 class Drawing(NamedTuple):
@@ -245,7 +244,7 @@ def discrete_treatment(
     if isinstance(strategy, Hard):
         return HardTreatment(names)
     if isinstance(strategy, Sparse):
-        return SparseTreatment(strategy.top, names)
+        return SparseTreatment(names, strategy.top)
     return (
         StochasticTreatment() if isinstance(strategy, Stochastic) else AnnealedTreatment(strategy.start, strategy.steps)
     )

@@ -112,15 +112,7 @@ def test_as_wide_a_prior_as_one_likes_comes_to_the_same() -> None:
     y = np.cumsum(RNG.normal(size=30)) + 0.5 * RNG.normal(size=30)
 
     def wide(y):
-        move, bend, sd = param("move", 0.8, POSITIVE), param("bend", 0.4, POSITIVE), param("sd", 0.6, POSITIVE)
-
-        def step(carry, seen):
-            level, slope = carry
-            level, slope = normal("level", level + slope, move), normal("slope", slope, bend)
-            normal("y", level, sd, seen)
-            return (level, slope), None
-
-        scan(step, (normal("level0", 0.0, 1e5), normal("slope0", 0.0, 1e5)), y)
+        diffuse_trend(y, start=lambda name: normal(name, 0.0, 1e5))
 
     exact, near = fit(diffuse_trend, y, max_steps=5, tol=0.0), fit(wide, y, max_steps=5, tol=0.0)
     price = 2 * np.log(1e5) + np.log(2 * np.pi)

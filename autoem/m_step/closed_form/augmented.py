@@ -29,7 +29,7 @@ from autoem.families import Counting
 from autoem.m_step.block import AbstractBlock
 from autoem.m_step.closed_form.counting import fit, latex_name
 from autoem.m_step.closed_form.laws import QUADRATIC
-from autoem.m_step.closed_form.location import newton_direction
+from autoem.m_step.closed_form.location import by_products, newton_direction
 from autoem.m_step.closed_form.places import Place
 from autoem.m_step.problem import Bundle, Params, Problem, Statistics, graph_values
 
@@ -83,10 +83,7 @@ class Reweighted(AbstractBlock):
         if flat.size <= DENSE_UP_TO:
             step = newton_direction(jax.hessian(bound)(flat), slope)
         else:
-            gradient = jax.grad(bound)
-            step, _ = jax.scipy.sparse.linalg.cg(
-                lambda v: -jax.jvp(gradient, (flat,), (v,))[1], slope, tol=1e-12, maxiter=flat.size
-            )
+            step = by_products(jax.grad(bound), flat, slope)
         return unravel(jnp.where(jnp.isfinite(step).all(), flat + step, flat)), state
 
 

@@ -63,10 +63,16 @@ def bounds_of(constraint: Any) -> tuple:
     return low, high
 
 
-def domain_of(constraint: Any) -> Domain | None:
-    """The domain of a constraint; None where it is of another kind, as a simplex or a circle."""
+def base_of(constraint: Any) -> Any:
+    """A constraint without what makes it one of whole arrays."""
     while hasattr(constraint, "base_constraint"):
         constraint = constraint.base_constraint
+    return constraint
+
+
+def domain_of(constraint: Any) -> Domain | None:
+    """The domain of a constraint; None where it is of another kind, as a simplex or a circle."""
+    constraint = base_of(constraint)
     if constraint in (constraints.real, constraints.real_vector, constraints.real_matrix):
         return REAL
     if constraint is constraints.ordered_vector:

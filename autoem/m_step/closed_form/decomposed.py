@@ -21,10 +21,10 @@ from numpyro.distributions import biject_to, constraints
 
 from autoem.families import Covariance
 from autoem.m_step.block import AbstractBlock
-from autoem.m_step.closed_form.bounded import Domain, domain_of
+from autoem.m_step.closed_form.bounded import Domain, base_of, domain_of
 from autoem.m_step.closed_form.counting import fit, latex_name
 from autoem.m_step.closed_form.structured import random_point
-from autoem.m_step.problem import Bundle, Params, Problem, Statistics, Use, graph_values, uses_of
+from autoem.m_step.problem import Bundle, Params, Problem, Statistics, Use, graph_values, listed, uses_of
 
 FORMS = {"tril": constraints.corr_cholesky, "covariance": constraints.corr_matrix}
 
@@ -97,24 +97,13 @@ def decomposed(problem: Problem, params: Params, bundle: Bundle, free: Mapping[s
             if base_of(problem.params[name].constraint) is constraint and problem.params[name].prior is None:
                 other = partner(problem, name, form, params, bundle)
                 if other is not None and other in free:
-                    reason = f"{other} times {name} is any covariance of: {places(problem, name)}"
+                    reason = f"{other} times {name} is any covariance of: {listed(uses(problem, name))}"
                     blocks.append(Decomposed((other, name), problem, reason, uses(problem, name), form))
     return blocks
 
 
-def base_of(constraint):
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
-    return constraint
-
-
 def uses(problem: Problem, name: str) -> tuple[Use, ...]:
     return tuple(uses_of(name, list(problem.factors.values())))
-
-
-def places(problem: Problem, name: str) -> str:
-    named = [str(u) for u in uses(problem, name)]
-    return ", ".join(named if len(named) <= 6 else [*named[:4], f"... {len(named) - 4} more"])
 
 
 def partner(problem: Problem, name: str, form: str, params: Params, bundle: Bundle) -> str | None:

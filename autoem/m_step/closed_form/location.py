@@ -12,7 +12,7 @@ cancels. `LeastSquares` is the general affine case (regression): the normal equa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -273,18 +273,15 @@ class LeastSquares(AbstractBlock):
             return self.problem.q({**params, **unravel(v)}, statistics, bundle, touched)
 
         slope = jax.grad(objective)
-        g = slope(flat)
         room = None if self.maximises else self.room(old)
         if self.groups is not None:
-            step = grouped_step(slope, flat, g, self.groups, room)
+            step = grouped_step(slope, flat, self.groups, room)
         elif flat.size <= MAX_DENSE:
-            hessian = jax.hessian(objective)(flat)
+            g, hessian = slope(flat), jax.hessian(objective)(flat)
             step = concave_direction(hessian, g)
             step = step if room is None else bounded.on_box(-hessian, g, step, *room)
         else:
-            step, _ = jax.scipy.sparse.linalg.cg(
-                lambda v: -jax.jvp(slope, (flat,), (v,))[1], g, tol=1e-12, maxiter=flat.size
-            )
+            step = by_products(slope, flat, slope(flat))
             step = step if room is None else bounded.along(step, *room)
         return unravel(jnp.where(jnp.isfinite(step).all(), flat + step, flat)), state
 
@@ -295,17 +292,31 @@ class LeastSquares(AbstractBlock):
         return ravel_pytree(low)[0], ravel_pytree(high)[0]
 
 
-def grouped_step(slope, flat: Array, g: Array, groups: np.ndarray, room: tuple[Array, Array] | None) -> Array:
-    """A Newton step where the Hessian has a block for each group: as many products with it as a group has entries."""
-    probes = np.zeros((groups.shape[1], flat.size + 1))
-    for q in range(groups.shape[1]):
-        probes[q, groups[:, q]] = 1.0
-    columns = jax.vmap(lambda v: jax.jvp(slope, (flat,), (v,))[1])(jnp.asarray(probes[:, :-1], flat.dtype))
-    padded = jnp.pad(columns, [(0, 0), (0, 1)])
-    blocks = jnp.moveaxis(padded[:, groups], 0, -1)
-    inside = groups < flat.size
-    blocks = blocks * (inside[:, :, None] & inside[:, None, :])
-    right = jnp.pad(g, (0, 1))[groups]
+def by_products(slope: Callable[[Array], Array], at: Array, g: Array) -> Array:
+    """A Newton step by conjugate gradients, for many entries; `g` is what the step has to undo, the slope as a rule."""
+    return jax.scipy.sparse.linalg.cg(lambda v: -jax.jvp(slope, (at,), (v,))[1], g, tol=1e-12, maxiter=at.size)[0]
+
+
+def hessian_in_groups(slope: Callable[[Array], Array], at: Array, groups: np.ndarray) -> tuple[Array, Array]:
+    """Slope and second derivatives of entries by groups that nothing ties, `(groups, size)`, `(groups, size, size)`.
+
+    They take as many products with the Hessian as a group has entries. Groups may be filled up with the number of all
+    entries, where both are zero.
+    """
+    g, product = jax.linearize(slope, at)
+    probes = np.zeros((groups.shape[1], at.size + 1))
+    np.put_along_axis(probes, groups.T, 1.0, axis=1)
+    columns = jnp.pad(jax.vmap(product)(jnp.asarray(probes[:, :-1], at.dtype)), [(0, 0), (0, 1)])
+    inside = groups < at.size
+    blocks = jnp.moveaxis(columns[:, groups], 0, -1) * (inside[:, :, None] & inside[:, None, :])
+    return jnp.pad(g, (0, 1))[groups], blocks
+
+
+def grouped_step(
+    slope: Callable[[Array], Array], flat: Array, groups: np.ndarray, room: tuple[Array, Array] | None
+) -> Array:
+    """A Newton step where the Hessian has a block for each group."""
+    right, blocks = hessian_in_groups(slope, flat, groups)
     steps = concave_direction(blocks, right)
     if room is not None:
         low, high = (jnp.pad(x, (0, 1), constant_values=sign)[groups] for x, sign in zip(room, (-1, 1), strict=True))

@@ -34,7 +34,7 @@ from autoem.m_step.closed_form.power import Scale
 from autoem.m_step.closed_form.priors import COUNTS, MATRICES, POWERS, QUADRATIC, prior_of, readable
 from autoem.m_step.closed_form.rates import MixedRate, rate_of
 from autoem.m_step.closed_form.superposition import Superposition
-from autoem.m_step.problem import Bundle, Params, Problem, Use, graph_values
+from autoem.m_step.problem import Bundle, Params, Problem, Use, graph_values, listed
 from autoem.passes.link import Declined
 
 T = TypeVar("T")
@@ -269,10 +269,8 @@ def why(asked: Asked, how: str) -> str:
     prior = prior_of(asked.name, asked.problem.factors)
     if prior and not asked.uses:
         return f"nothing observed depends on it: the mode of its {prior.site.distribution} prior"
-    named = [str(u) for u in asked.uses]
-    places = ", ".join(named if len(named) <= 6 else [*named[:4], f"... {len(named) - 4} more"])
     extra = f"; its {prior.site.distribution} prior adds pseudo-statistics" if prior else ""
-    return f"{how}: {places}{extra}"
+    return f"{how}: {listed(asked.uses)}{extra}"
 
 
 def closed_form(asked: Asked) -> AbstractBlock:
