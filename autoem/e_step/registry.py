@@ -97,7 +97,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         strategies.Quadrature(),
         (CONTINUOUS,),
         "the log-likelihood up to the rule's error",
-        "`points ** dimensions` evaluations a cell, and a search for its mode",
+        "twice `points ** dimensions` evaluations a cell, and a search for its mode",
         "Naylor and Smith 1982; Liu and Pierce 1994",
     ),
     Strategy(

@@ -95,7 +95,9 @@ def test_two_dimensions_and_a_discrete_latent_beside():
     assert result.posterior(y).mean["u"].shape == (4, 2)
 
 
-def test_a_gaussian_posterior_is_integrated_exactly_by_any_number_of_points():
+@pytest.mark.parametrize("points", [1, 2, 3])
+def test_a_gaussian_posterior_is_integrated_exactly_by_any_number_of_points(points):
+    """By one as well, which is Laplace's approximation."""
     y = np.array([0.3, -1.0, 2.0])
 
     def model(y):
@@ -104,9 +106,11 @@ def test_a_gaussian_posterior_is_integrated_exactly_by_any_number_of_points():
             u = numpyro.sample("u", dist.Normal(0.0, s))
             numpyro.sample("y", dist.Normal(u, 1.0), obs=y)
 
-    fits = [autoem.EM(model, progress=False, e_step=how) for how in (None, autoem.e_step.Quadrature(points=3))]
+    fits = [autoem.EM(model, progress=False, e_step=how) for how in (None, autoem.e_step.Quadrature(points=points))]
     exact, by_rule = (em.run(KEY, y) for em in fits)
-    assert by_rule.plan.e_step("u") == "quadrature" and exact.plan.e_step("u") == "exact"
+    assert (
+        by_rule.plan.e_step("u") == ("Laplace" if points == 1 else "quadrature") and exact.plan.e_step("u") == "exact"
+    )
     np.testing.assert_allclose(by_rule.log_likelihood, exact.log_likelihood, rtol=1e-10)
     np.testing.assert_allclose(by_rule.params["s"], exact.params["s"], rtol=1e-6)
 
