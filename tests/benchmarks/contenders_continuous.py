@@ -170,6 +170,63 @@ def dynamax_states(w: Workload) -> Callable[[], Outcome]:
     return run
 
 
+def statsmodels_states(w: Workload) -> Callable[[], Outcome]:
+    """statsmodels' smoother, compiled and with gains that settle, and the updates of EM in NumPy about it."""
+    from statsmodels.tsa.statespace import kalman_smoother as smoother
+
+    x = w.data["x"]
+    m, n = w.start["read"].shape
+    wanted = smoother.SMOOTHER_STATE | smoother.SMOOTHER_STATE_COV | smoother.SMOOTHER_STATE_AUTOCOV
+    space = smoother.KalmanSmoother(m, n, n, smoother_output=wanted)
+    space.bind(x)
+    space["selection"] = np.eye(n)
+
+    def step(p: Arrays) -> Arrays:
+        space["design"], space["transition"] = p["read"], p["move"]
+        space["state_cov"], space["obs_cov"] = p["jolt"], p["noise"]
+        space.initialize_known(p["first_mean"], p["first_cov"])
+        found = space.smooth()
+        mean, covs = found.smoothed_state.T, found.smoothed_state_cov
+        every = mean.T @ mean + covs.sum(2)
+        before = every - np.outer(mean[-1], mean[-1]) - covs[:, :, -1]
+        after = every - np.outer(mean[0], mean[0]) - covs[:, :, 0]
+        pairs = mean[1:].T @ mean[:-1] + found.smoothed_state_autocov[:, :, :-1].sum(2)
+        move, seen = np.linalg.solve(before, pairs.T).T, x.T @ mean
+        read = np.linalg.solve(every, seen.T).T
+        jolt, noise = (after - move @ pairs.T) / (len(x) - 1), (x.T @ x - read @ seen.T) / len(x)
+        new = {"first_mean": mean[0], "first_cov": covs[:, :, 0], "move": move, "read": read}
+        return {**new, "jolt": (jolt + jolt.T) / 2, "noise": (noise + noise.T) / 2}
+
+    def run() -> Outcome:
+        p = w.start
+        for _ in range(w.num_steps):
+            p = step(p)
+        return Outcome(p)
+
+    return run
+
+
+def statsmodels_factors(w: Workload) -> Callable[[], Outcome]:
+    """statsmodels' maximum likelihood of factors, by a quasi-Newton search on the correlations: few long steps."""
+    from statsmodels.multivariate.factor import Factor
+
+    x = w.data["x"]
+    k = w.start["loadings"].shape[1]
+
+    def run() -> Outcome:
+        found = Factor(x, n_factor=k, method="ml").fit(maxiter=w.num_steps)
+        spread = x.std(0)
+        return Outcome(
+            {
+                "loadings": spread[:, None] * found.loadings,
+                "centre": x.mean(0),
+                "variance": spread**2 * found.uniqueness,
+            }
+        )
+
+    return run
+
+
 def scipy_tomography(w: Workload) -> Callable[[], Outcome]:
     """Two products with a sparse matrix of SciPy a step."""
     y, system = w.data["y"], sparse_rows(w.data)
@@ -201,7 +258,11 @@ CONTENDERS = (
         for name, devices in (("autoem-1", 1), ("autoem-all", CORES))
     ),
     Contender("sklearn", "factors", sklearn_factors, ("sklearn.decomposition",), note="another algorithm"),
+    Contender(
+        "statsmodels", "factors", statsmodels_factors, ("statsmodels.multivariate.factor",), note="another algorithm"
+    ),
     Contender("numpy", "holes", numpy_holes, ("numpy",)),
     Contender("dynamax", "states", dynamax_states, ("dynamax.linear_gaussian_ssm",), 1, note="compiled once"),
+    Contender("statsmodels", "states", statsmodels_states, ("statsmodels.tsa.statespace.kalman_smoother",)),
     Contender("scipy", "tomography", scipy_tomography, ("scipy.sparse",)),
 )
