@@ -206,7 +206,8 @@ class SAEM(MonteCarlo):
 
     Args:
         num_draws, num_chains, kernel, warmup: as those of `MonteCarlo`.
-        burn_in: steps without averaging.
+        burn_in: steps without averaging, about as many as EM takes to come near the maximum: what is averaged moves
+            slowly.
         decay: how fast the weight of a new draw falls, above 0.5 and at most 1.
         memory: steps whose draws are held, at least 2.
 
@@ -217,7 +218,7 @@ class SAEM(MonteCarlo):
 
     num_draws: int = 2
     num_chains: int = 1
-    burn_in: int = 20
+    burn_in: int = 100
     decay: float = 0.8
     memory: int = 50
 

@@ -52,7 +52,7 @@ def refuse_unknown_sites(program: Program, options: Options) -> None:
             mend = f'EM(model, e_step={{"{name}": autoem.e_step.Quadrature()}}), or leave e_step out'
             what = "a range of whole numbers" if isinstance(step, Truncated) else str(step)
             raise PlanError(name, problem=f"{what} is for discrete latents; this one is not", mend=mend)
-        if getattr(step, "approximate", False) and name not in program.continuous:
+        if isinstance(step, wide) and name not in program.continuous:
             mend = f'EM(model, e_step={{"{name}": autoem.e_step.Exact()}})'
             what = type(step).__name__
             raise PlanError(name, problem=f"{what} is for continuous latents; this one is summed", mend=mend)

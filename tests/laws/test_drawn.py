@@ -135,7 +135,7 @@ def exact_fit():
     return EXACT["fit"]
 
 
-@pytest.mark.parametrize("strategy", [MonteCarlo(num_draws=16), SAEM(), Variational(AutoMultivariateNormal)])
+@pytest.mark.parametrize("strategy", [MonteCarlo(num_draws=16), SAEM(burn_in=20), Variational(AutoMultivariateNormal)])
 def test_draws_end_where_the_exact_e_step_does(strategy):
     """Parameters within a quarter of a standard error, the likelihood within four of its own; a bound is lower."""
     exact, errors = exact_fit(), exact_fit().standard_errors()
