@@ -44,8 +44,9 @@ VMAP_UP_TO = 4_000_000  # entries of the rows times restarts: beyond, restarts r
 class EM:
     """Expectation maximisation, derived from a NumPyro model.
 
-    Maximises :math:`\\log p(x \\mid \\theta) + \\log p(\\theta)` over the parameters :math:`\\theta`, the discrete
-    latents summed out exactly.
+    Maximises :math:`\\log p(x \\mid \\theta) + \\log p(\\theta)` over the parameters :math:`\\theta`, the latents
+    summed out or integrated exactly where that is possible; where it is not, or another E-step was asked for, what
+    stands in its place, which the plan and `EMResult.objective_name` tell.
 
     Args:
         model: a NumPyro model, called as `model(*args, **kwargs)`.

@@ -1,7 +1,7 @@
 """Every registered E-step, asked for one latent and for all of its kind: where it ends, against the exact E-step.
 
-Two models have an exact E-step for each of their latents. What a strategy reports at the parameters it found is compared
-with the exact log-likelihood at these parameters: equal, or below it by what the strategy gives up, or within its
+Two models have an exact E-step for each of their latents. What a strategy reports at the parameters that it found is
+compared with the log-likelihood at these, by a formula: equal, or below it by what the strategy gives up, or within its
 standard error. A strategy is tested by being registered.
 """
 
