@@ -111,7 +111,7 @@ def jax_fit(devices: int) -> Callable[[Workload], Callable[[], Outcome]]:
 
         def run() -> Outcome:
             topics = w.start["topics"]
-            for _ in range(w.num_steps):  # one program of all steps comes to wrong sums on two devices (JAX 0.10.2)
+            for _ in range(w.num_steps):  # one program of all steps comes to wrong sums on two devices (JAX 0.10)
                 topics = step(topics, ids, times)
             return Outcome({"topics": np.asarray(topics)})
 
