@@ -4,6 +4,7 @@ Run it with `python -m sphinx -W --keep-going -b html docs docs/_build/html`.
 """
 
 import importlib.metadata
+import os
 import pathlib
 import shutil
 
@@ -31,6 +32,8 @@ myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 nb_execution_mode = "force"  # a stored result would not notice that autoem has changed
+nb_execution_excludepatterns = os.environ.get("DOCS_NOT_EXECUTED", "").split()  # pages laid out without running
+suppress_warnings = ["myst-nb.lexer"] if nb_execution_excludepatterns else []  # not run, it tells none
 nb_execution_timeout = 300
 nb_execution_show_tb = True  # a failing cell is a warning, which -W turns into an error
 nb_merge_streams = True
