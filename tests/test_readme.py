@@ -1,13 +1,14 @@
 """README.md is kept true: its example prints the plan shown, .ci/run runs its commands, its links lead somewhere.
 
-`python tests/test_readme.py` writes the plan that is printed now into it.
+`python -m tests.test_readme` writes the plan that is printed now into it.
 """
 
-import os
 import pathlib
 import re
 import subprocess
 import sys
+
+from tests.as_users_run import environment
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,8 +22,7 @@ def printed_plan():
     """In a process of its own, without this suite's float64: as a reader would run it."""
     example, rest = blocks("python")
     script = f"{example}\nprint('=' * 20)\n{rest}"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("=" * 20)[0].rstrip() + "\n"
 

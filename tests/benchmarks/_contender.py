@@ -6,6 +6,8 @@ import dataclasses
 import os
 from collections.abc import Callable
 
+import numpy as np
+
 from .workloads import Arrays, Workload
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -22,6 +24,18 @@ class Outcome:
     params: Arrays
     seconds: float | None = None
     peak_mib: float | None = None
+
+
+def stepped(w: Workload, step: Callable[[Arrays], Arrays]) -> Callable[[], Outcome]:
+    """A fit of `num_steps` calls of `step`, one after the other."""
+
+    def run() -> Outcome:
+        params = w.start
+        for _ in range(w.num_steps):
+            params = step(params)
+        return Outcome({name: np.asarray(value) for name, value in params.items()})
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)

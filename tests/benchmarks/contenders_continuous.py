@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ._contender import CORES, Contender, Outcome
+from ._contender import CORES, Contender, Outcome, stepped
+from .contenders_continuous_jax import state_updates
 from .workloads import Arrays, Workload
 
 
@@ -124,7 +125,8 @@ def numpy_holes(w: Workload) -> Callable[[], Outcome]:
     patterns, which = np.unique(~np.isnan(x), axis=0, return_inverse=True)
     rows = [np.flatnonzero(which.ravel() == i) for i in range(len(patterns))]
 
-    def step(centre: np.ndarray, scatter: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def step(p: Arrays) -> Arrays:
+        centre, scatter = p["centre"], p["scatter"]
         filled, more = x.copy(), np.zeros_like(scatter)
         for own, seen in zip(rows, patterns, strict=True):
             gone = ~seen
@@ -134,15 +136,9 @@ def numpy_holes(w: Workload) -> Callable[[], Outcome]:
                 left = scatter[np.ix_(gone, gone)] - slope @ scatter[np.ix_(seen, gone)]
                 more[np.ix_(gone, gone)] += len(own) * left
         new = filled.mean(0)
-        return new, ((filled - new).T @ (filled - new) + more) / len(x)
+        return {"centre": new, "scatter": ((filled - new).T @ (filled - new) + more) / len(x)}
 
-    def run() -> Outcome:
-        centre, scatter = w.start["centre"], w.start["scatter"]
-        for _ in range(w.num_steps):
-            centre, scatter = step(centre, scatter)
-        return Outcome({"centre": centre, "scatter": scatter})
-
-    return run
+    return stepped(w, step)
 
 
 def dynamax_states(w: Workload) -> Callable[[], Outcome]:
@@ -186,24 +182,10 @@ def statsmodels_states(w: Workload) -> Callable[[], Outcome]:
         space["state_cov"], space["obs_cov"] = p["jolt"], p["noise"]
         space.initialize_known(p["first_mean"], p["first_cov"])
         found = space.smooth()
-        mean, covs = found.smoothed_state.T, found.smoothed_state_cov
-        every = mean.T @ mean + covs.sum(2)
-        before = every - np.outer(mean[-1], mean[-1]) - covs[:, :, -1]
-        after = every - np.outer(mean[0], mean[0]) - covs[:, :, 0]
-        pairs = mean[1:].T @ mean[:-1] + found.smoothed_state_autocov[:, :, :-1].sum(2)
-        move, seen = np.linalg.solve(before, pairs.T).T, x.T @ mean
-        read = np.linalg.solve(every, seen.T).T
-        jolt, noise = (after - move @ pairs.T) / (len(x) - 1), (x.T @ x - read @ seen.T) / len(x)
-        new = {"first_mean": mean[0], "first_cov": covs[:, :, 0], "move": move, "read": read}
-        return {**new, "jolt": (jolt + jolt.T) / 2, "noise": (noise + noise.T) / 2}
+        covs, across = found.smoothed_state_cov, found.smoothed_state_autocov[:, :, :-1].sum(2)
+        return state_updates(np, x, found.smoothed_state.T, covs[:, :, 0], covs[:, :, -1], covs.sum(2), across)
 
-    def run() -> Outcome:
-        p = w.start
-        for _ in range(w.num_steps):
-            p = step(p)
-        return Outcome(p)
-
-    return run
+    return stepped(w, step)
 
 
 def statsmodels_factors(w: Workload) -> Callable[[], Outcome]:
@@ -232,13 +214,11 @@ def scipy_tomography(w: Workload) -> Callable[[], Outcome]:
     y, system = w.data["y"], sparse_rows(w.data)
     back, seen = system.T.tocsr(), np.asarray(system.sum(0)).ravel()
 
-    def run() -> Outcome:
-        x = w.start["activity"]
-        for _ in range(w.num_steps):
-            x = x / seen * (back @ (y / (system @ x)))
-        return Outcome({"activity": x})
+    def step(p: Arrays) -> Arrays:
+        x = p["activity"]
+        return {"activity": x / seen * (back @ (y / (system @ x)))}
 
-    return run
+    return stepped(w, step)
 
 
 def sparse_rows(data: Arrays):

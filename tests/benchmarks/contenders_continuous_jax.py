@@ -157,18 +157,19 @@ def _value(p, x, means, log_det, removed):
     return -0.5 * (squares + log_det + len(x) * (jnp.linalg.slogdet(p["noise"])[1] + x.shape[1] * _LOG_2PI))
 
 
-def _state_updates(p, x, mean, first, last, total, across):
-    """The M-step from smoothed means, and sums of smoothed covariances and of those with the step before."""
-    import jax.numpy as jnp
+def state_updates(np_like, x, mean, first, last, total, across):
+    """The M-step from smoothed means, and sums of smoothed covariances and of those with the step before.
 
+    `np_like` is NumPy, or JAX's.
+    """
     every = mean.T @ mean + total
-    before = every - jnp.outer(mean[-1], mean[-1]) - last
-    after = every - jnp.outer(mean[0], mean[0]) - first
+    before = every - np_like.outer(mean[-1], mean[-1]) - last
+    after = every - np_like.outer(mean[0], mean[0]) - first
     pairs = mean[1:].T @ mean[:-1] + across
-    move = jnp.linalg.solve(before, pairs.T).T
+    move = np_like.linalg.solve(before, pairs.T).T
     jolt = (after - move @ pairs.T) / (len(x) - 1)
     seen = x.T @ mean
-    read = jnp.linalg.solve(every, seen.T).T
+    read = np_like.linalg.solve(every, seen.T).T
     noise = (x.T @ x - read @ seen.T) / len(x)
     return {
         "first_mean": mean[0], "first_cov": first, "move": move, "jolt": (jolt + jolt.T) / 2, "read": read,
@@ -209,7 +210,7 @@ def states_in_turn(w: Workload, inverse: Callable) -> Callable[[], Outcome]:
         off = told - ahead @ known
         removed = jnp.einsum("ti,tij,tj->", off, cov, off)
         value = _value(p, x, ahead, jnp.log(det).sum(), removed)
-        new = _state_updates(p, x, smooth, covs[0], cov[-1], covs.sum(0) + cov[-1], across.sum(0))
+        new = state_updates(jnp, x, smooth, covs[0], cov[-1], covs.sum(0) + cov[-1], across.sum(0))
         return {**new, "value": value}
 
     return _looped(w, step, jnp.asarray(w.data["x"]))
@@ -269,7 +270,7 @@ def states_settled(w: Workload) -> Callable[[], Outcome]:
         removed = jnp.einsum("ti,tij,tj->", off[:head], cov, off[:head]) + ((off[head:] @ own) * off[head:]).sum()
         log_det = jnp.log(det).sum() + (len(x) - head) * jnp.log(det[-1])
         value = _value(p, x, predicted, log_det, removed)
-        return {**_state_updates(p, x, smooth, first, own, total, across), "value": value}
+        return {**state_updates(jnp, x, smooth, first, own, total, across), "value": value}
 
     return _looped(w, step, jnp.asarray(w.data["x"]))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ._contender import CORES, Contender, Outcome
+from ._contender import CORES, Contender, Outcome, stepped
 from .workloads import Workload
 
 
@@ -121,13 +121,7 @@ def numpy_regressions(w: Workload) -> Callable[[], Outcome]:
         variance = (r * (y[:, None] - x @ beta.T) ** 2).sum(0) / counts
         return {"weights": counts / len(y), "beta": beta, "scale": np.sqrt(variance)}
 
-    def run() -> Outcome:
-        params = w.start
-        for _ in range(w.num_steps):
-            params = step(params)
-        return Outcome(params)
-
-    return run
+    return stepped(w, step)
 
 
 CONTENDERS = (

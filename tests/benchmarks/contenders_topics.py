@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ._contender import CORES, Contender, Outcome
+from ._contender import CORES, Contender, Outcome, stepped
 from .workloads import Workload
 from .workloads_topics import SWEEPS
 
@@ -108,14 +108,8 @@ def jax_fit(devices: int) -> Callable[[Workload], Callable[[], Outcome]]:
         mesh = Mesh(np.array(jax.devices()[:devices]), ("docs",))
         shared = jax.shard_map(expect, mesh=mesh, in_specs=(P(), P("docs"), P("docs")), out_specs=P(), check_vma=False)
         step = jax.jit(lambda topics, ids, times: 1 / k + shared(topics, ids, times))
-
-        def run() -> Outcome:
-            topics = w.start["topics"]
-            for _ in range(w.num_steps):  # one program of all steps comes to wrong sums on two devices (JAX 0.10)
-                topics = step(topics, ids, times)
-            return Outcome({"topics": np.asarray(topics)})
-
-        return run
+        # from the host, for one program of all steps comes to wrong sums on two devices (JAX 0.10)
+        return stepped(w, lambda p: {"topics": step(p["topics"], ids, times)})
 
     return prepare
 

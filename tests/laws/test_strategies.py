@@ -1,4 +1,4 @@
-"""Every registered E-step, asked for one latent and for all of its kind: where it ends, against the exact E-step.
+"""Every registered E-step that can be offered, for one latent and for all of its kind: where it ends, beside the exact.
 
 Two models have an exact E-step for each of their latents. What a strategy reports at the parameters that it found is
 compared with the log-likelihood at these, by a formula: equal, or below it by what the strategy gives up, or within its

@@ -1,6 +1,5 @@
 """Compiled programs: shared where they say the same, and only there; grouped without changing what they compute."""
 
-import os
 import subprocess
 import sys
 
@@ -18,6 +17,7 @@ import autoem
 from autoem.graph import grouping, programs
 from autoem.graph.grouping import grouped
 from autoem.graph.programs import jit_once, jit_small
+from tests.as_users_run import environment
 
 
 def run_parts(function, *args):
@@ -193,6 +193,5 @@ assert float(squares[-1]) == 32_768.0**2, squares[-1]
 
 def test_the_compiler_sums_products_of_rows_rightly():
     """JAX 0.10.2 does not on CPUs, compiled as users do, and is excluded by what this package requires."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    done = subprocess.run([sys.executable, "-c", SQUARES], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SQUARES], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
