@@ -264,7 +264,8 @@ class Posterior:
         if chain := next((c for c in chains if name in c.variables), None):
             return chain
         names = [n for c in chains for n in c.variables]
-        raise PlanError(name, problem="is no latent that a scan carries on", mend=f"choose among {names}")
+        mend = f"choose among {names}" if names else "ask for posterior.marginals: no latent reads one of another step"
+        raise PlanError(name, problem="is no latent that a scan carries on", mend=mend)
 
     @functools.cached_property
     def log_likelihood(self) -> Array:

@@ -191,6 +191,12 @@ def test_pairs(name: str) -> None:
         np.testing.assert_allclose(posterior.pairs(latent), expected, **TOLERANCE)
 
 
+def test_pairs_where_nothing_is_carried_are_refused() -> None:
+    truth, result = solved("no order")
+    with pytest.raises(autoem.PlanError, match=r"(?s)'z'.*no latent that a scan carries on.*posterior\.marginals"):
+        result.posterior(*truth.case.args).pairs("z")
+
+
 def test_filtered(name: str) -> None:
     truth, result = solved(name)
     posterior = result.posterior(*truth.case.args)
