@@ -27,9 +27,16 @@ HOST: dict[str, Callable[..., np.ndarray]] = {
     "mul": np.multiply,
     "max": np.maximum,
     "min": np.minimum,
-    "select_n": lambda which, *cases: np.choose(np.asarray(which, int), cases),
+    "select_n": lambda which, *cases: select(which, cases),
     "copy": np.asarray,
 }
+
+
+def select(which: np.ndarray, cases: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Entries of the cases by number; of two, several times as fast as by `choose`."""
+    if len(cases) == 2:
+        return np.where(which, cases[1], cases[0])
+    return np.choose(np.asarray(which, int), cases)
 
 
 def on_host(

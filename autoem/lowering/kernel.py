@@ -33,7 +33,7 @@ from autoem.ir import Program
 from autoem.lowering.chunks import Chunks, device_mesh, resized, row_specs, slice_named, slice_rows
 from autoem.lowering.integrals import Integral
 from autoem.m_step.block import AbstractBlock
-from autoem.m_step.problem import Bundle, Params, Problem, make_layout
+from autoem.m_step.problem import Bundle, Params, Problem, make_layout, with_cells
 
 LAPLACE = "Laplace approximation of the log-likelihood"
 
@@ -181,6 +181,10 @@ class Kernel:
         With another `reduce` it is the E-step whose objective has that in place of the sum over each discrete latent.
         """
         cells = self.problem.cells(params, bundle)
+        if handed := {n: cells[n] for b in self.blocks if b.reads_cells for n in self.problem.touched(b.names)}:
+            # a compiler that sums them along with what they are made of would make that twice
+            handed = jax.lax.optimization_barrier(handed)
+            cells |= handed
         prior, from_prior = jax.value_and_grad(self.log_prior)(cells, bundle)
         integrals, completed = [], {}
         if self.chunks:
@@ -196,7 +200,9 @@ class Kernel:
             likelihood, (statistics, slopes) = jax.value_and_grad(whole, (0, 1))(cells, [t.value for t in tables])
             completed = self.completed_by(params, [m for _, m in integrals], slopes, bundle)
         statistics = {n: from_prior[n] if self.problem.factors[n].is_prior else statistics[n] for n in cells}
-        return Expectation(likelihood + bundle.constant, prior, {**statistics, **completed})
+        statistics |= completed
+        statistics = with_cells(statistics, params, handed) if handed else statistics
+        return Expectation(likelihood + bundle.constant, prior, statistics)
 
     def completed(self, params: Params, bundle: Bundle) -> Bundle:
         """The data with continuous latents at the nodes of their posterior."""

@@ -31,6 +31,7 @@ class AbstractBlock(abc.ABC):
         reason: why this strategy, as one sentence for the plan.
         maximises: whether one solution leaves no slope of `Q` in the parameters; otherwise it raises `Q`.
         remembers: whether its optimiser's state lasts from one M-step to the next.
+        reads_cells: whether it asks for the E-step's own cells, see `problem.cells_of`.
         augmentation: the latent that is not in the model's text but in the update, as a clause for the plan; or empty.
     """
 
@@ -42,6 +43,7 @@ class AbstractBlock(abc.ABC):
     order = 0
     maximises = True
     remembers = False
+    reads_cells = False
     source = "Dempster, Laird and Rubin 1977"
 
     @abc.abstractmethod

@@ -23,6 +23,7 @@ from autoem.passes.link import Declined, Known, Linear, Monomial, Value, interpr
 
 Params = Mapping[str, Array]
 Statistics = Mapping[str, Any]
+CELLS = "·cells"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,22 @@ def graph_values(bundle: Bundle, params: Params) -> dict:
     values.update({("param", n): v for n, v in params.items()})
     values.update({("nodes", n): v for n, v in bundle.nodes.items()})
     return values
+
+
+def with_cells(statistics: Statistics, params: Params, cells: Mapping[str, Any]) -> dict[str, Any]:
+    """Expected statistics beside the cells that they were taken from, and the parameters of those."""
+    return {**statistics, CELLS: (dict(params), dict(cells))}
+
+
+def cells_of(factor: Factor, params: Params, statistics: Statistics) -> Any:
+    """The E-step's cells of a factor at `params`; None where it had others, or did not hand them on.
+
+    What the E-step has computed need not be computed again. That the parameters are the same is seen by identity: a
+    block that follows another has others, if that moved what the factor reads.
+    """
+    then, cells = statistics.get(CELLS, ({}, {}))
+    same = all(then.get(n) is params[n] for n in factor.params)
+    return cells.get(factor.name) if same else None
 
 
 def make_layout(layout: Layout, bundle: Bundle) -> Layout:

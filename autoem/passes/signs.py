@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.interpreters import partial_eval
 
@@ -59,7 +60,7 @@ def is_nonnegative(x: Sign) -> bool:
         return x
     value = jnp.asarray(x.value)
     real = jnp.issubdtype(value.dtype, jnp.number) and not jnp.issubdtype(value.dtype, jnp.complexfloating)
-    return value.dtype == bool or (real and bool((value >= 0).all()))
+    return value.dtype == bool or (real and bool(value.size == 0 or np.asarray(value).min() >= 0))
 
 
 def run(equations: list[Equation], env: dict[Variable, Sign]) -> None:

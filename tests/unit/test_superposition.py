@@ -194,6 +194,18 @@ def test_several_parameters_in_one_rate():
     assert slope.max() < 1e-3
 
 
+def test_parameters_of_one_rate_move_in_turn_each_from_the_rate_that_the_others_left():
+    system, y = made()
+    result = fit(with_background, system, y, max_steps=4, tol=0.0)
+    known = np.linspace(1, 2, BINS)
+    activity, scale = np.ones(PIXELS), 1.0
+    for _ in range(4):
+        activity = by_hand(system, y, 1, activity, scale * known)
+        scale *= known @ (np.asarray(y) / (np.asarray(system) @ activity + scale * known)) / known.sum()
+    np.testing.assert_allclose(result.params["activity"], activity, rtol=1e-12)
+    np.testing.assert_allclose(result.params["background"], scale, rtol=1e-12)
+
+
 def test_one_parameter_in_two_kinds_of_data():
     """A calibration measures each source alone beside the sums: both kinds of counts are pooled."""
     system, y = made()

@@ -24,7 +24,7 @@ from jax import Array
 from autoem.graph.jaxpr import Atom, Equation, Graph, Variable
 from autoem.m_step.closed_form.counting import fit
 from autoem.m_step.closed_form.places import with_output
-from autoem.m_step.problem import Use
+from autoem.m_step.problem import Params, Statistics, Use, cells_of
 from autoem.passes.link import Declined
 from autoem.passes.signs import refuse_curved
 
@@ -51,6 +51,11 @@ class AbstractRate(abc.ABC):
         """The rate at every state and in every row."""
         return self.use.factor.argument(self.key, values)
 
+    def known(self, params: Params, statistics: Statistics) -> Array | None:
+        """The rate, if the E-step has handed it on."""
+        del params, statistics
+        return None
+
     def split(self, rate: Array, statistics: Any, values: Mapping[Any, Any]) -> tuple[Array, Array]:
         """Expected counts by unit of the rate, and the exposure, of every cell."""
         counts, times = self.counted(rate, statistics, values)
@@ -71,6 +76,11 @@ class PoissonRate(AbstractRate):
     @property
     def fields(self) -> tuple[str, ...]:
         return (self.key,)
+
+    def known(self, params: Params, statistics: Statistics) -> Array | None:
+        """The rate is the log-normaliser of a Poisson site's cells."""
+        cells = cells_of(self.use.factor, params, statistics)
+        return None if cells is None else cells[1]
 
     def counted(self, rate: Array, statistics: Any, values: Mapping[Any, Any]) -> tuple[Array, Array]:
         t, n = statistics

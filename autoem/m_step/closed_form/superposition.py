@@ -44,6 +44,7 @@ class Superposition(AbstractBlock):
 
     order = 2
     maximises = False
+    reads_cells = True
     source = "Shepp and Vardi 1982; Lange and Carson 1984"
 
     @property
@@ -72,7 +73,7 @@ class Superposition(AbstractBlock):
     def solve(self, params: Params, statistics: Statistics, bundle: Bundle, state: Any):
         (name,) = self.names
         values = graph_values(bundle, params)
-        sums = [self.sums(r, statistics[r.use.factor.name], values) for r in self.rates]
+        sums = [self.sums(r, statistics[r.use.factor.name], values, r.known(params, statistics)) for r in self.rates]
         seen, exposure = (sum(s[i] for s in sums) for i in (0, 1))
         return {name: self.moved(params[name], seen, exposure, params, bundle)}, state
 
@@ -91,11 +92,17 @@ class Superposition(AbstractBlock):
         new = jnp.maximum(jnp.maximum(seen, 0) / jnp.where(told, exposure, 1), lowest)
         return jnp.where(told, new, old).astype(old.dtype)
 
-    def sums(self, rate: AbstractRate, statistics: Any, values: Mapping[Any, Any]) -> tuple[Array, Array]:
-        """Expected counts from every entry of the parameter in one place, and the entry's exposure."""
+    def sums(
+        self, rate: AbstractRate, statistics: Any, values: Mapping[Any, Any], known: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Expected counts from every entry of the parameter in one place, and the entry's exposure.
+
+        The rate is linear in the parameter, so that its transpose needs no rate; that may be `known`.
+        """
         key = ("param", self.names[0])
-        found, pull = jax.vjp(lambda v: rate.value({**values, key: v}), values[key])
+        found = rate.value(values) if known is None else known
         share, times = rate.split(found, statistics, values)
+        _, pull = jax.vjp(lambda v: rate.value({**values, key: v}), values[key])
         return values[key] * pull(share)[0], pull(times)[0]
 
 
