@@ -7,7 +7,7 @@ on as it stands.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -102,16 +102,20 @@ def route_cells(program: Program, factors: tuple[Factor, ...], values: Mapping) 
 
 
 class Preparation:
-    """`make_bundle` for one structure, compiled by `compiled` at the first call."""
+    """`make_bundle` for one structure, compiled by `compiled` at the first call.
 
-    def __init__(self, program: Program, factors: tuple[Factor, ...], compiled: Callable):
+    Arrays of more than `turned` bytes are passed on as they are; others are copied, turned as the kernel reads them.
+    """
+
+    def __init__(self, program: Program, factors: tuple[Factor, ...], compiled: Callable, turned: int = TURN_UP_TO):
         self._program, self._factors, self._compiled = program, factors, compiled
+        self._passed = passed_on(program, factors, turned)
         self._whole = compiled(self._make)
         self._spread = None
 
     def whole(self, data: Mapping[int, Array], key: Array, cells: Mapping[str, Array]) -> Bundle:
         """The data in one piece."""
-        return with_passed_on(self._program, self._factors, self._whole(data, key, cells), data)
+        return with_passed_on(self._program, self._passed, self._whole(data, key, cells), data)
 
     def spread(self, data: Mapping[int, Any], key: Array, chunks: Chunks) -> Bundle:
         """The data over all devices, each of which prepares rows of its own."""
@@ -119,22 +123,28 @@ class Preparation:
         if self._spread is None:
             out = shardings(jax.eval_shape(self._make, placed, key, {}), chunks)
             self._spread = self._compiled(self._make, out_shardings=out)
-        return spread_rows(with_passed_on(self._program, self._factors, self._spread(placed, key, {}), placed), chunks)
+        return spread_rows(with_passed_on(self._program, self._passed, self._spread(placed, key, {}), placed), chunks)
 
     def _make(self, data: Mapping[int, Array], key: Array, cells: Mapping[str, Array]) -> Bundle:
-        return make_bundle(self._program, self._factors, data, key, cells)
+        return make_bundle(self._program, self._factors, data, key, cells, self._passed)
 
 
-def make_bundle(program: Program, factors: tuple[Factor, ...], data: Mapping[int, Array], key: Array, cells) -> Bundle:
-    """Everything that the kernel takes besides parameters."""
+def make_bundle(
+    program: Program,
+    factors: tuple[Factor, ...],
+    data: Mapping[int, Array],
+    key: Array,
+    cells: Mapping[str, Array],
+    passed: Collection[str] = (),
+) -> Bundle:
+    """Everything that the kernel takes besides parameters, and besides the rows of the sites that are `passed` on."""
     values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
     rows = {f.name: prepare(f, program, values, cells) for f in factors}
     layout = build_layout(program, values, cells)
     constant = jnp.zeros(())
     for f in factors:
         constant = constant + whole_constant(f, rows[f.name])
-    passed = passed_on(program, factors)
-    rows = {n: dataclasses.replace(r, value=None) if n in passed else r for n, r in rows.items()}
+    rows = {n: dataclasses.replace(r, value=None, ready=False) if n in passed else r for n, r in rows.items()}
     kept = {i: data[i] for i in data_of_cells(program, factors)} if data else {}
     return Bundle(kept, key, rows, layout.scales, dict(cells), constant)
 
@@ -151,8 +161,8 @@ def whole_constant(f: Factor, rows: Rows) -> Array | float:
     return part.array.sum() - times * jnp.log(spread).sum()
 
 
-def passed_on(program: Program, factors: tuple[Factor, ...]) -> dict[str, int]:
-    """Sites whose rows are an argument of the call as it stands: site name -> number of the data."""
+def passed_on(program: Program, factors: tuple[Factor, ...], turned: int) -> dict[str, int]:
+    """Sites whose rows are an argument of the call as it stands, of more than `turned` bytes: name -> number of it."""
     by_variable = {v: k[1] for k, v in program.full.inputs.items() if k[0] == "data"}
     out = {}
     for f in factors:
@@ -160,16 +170,16 @@ def passed_on(program: Program, factors: tuple[Factor, ...]) -> dict[str, int]:
         plain = f.family is not None and f.site.role == "observed" and not f.site.masked and not f.coefficients
         if plain and isinstance(atom, Variable) and atom in by_variable and all(s > 1 for s in f.site.shape):
             events = len(atom.shape) - f.family.event_dim  # type: ignore[union-attr]
-            large = atom.aval.size * atom.aval.dtype.itemsize > TURN_UP_TO  # smaller data are turned, which copies them
+            large = atom.aval.size * atom.aval.dtype.itemsize > turned
             if large and atom.shape[:events] == f.site.shape:
                 out[f.name] = by_variable[atom]
     return out
 
 
-def with_passed_on(program: Program, factors: tuple[Factor, ...], bundle: Bundle, data: Mapping[int, Array]) -> Bundle:
+def with_passed_on(program: Program, passed: Mapping[str, int], bundle: Bundle, data: Mapping[int, Array]) -> Bundle:
     """Put the call's own arrays where rows are no more than them, so that no copy is made."""
     rows = dict(bundle.rows)
-    for name, i in passed_on(program, factors).items():
+    for name, i in passed.items():
         site = program.sites[name]
         events = tuple(f"event{j}" for j in range(data[i].ndim - len(site.shape)))
         rows[name] = dataclasses.replace(rows[name], value=Named(data[i], (*site.axes, *events)))

@@ -123,17 +123,14 @@ def condensed(kernel: Kernel, bundle: Bundle) -> tuple[Kernel, Bundle]:
         return kernel, bundle
     columns = [t for t in tables.values() if t is not None]
     together = [c.reshape(-1, c.shape[-1]) for c in columns]
-    few = points(together[0] if len(together) == 1 else np.concatenate(together))
+    mean, few = points(together[0] if len(together) == 1 else np.concatenate(together))
     rows, start = dict(bundle.rows), 0
-    for name, table in zip(names, columns, strict=True):
-        value = bundle.rows[name].value
-        assert value is not None
+    for f, table in zip((f for f in integral.factors if f.name in tables), columns, strict=True):
         width = int(np.prod(table.shape[:-1], dtype=int))
-        own = few[:, start : start + width].reshape(len(few), *table.shape[:-1])
+        own = slice(start, start + width)
+        shape = (len(few), *table.shape[:-1])
+        rows[f.name] = with_points(f, rows[f.name], plate, mean[own].reshape(shape[1:]), few[:, own].reshape(shape))
         start += width
-        at = value.axes.index(plate)
-        array = jnp.asarray(np.moveaxis(own, 0, at), value.array.dtype)
-        rows[name] = dataclasses.replace(rows[name], value=Named(array, value.axes))
     times = integral.block.sizes[plate] / len(few)
     return shrunk(kernel, plate, len(few), times), dataclasses.replace(bundle, rows=rows)
 
@@ -161,8 +158,8 @@ def lies_along(rows: Rows, plate: str) -> bool:
     return any(isinstance(x, Named) and plate in x.axes for x in rest)
 
 
-def points(x: np.ndarray) -> np.ndarray:
-    """Rows of equal weight, one more than `x` has lines, of the same mean and covariance as the columns of `x`."""
+def points(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of the columns of `x`, and rows, one more than `x` has lines, of mean zero and of their covariance."""
     mean = x.mean(1)
     off = x - mean[:, None]
     covariance = off @ off.T / x.shape[1]
@@ -171,7 +168,26 @@ def points(x: np.ndarray) -> np.ndarray:
     except np.linalg.LinAlgError:  # columns that are constant, or sums of others
         size, directions = np.linalg.eigh(covariance)
         root = directions * np.sqrt(np.maximum(size, 0))
-    return mean + simplex(len(x)) @ root.T
+    return mean, simplex(len(x)) @ root.T
+
+
+def with_points(factor: Factor, rows: Rows, plate: str, mean: np.ndarray, off: np.ndarray) -> Rows:
+    """Rows of a site in place of its own, at `mean` and `off` from it, standardised if it is.
+
+    The mean is standardised before they are put together, lest a large one swallow the digits of what lies around it.
+    """
+    assert rows.value is not None
+    axes, shape = rows.value.axes, list(rows.value.array.shape)
+    at = axes.index(plate)
+    shape[at] = 1
+    if moments := factor.moments(rows):
+        centre, spread = (np.moveaxis(np.broadcast_to(np.asarray(m, float), shape), at, 0)[0] for m in moments)
+        mean, off = (mean - centre) / spread, off / spread
+    value = Named(jnp.asarray(np.moveaxis(mean + off, 0, at), rows.value.array.dtype), axes)
+    if rows.ready:
+        return dataclasses.replace(rows, value=value)
+    bare = dataclasses.replace(rows, value=value, centre=None, spread=None)
+    return dataclasses.replace(rows, value=factor.observations(bare), ready=True)
 
 
 def shrunk(kernel: Kernel, plate: str, count: int, times: float) -> Kernel:

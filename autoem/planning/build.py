@@ -26,13 +26,14 @@ from autoem.e_step.groups import Block, build_blocks, partly_seen, with_gaps
 from autoem.e_step.joined import Joined
 from autoem.e_step.strategies import Importance, Laplace
 from autoem.e_step.tables.factors import build_factors
+from autoem.e_step.tables.prepared import TURN_UP_TO
 from autoem.e_step.tables.tabulate import Factor
 from autoem.e_step.treatment import AbstractTreatment
 from autoem.graph.programs import jit_once, jit_well
 from autoem.ir import Program
-from autoem.lowering.bundle import Preparation, Routes, make_bundle, with_passed_on
+from autoem.lowering.bundle import Preparation, Routes, make_bundle
 from autoem.lowering.chunks import plan_chunks, spread_rows
-from autoem.lowering.condense import note_of
+from autoem.lowering.condense import note_of, plate_of_moments
 from autoem.lowering.integrals import Integral
 from autoem.lowering.kernel import Kernel
 from autoem.lowering.methods import settled
@@ -84,7 +85,8 @@ class Build:
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
         self.compiled = jit_well if large else jit_once  # over many rows it runs long enough to be worth compiling well
-        self._prepare = Preparation(self.program, self.factors, self.compiled)
+        turned = 0 if plate_of_moments(self.kernel) else TURN_UP_TO  # moments are taken from the call's own arrays
+        self._prepare = Preparation(self.program, self.factors, self.compiled, turned)
 
     @property
     def program(self) -> Program:
@@ -301,7 +303,7 @@ def derived(
     problem = Problem({f.name: f for f in factors}, program.params, binary_data(program, source))
 
     def whole(d, k, c):
-        return with_passed_on(program, factors, make_bundle(program, factors, d, k, c), d)
+        return make_bundle(program, factors, d, k, c)
 
     shapes = jax.eval_shape(whole, data, key, cells)
     shapes = dataclasses.replace(shapes, data=jax.eval_shape(lambda d: d, data))

@@ -21,7 +21,7 @@ from autoem.e_step.groups import partly_seen
 from autoem.e_step.strategies import MeanField
 from autoem.graph.programs import jit_once
 from autoem.ir import Program
-from autoem.lowering.bundle import make_bundle, with_passed_on
+from autoem.lowering.bundle import make_bundle
 from autoem.lowering.kernel import Kernel, with_nodes
 from autoem.m_step.choose import choose
 from autoem.m_step.mixed_signs import mixed_signs, superpositions
@@ -134,7 +134,7 @@ def build_field(model: Callable, args: tuple, kwargs: dict, options: Options, ke
     problem = Problem({f.name: f for f in factors}, program.params, binary_data(program, source))
 
     def whole(d, k, c):
-        return with_passed_on(program, factors, make_bundle(program, factors, d, k, c), d)
+        return make_bundle(program, factors, d, k, c)
 
     model_start = jit_once(lambda data, key: start_values(found, data, key))
     params = model_start(start_data(found, source), key)

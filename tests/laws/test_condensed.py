@@ -16,11 +16,11 @@ from autoem.lowering.condense import points
 RNG = np.random.default_rng(8)
 KEY = jax.random.key(0)
 X = RNG.normal(size=(90, 2)) @ RNG.normal(size=(2, 4)) + RNG.normal(size=(90, 4)) * 0.7 + 3.0
-LOADINGS = jnp.array([[1.0, 0.1], [0.2, -0.8], [0.5, 0.6], [-0.3, 0.4]])
+LOADINGS = np.array([[1.0, 0.1], [0.2, -0.8], [0.5, 0.6], [-0.3, 0.4]])
 
 
 def factors(x):
-    loadings = numpyro.param("loadings", LOADINGS)
+    loadings = numpyro.param("loadings", jnp.asarray(LOADINGS))
     centre = numpyro.param("centre", jnp.zeros(4))
     scale = numpyro.param("scale", jnp.ones(4), constraint=constraints.positive)
     with numpyro.plate("rows", len(x)):
@@ -97,9 +97,20 @@ def test_restarts_and_acceleration_see_few_rows_too():
 
 
 def test_points_have_the_mean_and_the_covariance():
-    few = points(X.T)
-    np.testing.assert_allclose(few.mean(0), X.mean(0), rtol=1e-12)
+    mean, few = points(X.T)
+    np.testing.assert_allclose(mean, X.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(few.mean(0), 0, atol=1e-12)
     np.testing.assert_allclose(np.cov(few.T, bias=True), np.cov(X.T, bias=True), rtol=1e-10)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2])
+def test_single_precision_keeps_its_digits_far_from_zero(offset):
+    """Few rows are made around the mean, which is large here beside what lies around it."""
+    far = np.asarray(X, np.float32) + np.float32(offset)
+    with jax.enable_x64(False):
+        result = autoem.EM(factors, init="model", max_steps=500, tol=0.0, progress=False).run(KEY, jnp.asarray(far))
+    wide = autoem.EM(factors, init="model", max_steps=500, tol=0.0, progress=False).run(KEY, jnp.asarray(far, float))
+    np.testing.assert_allclose(result.params["scale"], wide.params["scale"], rtol=5e-3)
 
 
 @pytest.mark.parametrize("what", ["mask", "weight", "covariate"])

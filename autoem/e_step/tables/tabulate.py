@@ -344,14 +344,20 @@ class Factor:
         assert value is not None
         if self.own or rows.ready:
             return value
-        batch = value.axes[: len(value.axes) - events]
-        moments = () if rows.centre is None or rows.spread is None else (rows.centre, rows.spread)
-        if not events:
-            moments = tuple(named(m, self.site.axes).to(batch) for m in moments)
+        batch, moments = value.axes[: len(value.axes) - events], self.moments(rows)
         size = dict(zip(self.site.axes, self.site.shape, strict=True))
         order = sorted(batch, key=lambda a: (a in self.kept, size[a]))
         names = value.axes[len(batch) :]
         return Named(turned(value.array, [value.axes.index(a) for a in (*names, *order)], moments), (*names, *order))
+
+    def moments(self, rows: Rows) -> tuple[Array, ...]:
+        """Mean and standard deviation by which values are standardised, aligned with them; none where they are not."""
+        if rows.ready or rows.centre is None or rows.spread is None:
+            return ()
+        if self._family.event_dim:
+            return rows.centre, rows.spread
+        assert rows.value is not None
+        return tuple(named(m, self.site.axes).to(rows.value.axes) for m in (rows.centre, rows.spread))
 
     def _direct_table(self, cells: Array, rows: Rows) -> Named:
         value = named(cells, self.cell_axes)
