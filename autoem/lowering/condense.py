@@ -35,6 +35,7 @@ from autoem.lowering.kernel import Kernel
 from autoem.m_step.problem import Bundle, Params
 
 FEWER = 4  # times fewer rows, from which it is done
+AT_ONCE = 1024  # rows whose products are taken together: what they are copied to stays in the cache
 MAX_WIDTH = 2_000  # entries of a row, up to which their covariance is taken
 
 
@@ -161,8 +162,11 @@ def lies_along(rows: Rows, plate: str) -> bool:
 def points(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean of the columns of `x`, and rows, one more than `x` has lines, of mean zero and of their covariance."""
     mean = x.mean(1)
-    off = x - mean[:, None]
-    covariance = off @ off.T / x.shape[1]
+    covariance = np.zeros((len(x), len(x)))
+    for first in range(0, x.shape[1], AT_ONCE):
+        off = x[:, first : first + AT_ONCE] - mean[:, None]
+        covariance += off @ off.T
+    covariance /= x.shape[1]
     try:
         root = np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:  # columns that are constant, or sums of others
