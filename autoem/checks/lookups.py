@@ -45,6 +45,8 @@ def refuse_far_indices(built: Build, source: Source) -> None:
     inputs = {("data", i): x for i, x in enumerate(source.data)} if not source.concrete else {}
     known: dict[Variable, np.ndarray] = {}
     for lookup in built.reading["lookups"]:
+        if lookup.counted is not None and inside(on_host(graph, lookup.counted, inputs, known, built.reading), lookup):
+            continue
         outside = lookup.outside(on_host(graph, lookup.index, inputs, known, built.reading))
         if outside.any():
             refuse_if_read(built, source, lookup, outside, inputs)
@@ -55,7 +57,7 @@ class Lookup:
     """A part of an index that the data alone tell: `index` runs along `axes` of what equation `number` reads.
 
     Parts stand along the last axis of `index`, except where it is one number (a dynamic slice); 0 to
-    `last` is inside.
+    `last` is inside. `counted` is the index before negative numbers were counted from the end, where it is known.
     """
 
     number: int
@@ -63,6 +65,7 @@ class Lookup:
     axes: tuple[int, ...]
     last: tuple[int, ...]
     scalar: bool
+    counted: Variable | None = None
 
     def outside(self, index: np.ndarray) -> np.ndarray:
         """Which of the indices point past the end; an axis less than `index` has."""
@@ -100,9 +103,34 @@ def parts_of(graph: Graph, number: int) -> list[Lookup]:
     out, first = [], 0
     for piece in pieces:
         own = tuple(axes[first : first + shape_of(piece)[-1]])
-        out.append(Lookup(number, piece, own, tuple(shape[d] - sizes[d] for d in own), False))
+        counted = counted_from_the_start(graph, piece) if len(own) == 1 else None
+        out.append(Lookup(number, piece, own, tuple(shape[d] - sizes[d] for d in own), False, counted))
         first += len(own)
     return out
+
+
+def counted_from_the_start(graph: Graph, atom: Atom) -> Variable | None:
+    """The `i` of which an index is `where(i < 0, i + n, i)`, as JAX makes it; None where it is something else."""
+    while isinstance(atom, Variable) and atom in graph.makers:
+        equation = graph.equations[graph.makers[atom]]
+        if equation.primitive.name == "select_n":
+            which, index, wrapped = equation.inputs
+            makers = [graph.makers.get(a) if isinstance(a, Variable) else None for a in (which, wrapped)]
+            if None in makers or not isinstance(index, Variable):
+                return None
+            below, moved = (graph.equations[m] for m in makers if m is not None)
+            zero = below.inputs[1] if below.primitive.name == "lt" and below.inputs[0] is index else None
+            is_zero = isinstance(zero, Constant) and np.ndim(zero.value) == 0 and zero.value == 0
+            return index if is_zero and moved.primitive.name == "add" and index in moved.inputs else None
+        if equation.primitive.name not in ("reshape", "broadcast_in_dim", "squeeze", "expand_dims"):
+            return None
+        atom = equation.inputs[0]
+    return None
+
+
+def inside(index: np.ndarray, lookup: Lookup) -> bool:
+    """Whether all of an index is plainly inside: two passes over it tell, where the whole check takes seven."""
+    return index.size == 0 or bool(index.min() >= 0 and index.max() <= lookup.last[0])
 
 
 def shape_of(atom: Atom) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ certainly not negative (False proves nothing); or whether the derivative is free
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,9 +17,21 @@ from jax import Array
 from jax.interpreters import partial_eval
 
 from autoem.graph.jaxpr import Atom, Equation, Graph, Variable, graph_of
-from autoem.passes.forms import Declined, Known
+from autoem.passes.forms import Declined
 
-Sign = Known | bool  # a number, or whether the value is known not to be negative
+
+class Number:
+    """A number that is computed when it is asked for: of an index nobody asks the sign."""
+
+    def __init__(self, compute: Callable[[], Any]):
+        self._compute = compute
+
+    @functools.cached_property
+    def value(self) -> Any:
+        return self._compute()
+
+
+Sign = Number | bool  # a number, or whether the value is known not to be negative
 
 # primitives that make no negative number of inputs without one
 KEEPS = {
@@ -46,17 +59,17 @@ def nonnegative(graph: Graph, atom: Atom, values: Mapping[Any, Any], signs: Mapp
     """Whether `atom` is certainly not negative, some inputs having `values` and others the given `signs`."""
     env: dict[Variable, Sign] = {}
     for key, var in graph.inputs.items():
-        env[var] = Known(values[key]) if key in values else signs.get(key, False)
+        env[var] = Number(lambda x=values[key]: x) if key in values else signs.get(key, False)
     run(graph.slice([atom]), env)
     return is_nonnegative(look_up(atom, env))
 
 
 def look_up(atom: Atom, env: Mapping[Variable, Sign]) -> Sign:
-    return env[atom] if isinstance(atom, Variable) else Known(atom.value)
+    return env[atom] if isinstance(atom, Variable) else Number(lambda: atom.value)
 
 
 def is_nonnegative(x: Sign) -> bool:
-    if not isinstance(x, Known):
+    if not isinstance(x, Number):
         return x
     value = jnp.asarray(x.value)
     real = jnp.issubdtype(value.dtype, jnp.number) and not jnp.issubdtype(value.dtype, jnp.complexfloating)
@@ -64,14 +77,20 @@ def is_nonnegative(x: Sign) -> bool:
 
 
 def run(equations: list[Equation], env: dict[Variable, Sign]) -> None:
-    """Signs of the outputs of `equations`, in order; numbers where every input is a number."""
+    """Signs of the outputs of `equations`, in order; numbers where every input is one."""
     for eqn in equations:
         inputs = [look_up(a, env) for a in eqn.inputs]
-        if all(isinstance(i, Known) for i in inputs):
-            outputs = [Known(o) for o in eqn.apply([i.value for i in inputs if isinstance(i, Known)])]
+        if all(isinstance(i, Number) for i in inputs):
+            outputs = numbers(eqn, [i for i in inputs if isinstance(i, Number)])
         else:
             outputs = signs_of(eqn, inputs)
         env.update(zip(eqn.outputs, outputs, strict=True))
+
+
+def numbers(eqn: Equation, inputs: list[Number]) -> list[Sign]:
+    """The outputs of an equation whose inputs are all numbers."""
+    outputs = functools.cache(lambda: eqn.apply([i.value for i in inputs]))
+    return [Number(lambda i=i: outputs()[i]) for i in range(len(eqn.outputs))]
 
 
 def signs_of(eqn: Equation, inputs: list[Sign]) -> list[Sign]:
@@ -85,9 +104,9 @@ def signs_of(eqn: Equation, inputs: list[Sign]) -> list[Sign]:
         return [True] * len(eqn.outputs)
     if name in ("max", "and", "or"):
         return [any(is_nonnegative(i) for i in inputs)]
-    numbers = inputs[NUMBERS.get(name, slice(None))]
+    own = inputs[NUMBERS.get(name, slice(None))]
     kept = name in KEEPS or name in NUMBERS
-    return [kept and all(is_nonnegative(i) for i in numbers)] * len(eqn.outputs)
+    return [kept and all(is_nonnegative(i) for i in own)] * len(eqn.outputs)
 
 
 def inner_signs(closed: Any, inputs: list[Sign]) -> list[Sign]:
