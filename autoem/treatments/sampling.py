@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MAX_TREE_DEPTH = 7
 PROPOSALS, BATCHES, FREEDOM = 4096, 16, 6.0
+ACCEPTED, ADAPTED = 0.8, 0.6  # rate of acceptance that step sizes aim at, and how fast their adaptation ends
 LOOKS, MISSED = 64, math.log(100.0)  # draws of the chains held against the proposals; log weight that these missed
 
 
@@ -110,14 +111,17 @@ class Sampled(AbstractDrawn):
         if self.hidden.dim > MAX_COORDINATES:
             return self.estimate(kernel, params, bundle, key)
         method = JointLaplace(self.hidden)
-        _, x = self.go_on(kernel, params, bundle, state.hmc, -(-LOOKS // self.wish.num_chains))
+        _, x, _ = self.go_on(kernel, params, bundle, state.hmc, -(-LOOKS // self.wish.num_chains))
         about = proposals(method, kernel, params, bundle, key, x[-1])
         value, error = estimated(about.log_weights)
         surprise = jax.vmap(about.log_weight)(x) - value - jnp.log1p(PROPOSALS * error**2)
         return value, jnp.where((surprise > MISSED).any(), jnp.inf, error)
 
-    def go_on(self, kernel: Kernel, params: Params, bundle: Bundle, states: Any, num: int) -> tuple[Any, Array]:
-        """The chains after `num` transitions each at these parameters, and their draws `(num * chains, dim)`."""
+    def go_on(self, kernel: Kernel, params: Params, bundle: Bundle, states: Any, num: int) -> tuple[Any, Array, Array]:
+        """The chains after `num` transitions each at these parameters, their draws `(num * chains, dim)`, and rates.
+
+        Rates are the mean probability of acceptance of each chain.
+        """
         _, move = self.sampler
         given = (kernel, params, bundle)
 
@@ -127,15 +131,16 @@ class Sampled(AbstractDrawn):
 
             def transition(s, _):
                 s = move(s, model_args=given)
-                return s, s.z
+                return s, (s.z, s.accept_prob)
 
             return jax.lax.scan(transition, state, length=num)
 
-        states, draws = jax.vmap(chain)(states)
-        return states, draws.reshape(-1, self.hidden.dim)
+        states, (draws, accepted) = jax.vmap(chain)(states)
+        return states, draws.reshape(-1, self.hidden.dim), accepted.mean(1)
 
     def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Chains) -> Expectation:
-        states, x = self.go_on(kernel, params, bundle, state.hmc, self.wish.num_draws)
+        states, x, rates = self.go_on(kernel, params, bundle, state.hmc, self.wish.num_draws)
+        states = readapted(states, rates, state.step)
         held, weights = self.weighted(state, x)
         each, found = self.hidden.expectation(kernel, params, bundle, self.hidden.constrain(held)[0], weights)
         back = self.hidden.log_joint(kernel, state.before, bundle, self.hidden.constrain(x)[0])
@@ -150,7 +155,7 @@ class Sampled(AbstractDrawn):
     def posterior_draws(self, kernel: Kernel, params: Params, bundle: Bundle, state: Chains, key: Array, num: int):
         count = -(-num // self.wish.num_chains)
         fresh = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.wish.num_chains))
-        _, x = self.go_on(kernel, params, bundle, state.hmc._replace(rng_key=fresh), count)
+        _, x, _ = self.go_on(kernel, params, bundle, state.hmc._replace(rng_key=fresh), count)
         return self.hidden.constrain(x[:num])[0]
 
     def reason(self) -> str:
@@ -159,6 +164,19 @@ class Sampled(AbstractDrawn):
             f"approximate: drawn from the posterior by {self.wish.kernel}, {self.wish.num_draws} draws a step from "
             f"{chains}, since {self.hidden.why}; the objective is the {self.objective_name}"
         )
+
+
+def readapted(states: Any, rates: Array, step: Array) -> Any:
+    r"""Chains whose step size follows the posterior, which moves with the parameters: by a gain that vanishes.
+
+    .. math:: \log \epsilon_{t+1} = \log \epsilon_t + t^{-0.6} (a_t - 0.8)
+
+    References:
+        Andrieu and Thoms 2008, "A tutorial on adaptive MCMC", section 5.
+    """
+    gain = (step + 1.0) ** -ADAPTED
+    size = states.adapt_state.step_size * jnp.exp(gain * (rates - ACCEPTED))
+    return states._replace(adapt_state=states.adapt_state._replace(step_size=size))
 
 
 def importance(method: JointLaplace, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> tuple[Array, Array]:
