@@ -270,7 +270,7 @@ def pursued(built: Build, state: State, bundle: Bundle, again: Callable[[State],
         return state
     best = state
     try:
-        best = estimated(built, state, bundle)
+        best = at_rest(built, state, bundle)
         while int(state.status) == SETTLED:
             old, count = state, int(state.step) + 1
             unseen = old.history.at[:count].set(jnp.nan)  # windows that hold them tell of no rest
@@ -279,9 +279,9 @@ def pursued(built: Build, state: State, bundle: Bundle, again: Callable[[State],
             state = new._replace(history=new.history.at[:count].set(old.history[:count]))
             if int(state.status) not in (SETTLED, LIMIT):
                 break
-            state = estimated(built, state, bundle)
-            gain = float(state.objective - best.objective)
-            best = state if gain > 0 else best
+            found = at_rest(built, state, bundle)
+            gain = float(found.objective - best.objective)
+            best = found if gain > 0 else best
             if not gain > GAIN:
                 break
     except KeyboardInterrupt:  # what had settled is an end point
@@ -296,6 +296,24 @@ def first_steps(bundle: Bundle) -> int:
 
 def stacked(states: list[State]) -> State:
     return jax.tree.map(lambda *x: jnp.stack(x), *states)
+
+
+def at_rest(built: Build, state: State, bundle: Bundle) -> State:
+    """The last point of a noisy fit or the mean of its last ones, whichever is estimated to be the better.
+
+    References:
+        Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging".
+    """
+    kernel = built.kernel
+    last = estimated(built, state, bundle)
+    mean = kernel.treatment.averaged(kernel, state.e_step)  # type: ignore[union-attr]
+    if mean is None or last is state:
+        return last
+    prior = built.prior_run(dict(mean), bundle)
+    likelihood, _ = built.final(mean, bundle, state.e_step)
+    if not likelihood + prior > float(last.objective):
+        return last
+    return last._replace(params=dict(mean), objective=likelihood + prior, log_likelihood=jnp.asarray(likelihood))
 
 
 def estimated(built: Build, state: State, bundle: Bundle) -> State:

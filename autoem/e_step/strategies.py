@@ -208,18 +208,19 @@ class SAEM(MonteCarlo):
         num_draws, num_chains, kernel, warmup: as those of `MonteCarlo`.
         burn_in: steps without averaging, about as many as EM takes to come near the maximum: what is averaged moves
             slowly.
-        decay: how fast the weight of a new draw falls, above 0.5 and at most 1.
+        decay: how fast the weight of a new draw falls, above 0.5 and at most 1. Small values follow EM where it is
+            slow; the error that they leave is for the end, which is the mean of the last steps where that is better.
         memory: steps whose draws are held, at least 2.
 
     References:
         Delyon, Lavielle and Moulines 1999, "Convergence of a stochastic approximation version of the EM algorithm";
-        Kuhn and Lavielle 2004 (with Markov chains).
+        Kuhn and Lavielle 2004 (with Markov chains); Polyak and Juditsky 1992 (slow decay, averaged parameters).
     """
 
     num_draws: int = 2
     num_chains: int = 1
     burn_in: int = 100
-    decay: float = 0.8
+    decay: float = 0.6
     memory: int = 50
 
     def __post_init__(self):

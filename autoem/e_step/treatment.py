@@ -112,6 +112,11 @@ class AbstractTreatment(abc.ABC):
     def expect(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any) -> Expectation:
         """One E-step."""
 
+    def averaged(self, kernel: Kernel, state: Any) -> Params | None:
+        """The mean of the last steps' parameters, which may be the better end; None where there is none."""
+        del kernel, state
+        return None
+
     def ended(
         self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, value: Array, likelihood: Array
     ) -> Ending:

@@ -78,6 +78,12 @@ def on_circle(constraint) -> bool:
     return bounds_of(getattr(constraint, "base_constraint", constraint)) == (-math.pi, math.pi)
 
 
+def is_convex(constraint) -> bool:
+    """Whether a mean of values that meet the constraint is known to meet it."""
+    known = kind_of(constraint) != "other" or bounds_of(base_of(constraint)) != (None, None)
+    return known and not on_circle(constraint)
+
+
 def choose(
     problem: Problem,
     params: Params,

@@ -142,6 +142,12 @@ class Build:
         """That estimate, compiled once."""
         return jit_once(self.kernel.final)
 
+    @functools.cached_property
+    def prior_run(self) -> Callable:
+        """The log density of the parameters' priors, compiled once."""
+        kernel = self.kernel
+        return jit_once(lambda params, bundle: kernel.log_prior(kernel.problem.cells(params, bundle), bundle))
+
     def fits(self, source: Source) -> bool:
         """Whether supports, signs of sums, and what is 0 or 1 are those in this data that the plan was made for."""
         moved = support_limits(self.found, source)

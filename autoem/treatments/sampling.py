@@ -27,6 +27,7 @@ from numpyro.infer.hmc import hmc
 
 from autoem.e_step.cells.importance import t_density, t_draws
 from autoem.e_step.treatment import Expectation
+from autoem.m_step.choose import is_convex
 from autoem.treatments.drawn import AbstractDrawn
 from autoem.treatments.laplace import MAX_COORDINATES, JointLaplace
 
@@ -37,12 +38,16 @@ if TYPE_CHECKING:
 
 MAX_TREE_DEPTH = 7
 PROPOSALS, BATCHES, FREEDOM = 4096, 16, 6.0
+AVERAGED = 40  # steps whose parameters are averaged, roughly
 ACCEPTED, ADAPTED = 0.8, 0.6  # rate of acceptance that step sizes aim at, and how fast their adaptation ends
 LOOKS, MISSED = 64, math.log(100.0)  # draws of the chains held against the proposals; log weight that these missed
 
 
 class Chains(NamedTuple):
-    """The chains' state, draws held and their weights, steps done, the log-likelihood, and the parameters before."""
+    """The chains' state, draws held and their weights, steps done, the log-likelihood, and the parameters before.
+
+    `mean` is that of the last steps' parameters.
+    """
 
     hmc: Any
     held: Array
@@ -50,6 +55,7 @@ class Chains(NamedTuple):
     step: Array
     total: Array
     before: Any
+    mean: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,7 +106,7 @@ class Sampled(AbstractDrawn):
         states = jax.vmap(chain)(jax.random.split(key, self.wish.num_chains))
         held = jnp.zeros((self.num_draws, self.hidden.dim))
         start = self.estimate(kernel, params, bundle, key)[0]
-        return Chains(states, held, jnp.zeros(self.num_draws), jnp.zeros((), int), start, dict(params))
+        return Chains(states, held, jnp.zeros(self.num_draws), jnp.zeros((), int), start, dict(params), dict(params))
 
     def estimate(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> tuple[Array, Array]:
         """The log-likelihood by importance sampling about the mode, and its standard error."""
@@ -145,8 +151,14 @@ class Sampled(AbstractDrawn):
         each, found = self.hidden.expectation(kernel, params, bundle, self.hidden.constrain(held)[0], weights)
         back = self.hidden.log_joint(kernel, state.before, bundle, self.hidden.constrain(x)[0])
         total = state.total - jax.nn.logsumexp(back - each[-self.per_step :]) + math.log(self.per_step)
-        after = Chains(states, held, weights, state.step + 1, total, dict(params))
+        share = 1 / jnp.minimum(state.step + 1.0, AVERAGED)
+        mean = {n: old + share * (params[n] - old) for n, old in state.mean.items()}
+        after = Chains(states, held, weights, state.step + 1, total, dict(params), mean)
         return found._replace(likelihood=total, state=after)
+
+    def averaged(self, kernel: Kernel, state: Chains) -> Params | None:
+        """Where draws are few, parameters wander about the maximum, and their mean is nearer to it than the last."""
+        return state.mean if all(is_convex(p.constraint) for p in kernel.program.params.values()) else None
 
     def weighted(self, state: Chains, x: Array) -> tuple[Array, Array]:
         """The draws that the M-step sees, the newest last, and their weights."""

@@ -10,7 +10,7 @@ from numpyro.distributions import constraints
 
 import autoem
 from autoem._em import Progress
-from autoem.e_step import MonteCarlo
+from autoem.e_step import SAEM, MonteCarlo
 
 KEY = jax.random.key(0)
 Y = np.array([0.3, -0.4, 1.1, 2.0, 0.2, -1.0])
@@ -79,3 +79,25 @@ def test_a_slow_climb_is_not_taken_for_rest(seed):
     result = autoem.EM(hardly_told, e_step=e_step, init="model", progress=False).run(jax.random.key(seed), SLOW)
     held = autoem.EM(hardly_told, init=dict(result.params), max_steps=0, progress=False).run(KEY, SLOW)
     assert 0 <= best - held.log_likelihood < 0.15
+
+
+SHARP = RNG.normal(size=8).repeat(4) + 0.02 * RNG.normal(size=32)
+
+
+def sharpening(y):
+    """Effects whose posterior is fifty times narrower at the end than where the fit begins."""
+    between = numpyro.param("between", 1.0, constraint=constraints.positive)
+    within = numpyro.param("within", 1.0, constraint=constraints.positive)
+    with numpyro.plate("groups", 8):
+        u = numpyro.sample("u", dist.Normal(0, between))
+    with numpyro.plate("rows", 32):
+        numpyro.sample("y", dist.Normal(u[jnp.arange(32) // 4], within), obs=y)
+
+
+@pytest.mark.parametrize("e_step", [MonteCarlo(num_draws=4, warmup=50), SAEM(burn_in=40, memory=20, warmup=50)])
+def test_chains_follow_a_posterior_that_narrows(e_step):
+    """With the step size of the start every transition would be refused, and the draws stay where they were."""
+    best = autoem.EM(sharpening, tol=1e-12, max_steps=5000, progress=False).run(KEY, SHARP).log_likelihood
+    result = autoem.EM(sharpening, e_step=e_step, init="model", progress=False).run(KEY, SHARP)
+    held = autoem.EM(sharpening, init=dict(result.params), max_steps=0, progress=False).run(KEY, SHARP)
+    assert 0 <= best - held.log_likelihood < 0.3
