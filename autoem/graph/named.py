@@ -154,6 +154,23 @@ def contract_sum(keep: Sequence[str], *pairs: tuple[Named, Named], twice: bool =
     return products[0].result(keep, wide_product(left, right) if wide else left @ right)
 
 
+AT_ONCE = 4096  # terms that are summed one by one in single precision: sums of sums keep its digits
+
+
+def long_product(left: Array, right: Array) -> Array:
+    """`left @ right` whose inner axis may be long: its terms are not all added to one number in single precision."""
+    parts = left.shape[1] // AT_ONCE
+    if left.dtype == jnp.float64 or parts < 4:
+        return left @ right
+
+    def add_part(i: Array, total: Array) -> Array:
+        a, b = (jax.lax.dynamic_slice_in_dim(x, i * AT_ONCE, AT_ONCE, 1 - n) for n, x in enumerate((left, right)))
+        return total + a @ b
+
+    rest = left[:, parts * AT_ONCE :] @ right[parts * AT_ONCE :]
+    return jax.lax.fori_loop(0, parts, add_part, rest)
+
+
 WIDE = 8192  # columns from which a product's derivative is taken in the order that reads memory along rows
 
 
@@ -169,7 +186,7 @@ def _wide_forward(left: Array, right: Array):
 
 def _wide_backward(saved, slope: Array):
     left, right = saved
-    return (right @ jax.lax.optimization_barrier(slope.T)).T, left.T @ slope
+    return long_product(right, jax.lax.optimization_barrier(slope.T)).T, left.T @ slope
 
 
 wide_product.defvjp(_wide_forward, _wide_backward)
@@ -187,7 +204,7 @@ def _tall_forward(left: Array, right: Array):
 
 def _tall_backward(saved, slope: Array):
     left, right = saved
-    return (right @ slope).T, (slope @ left).T
+    return long_product(right, slope).T, (slope @ left).T
 
 
 tall_product.defvjp(_tall_forward, _tall_backward)
@@ -227,9 +244,6 @@ def made_once(x: Array) -> Array:
     return jax.lax.cond(first == first, lambda y: y, lambda y: y + first, x)  # not a number stays so
 
 
-READ_AT_ONCE = 4096  # rows whose derivatives are summed one by one; sums of sums keep the digits of single precision
-
-
 @jax.custom_vjp
 def read_rows(table: Array, index: Array) -> Array:
     """Rows of `table` by number, whose derivative is summed row by row."""
@@ -243,8 +257,8 @@ def _read_forward(table: Array, index: Array):
 def _read_backward(saved, slope: Array):
     table, index = saved
     size, flat = len(table), index.astype(int).ravel()
-    part = jnp.arange(flat.size) // READ_AT_ONCE
-    parts = -(-flat.size // READ_AT_ONCE)
+    part = jnp.arange(flat.size) // AT_ONCE
+    parts = -(-flat.size // AT_ONCE)
     slope = slope.reshape(-1, *table.shape[1:])
     if slope.dtype == jnp.float64:  # has digits to spare
         return jax.ops.segment_sum(slope, flat, size), np.zeros(index.shape, jax.dtypes.float0)

@@ -10,7 +10,7 @@ import pytest
 from autoem.e_step.elimination import chains
 from autoem.e_step.elimination.chain_tables import TIME, ChainTables, Frame, fits, small_product
 from autoem.e_step.elimination.reductions import log_sum_exp
-from autoem.graph.named import READ_AT_ONCE, Named, contract, contract_sum, looked_up
+from autoem.graph.named import AT_ONCE, Named, contract, contract_sum, looked_up
 
 RNG = np.random.default_rng(0)
 
@@ -67,7 +67,7 @@ def test_several_chains_at_once() -> None:
     np.testing.assert_allclose(both, each, rtol=1e-9)
 
 
-@pytest.mark.parametrize("shape", [(2 * READ_AT_ONCE + 7,), (50, 4)])
+@pytest.mark.parametrize("shape", [(2 * AT_ONCE + 7,), (50, 4)])
 def test_looking_up_is_the_product_with_one_hot(shape: tuple[int, ...]) -> None:
     eta, index = RNG.normal(size=(3, 5)), RNG.integers(0, 5, shape).astype(np.int8)
     axes, weight = ("t", "n")[: len(shape)], RNG.random((*shape, 3))
