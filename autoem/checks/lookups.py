@@ -113,7 +113,7 @@ def counted_from_the_start(graph: Graph, atom: Atom) -> Variable | None:
     """The `i` of which an index is `where(i < 0, i + n, i)`, as JAX makes it; None where it is something else."""
     while isinstance(atom, Variable) and atom in graph.makers:
         equation = graph.equations[graph.makers[atom]]
-        if equation.primitive.name == "select_n":
+        if equation.primitive.name == "select_n" and len(equation.inputs) == 3:
             which, index, wrapped = equation.inputs
             makers = [graph.makers.get(a) if isinstance(a, Variable) else None for a in (which, wrapped)]
             if None in makers or not isinstance(index, Variable):

@@ -22,7 +22,8 @@ class Expectation(NamedTuple):
     Attributes:
         likelihood: log-likelihood of the observed data, or what stands for it, in nats.
         prior: log density of the parameters' priors.
-        statistics: expected statistics by factor, and nodes of continuous latents, as `Kernel.maximise` takes them.
+        statistics: expected statistics by factor, nodes of continuous latents, and cells for the blocks that read them,
+            as `Kernel.maximise` takes them.
         state: what the E-step remembers for the next.
     """
 
