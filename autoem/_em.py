@@ -271,6 +271,8 @@ def pursued(built: Build, state: State, bundle: Bundle, again: Callable[[State],
     best = state
     try:
         best = at_rest(built, state, bundle)
+        if best is state:  # two ends cannot be compared
+            return state
         while int(state.status) == SETTLED:
             old, count = state, int(state.step) + 1
             unseen = old.history.at[:count].set(jnp.nan)  # windows that hold them tell of no rest
@@ -317,10 +319,12 @@ def at_rest(built: Build, state: State, bundle: Bundle) -> State:
 
 
 def estimated(built: Build, state: State, bundle: Bundle) -> State:
-    """The end of a noisy fit with the objective estimated there, by draws of its own."""
+    """The end of a noisy fit with the objective estimated there, by draws of its own; as it is where none can tell."""
     if not np.isfinite(float(state.log_likelihood)):
         return state
     likelihood, _ = built.final(state.params, bundle, state.e_step)
+    if np.isnan(likelihood):
+        return state
     return state._replace(
         objective=state.objective - state.log_likelihood + likelihood, log_likelihood=jnp.asarray(likelihood)
     )

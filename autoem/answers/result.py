@@ -29,6 +29,7 @@ from autoem.planning.build import Build
 from autoem.planning.plan import Plan
 from autoem.reading.trace import Source
 from autoem.treatments import AbstractDrawn
+from autoem.treatments.laplace import MAX_COORDINATES
 
 if TYPE_CHECKING:
     from autoem._em import EM
@@ -327,6 +328,10 @@ def make_result(
     if built.kernel.estimated and np.isfinite(likelihood):
         better, error = built.final(state.params, bundle, state.e_step)
         objective, likelihood = objective - likelihood + better, better
+        if np.isnan(better):
+            status += (
+                f"; its log-likelihood is not estimated, for which latents may have {MAX_COORDINATES:,} coordinates"
+            )
     return EMResult(
         dict(state.params),
         likelihood,

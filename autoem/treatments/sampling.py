@@ -113,9 +113,12 @@ class Sampled(AbstractDrawn):
         return importance(JointLaplace(self.hidden), kernel, params, bundle, key)
 
     def final(self, kernel: Kernel, params: Params, bundle: Bundle, state: Any, key: Array) -> tuple[Array, Array]:
-        """As `estimate`, about the mode where the chains are; of infinite error where they are elsewhere too."""
+        """As `estimate`, about the mode where the chains are; of infinite error where they are elsewhere too.
+
+        Not a number where there are too many coordinates for a curvature: chains tell of differences alone.
+        """
         if self.hidden.dim > MAX_COORDINATES:
-            return self.estimate(kernel, params, bundle, key)
+            return jnp.asarray(jnp.nan), jnp.asarray(jnp.inf)
         method = JointLaplace(self.hidden)
         _, x, _ = self.go_on(kernel, params, bundle, state.hmc, -(-LOOKS // self.wish.num_chains))
         about = proposals(method, kernel, params, bundle, key, x[-1])

@@ -11,6 +11,7 @@ from numpyro.distributions import constraints
 import autoem
 from autoem._em import Progress
 from autoem.e_step import SAEM, MonteCarlo
+from autoem.treatments import sampling
 
 KEY = jax.random.key(0)
 Y = np.array([0.3, -0.4, 1.1, 2.0, 0.2, -1.0])
@@ -51,6 +52,15 @@ def test_an_interrupt_while_going_on_keeps_what_had_settled(broken_off):
     assert result.status.startswith("settled") and result.converged and len(broken_off) == 1
     assert result.num_steps == len(result.history) - 1 < broken_off[0]
     assert np.all(np.isfinite(result.history))
+
+
+def test_a_likelihood_that_is_not_estimated_is_no_number(monkeypatch):
+    """With more coordinates than a curvature is taken of, chains tell of differences of log-likelihoods alone."""
+    monkeypatch.setattr(sampling, "MAX_COORDINATES", 2)
+    result = autoem.EM(effects, **FEW).run(KEY, Y)
+    assert np.isnan(result.log_likelihood) and np.isinf(result.standard_error) and result.converged
+    assert "not estimated" in result.status and np.isfinite(result.history).all()
+    assert np.isfinite(result.posterior(Y).mean["u"]).all()
 
 
 PAIRS = np.repeat(np.arange(30), 2)
