@@ -311,7 +311,7 @@ def at_rest(built: Build, state: State, bundle: Bundle) -> State:
     mean = kernel.treatment.averaged(kernel, state.e_step)  # type: ignore[union-attr]
     if mean is None or last is state:
         return last
-    prior = built.prior_run(dict(mean), bundle)
+    prior = kernel.prior_run(dict(mean), bundle)
     likelihood, _ = built.final(mean, bundle, state.e_step)
     if not likelihood + prior > float(last.objective):
         return last

@@ -27,6 +27,7 @@ from autoem.e_step.elimination.layout import Table
 from autoem.e_step.gaussian.block import GaussianBlock
 from autoem.e_step.gaussian.missing import MissingEntries
 from autoem.e_step.tables.completions import simplex
+from autoem.e_step.tables.prepared import TURN_UP_TO
 from autoem.e_step.tables.tabulate import Factor, Rows
 from autoem.graph.named import Named
 from autoem.lowering.chunks import resized
@@ -73,6 +74,11 @@ def plate_of_moments(kernel: Kernel) -> str | None:
     width = sum(entries(f, plate) for f in observed)
     rows = block.sizes[plate]
     return plate if observed and alike and width < MAX_WIDTH and rows >= FEWER * (width + 1) else None
+
+
+def turned_up_to(kernel: Kernel) -> int:
+    """Bytes up to which data are copied, turned as the kernel reads them; moments are taken from the call's own."""
+    return 0 if plate_of_moments(kernel) else TURN_UP_TO
 
 
 def note_of(kernel: Kernel, accelerated: bool) -> tuple[str, ...]:
@@ -216,4 +222,4 @@ def shrunk(kernel: Kernel, plate: str, count: int, times: float) -> Kernel:
     )
 
 
-__all__ = ["condensed", "note_of", "plate_of_moments"]
+__all__ = ["condensed", "note_of", "turned_up_to"]

@@ -120,6 +120,11 @@ class Kernel:
         priors = [f for f in self.problem.factors.values() if f.is_prior]
         return sum((t.value.array.sum() for t in self.tables(cells, bundle.rows, priors)), start=jnp.zeros(()))
 
+    @functools.cached_property
+    def prior_run(self) -> Callable:
+        """The same of parameters and data, compiled once."""
+        return jit_once(lambda params, bundle: self.log_prior(self.problem.cells(params, bundle), bundle))
+
     def log_likelihood(self, params: Params, bundle: Bundle) -> Array:
         """Observed-data log-likelihood, in nats."""
         return self.objective(params, bundle)[1][0]

@@ -26,14 +26,13 @@ from autoem.e_step.groups import Block, build_blocks, partly_seen, with_gaps
 from autoem.e_step.joined import Joined
 from autoem.e_step.strategies import Importance, Laplace
 from autoem.e_step.tables.factors import build_factors
-from autoem.e_step.tables.prepared import TURN_UP_TO
 from autoem.e_step.tables.tabulate import Factor
 from autoem.e_step.treatment import AbstractTreatment
 from autoem.graph.programs import jit_once, jit_well
 from autoem.ir import Program
 from autoem.lowering.bundle import Preparation, Routes, make_bundle
 from autoem.lowering.chunks import plan_chunks, spread_rows
-from autoem.lowering.condense import note_of, plate_of_moments
+from autoem.lowering.condense import note_of, turned_up_to
 from autoem.lowering.integrals import Integral
 from autoem.lowering.kernel import Kernel
 from autoem.lowering.methods import settled
@@ -85,8 +84,7 @@ class Build:
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
         self.compiled = jit_well if large else jit_once  # over many rows it runs long enough to be worth compiling well
-        turned = 0 if plate_of_moments(self.kernel) else TURN_UP_TO  # moments are taken from the call's own arrays
-        self._prepare = Preparation(self.program, self.factors, self.compiled, turned)
+        self._prepare = Preparation(self.program, self.factors, self.compiled, turned_up_to(self.kernel))
 
     @property
     def program(self) -> Program:
@@ -141,12 +139,6 @@ class Build:
     def final_run(self) -> Callable:
         """That estimate, compiled once."""
         return jit_once(self.kernel.final)
-
-    @functools.cached_property
-    def prior_run(self) -> Callable:
-        """The log density of the parameters' priors, compiled once."""
-        kernel = self.kernel
-        return jit_once(lambda params, bundle: kernel.log_prior(kernel.problem.cells(params, bundle), bundle))
 
     def fits(self, source: Source) -> bool:
         """Whether supports, signs of sums, and what is 0 or 1 are those in this data that the plan was made for."""
@@ -308,9 +300,7 @@ def derived(
     cells = {n: jnp.asarray(c) for n, c in {**cells, **found_cells, **patterns}.items()}
     problem = Problem({f.name: f for f in factors}, program.params, binary_data(program, source))
 
-    def whole(d, k, c):
-        return make_bundle(program, factors, d, k, c)
-
+    whole = functools.partial(make_bundle, program, factors)
     shapes = jax.eval_shape(whole, data, key, cells)
     shapes = dataclasses.replace(shapes, data=jax.eval_shape(lambda d: d, data))
     model_start = jit_once(lambda data, key: start_values(found, data, key))

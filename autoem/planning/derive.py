@@ -6,6 +6,7 @@ In: a model, its arguments and the options. Out: `Build`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -133,9 +134,7 @@ def build_field(model: Callable, args: tuple, kwargs: dict, options: Options, ke
     cells = {n: jnp.asarray(c) for n, c in cells.items()}
     problem = Problem({f.name: f for f in factors}, program.params, binary_data(program, source))
 
-    def whole(d, k, c):
-        return make_bundle(program, factors, d, k, c)
-
+    whole = functools.partial(make_bundle, program, factors)
     model_start = jit_once(lambda data, key: start_values(found, data, key))
     params = model_start(start_data(found, source), key)
     layout = build_layout(program, values, cells)
