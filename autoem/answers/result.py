@@ -29,7 +29,6 @@ from autoem.planning.build import Build
 from autoem.planning.plan import Plan
 from autoem.reading.trace import Source
 from autoem.treatments import AbstractDrawn
-from autoem.treatments.laplace import MAX_COORDINATES
 
 if TYPE_CHECKING:
     from autoem._em import EM
@@ -328,10 +327,8 @@ def make_result(
     if built.kernel.estimated and np.isfinite(likelihood):
         better, error = built.final(state.params, bundle, state.e_step)
         objective, likelihood = objective - likelihood + better, better
-        if np.isnan(better):
-            status += (
-                f"; its log-likelihood is not estimated, for which latents may have {MAX_COORDINATES:,} coordinates"
-            )
+        if why := built.kernel.treatment.not_estimated:  # type: ignore[union-attr]
+            status += f"; its log-likelihood is not estimated: {why}"
     return EMResult(
         dict(state.params),
         likelihood,

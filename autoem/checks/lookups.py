@@ -45,7 +45,8 @@ def refuse_far_indices(built: Build, source: Source) -> None:
     inputs = {("data", i): x for i, x in enumerate(source.data)} if not source.concrete else {}
     known: dict[Variable, np.ndarray] = {}
     for lookup in built.reading["lookups"]:
-        if lookup.counted is not None and inside(on_host(graph, lookup.counted, inputs, known, built.reading), lookup):
+        plain = lookup.counted
+        if plain is not None and lookup.holds(on_host(graph, plain, inputs, known, built.reading)):
             continue
         outside = lookup.outside(on_host(graph, lookup.index, inputs, known, built.reading))
         if outside.any():
@@ -71,6 +72,10 @@ class Lookup:
         """Which of the indices point past the end; an axis less than `index` has."""
         parts = self.parts(index)
         return np.asarray(((parts < 0) | (parts > np.array(self.last))).any(-1))
+
+    def holds(self, counted: np.ndarray) -> bool:
+        """Whether all of `counted` is inside as it is, which its least and its largest entry tell."""
+        return counted.size == 0 or bool(counted.min() >= 0 and counted.max() <= self.last[0])
 
     def parts(self, index: np.ndarray) -> np.ndarray:
         return index[..., None] if self.scalar else index
@@ -126,11 +131,6 @@ def counted_from_the_start(graph: Graph, atom: Atom) -> Variable | None:
             return None
         atom = equation.inputs[0]
     return None
-
-
-def inside(index: np.ndarray, lookup: Lookup) -> bool:
-    """Whether all of an index is plainly inside: two passes over it tell, where the whole check takes seven."""
-    return index.size == 0 or bool(index.min() >= 0 and index.max() <= lookup.last[0])
 
 
 def shape_of(atom: Atom) -> tuple[int, ...]:

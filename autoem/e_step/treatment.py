@@ -73,6 +73,7 @@ class AbstractTreatment(abc.ABC):
         comparable: whether fits may be compared by it: it stands for the log-likelihood, and a run gives it again.
         sums_exactly: whether it is over discrete latents alone, so that at the end the log-likelihood is the exact
             one, whatever was maximised; all messages of chains are logarithms.
+        not_estimated: why no likelihood can be told at the end, where `estimated` ones are not; otherwise empty.
         needs_data: whether it calls a function of the model's own arguments, so that the bundle has to hold them all.
         source: where the method is derived.
     """
@@ -87,6 +88,7 @@ class AbstractTreatment(abc.ABC):
     is_likelihood = False
     comparable = False
     sums_exactly = False
+    not_estimated = ""
     needs_data = False
     source = ""
 

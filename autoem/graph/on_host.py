@@ -15,6 +15,14 @@ import numpy as np
 from autoem.graph.jaxpr import Atom, Constant, Equation, Graph, Variable
 from autoem.graph.programs import jit_once
 
+
+def select(which: np.ndarray, *cases: np.ndarray) -> np.ndarray:
+    """Entries of the cases by number; of two, several times as fast as by `choose`."""
+    if len(cases) == 2:
+        return np.where(which, cases[1], cases[0])
+    return np.choose(np.asarray(which, int), cases)
+
+
 HOST: dict[str, Callable[..., np.ndarray]] = {
     "lt": np.less,
     "le": np.less_equal,
@@ -27,16 +35,9 @@ HOST: dict[str, Callable[..., np.ndarray]] = {
     "mul": np.multiply,
     "max": np.maximum,
     "min": np.minimum,
-    "select_n": lambda which, *cases: select(which, cases),
+    "select_n": select,
     "copy": np.asarray,
 }
-
-
-def select(which: np.ndarray, cases: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Entries of the cases by number; of two, several times as fast as by `choose`."""
-    if len(cases) == 2:
-        return np.where(which, cases[1], cases[0])
-    return np.choose(np.asarray(which, int), cases)
 
 
 def on_host(

@@ -20,7 +20,7 @@ from autoem.e_step.elimination.places import build_layout
 from autoem.e_step.groups import build_blocks, with_gaps
 from autoem.e_step.tables.constants import log_density_constant
 from autoem.e_step.tables.factors import build_factors
-from autoem.e_step.tables.prepared import TURN_UP_TO, prepare
+from autoem.e_step.tables.prepared import prepare
 from autoem.e_step.tables.tabulate import Factor, Rows
 from autoem.graph.jaxpr import Variable
 from autoem.graph.named import Named
@@ -107,7 +107,7 @@ class Preparation:
     Arrays of more than `turned` bytes are passed on as they are; others are copied, turned as the kernel reads them.
     """
 
-    def __init__(self, program: Program, factors: tuple[Factor, ...], compiled: Callable, turned: int = TURN_UP_TO):
+    def __init__(self, program: Program, factors: tuple[Factor, ...], compiled: Callable, turned: int):
         self._program, self._factors, self._compiled = program, factors, compiled
         self._passed = passed_on(program, factors, turned)
         self._whole = compiled(self._make)

@@ -6,8 +6,7 @@ certainly not negative (False proves nothing); or whether the derivative is free
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,21 +16,9 @@ from jax import Array
 from jax.interpreters import partial_eval
 
 from autoem.graph.jaxpr import Atom, Equation, Graph, Variable, graph_of
-from autoem.passes.forms import Declined
+from autoem.passes.forms import Declined, Known
 
-
-class Number:
-    """A number that is computed when it is asked for: of an index nobody asks the sign."""
-
-    def __init__(self, compute: Callable[[], Any]):
-        self._compute = compute
-
-    @functools.cached_property
-    def value(self) -> Any:
-        return self._compute()
-
-
-Sign = Number | bool  # a number, or whether the value is known not to be negative
+Sign = Known | bool  # a number, or whether the value is known not to be negative
 
 # primitives that make no negative number of inputs without one
 KEEPS = {
@@ -59,17 +46,37 @@ def nonnegative(graph: Graph, atom: Atom, values: Mapping[Any, Any], signs: Mapp
     """Whether `atom` is certainly not negative, some inputs having `values` and others the given `signs`."""
     env: dict[Variable, Sign] = {}
     for key, var in graph.inputs.items():
-        env[var] = Number(lambda x=values[key]: x) if key in values else signs.get(key, False)
-    run(graph.slice([atom]), env)
+        env[var] = Known(values[key]) if key in values else signs.get(key, False)
+    run(asked(graph.slice([atom]), [atom], env), env)
     return is_nonnegative(look_up(atom, env))
 
 
+def asked(equations: list[Equation], atoms: Iterable[Atom], env: Mapping[Variable, Sign]) -> list[Equation]:
+    """The equations that the signs of `atoms` depend on: nobody asks that of an index, which need not be computed."""
+    numbers = {v for v, sign in env.items() if isinstance(sign, Known)}
+    for eqn in equations:
+        if numbers.issuperset(variables(eqn.inputs)):
+            numbers.update(eqn.outputs)
+    wanted, kept = set(variables(atoms)), []
+    for eqn in reversed(equations):
+        if wanted.isdisjoint(eqn.outputs):
+            continue
+        kept.append(eqn)
+        whole = numbers.issuperset(eqn.outputs)
+        wanted.update(variables(eqn.inputs if whole else eqn.inputs[NUMBERS.get(eqn.primitive.name, slice(None))]))
+    return kept[::-1]
+
+
+def variables(atoms: Iterable[Atom]) -> list[Variable]:
+    return [a for a in atoms if isinstance(a, Variable)]
+
+
 def look_up(atom: Atom, env: Mapping[Variable, Sign]) -> Sign:
-    return env[atom] if isinstance(atom, Variable) else Number(lambda: atom.value)
+    return env.get(atom, False) if isinstance(atom, Variable) else Known(atom.value)
 
 
 def is_nonnegative(x: Sign) -> bool:
-    if not isinstance(x, Number):
+    if not isinstance(x, Known):
         return x
     value = jnp.asarray(x.value)
     real = jnp.issubdtype(value.dtype, jnp.number) and not jnp.issubdtype(value.dtype, jnp.complexfloating)
@@ -80,17 +87,11 @@ def run(equations: list[Equation], env: dict[Variable, Sign]) -> None:
     """Signs of the outputs of `equations`, in order; numbers where every input is one."""
     for eqn in equations:
         inputs = [look_up(a, env) for a in eqn.inputs]
-        if all(isinstance(i, Number) for i in inputs):
-            outputs = numbers(eqn, [i for i in inputs if isinstance(i, Number)])
+        if all(isinstance(i, Known) for i in inputs):
+            outputs = [Known(o) for o in eqn.apply([i.value for i in inputs if isinstance(i, Known)])]
         else:
             outputs = signs_of(eqn, inputs)
         env.update(zip(eqn.outputs, outputs, strict=True))
-
-
-def numbers(eqn: Equation, inputs: list[Number]) -> list[Sign]:
-    """The outputs of an equation whose inputs are all numbers."""
-    outputs = functools.cache(lambda: eqn.apply([i.value for i in inputs]))
-    return [Number(lambda i=i: outputs()[i]) for i in range(len(eqn.outputs))]
 
 
 def signs_of(eqn: Equation, inputs: list[Sign]) -> list[Sign]:
@@ -113,7 +114,7 @@ def inner_signs(closed: Any, inputs: list[Sign]) -> list[Sign]:
     graph = graph_of(closed)
     outs = list(graph.outputs.values())
     env: dict[Variable, Sign] = dict(zip(graph.inputs.values(), inputs, strict=True))
-    run(graph.slice(outs), env)
+    run(asked(graph.slice(outs), outs, env), env)
     return [look_up(o, env) for o in outs]
 
 

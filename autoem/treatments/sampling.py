@@ -108,6 +108,11 @@ class Sampled(AbstractDrawn):
         start = self.estimate(kernel, params, bundle, key)[0]
         return Chains(states, held, jnp.zeros(self.num_draws), jnp.zeros((), int), start, dict(params), dict(params))
 
+    @property
+    def not_estimated(self) -> str:  # type: ignore[override]
+        many = self.hidden.dim > MAX_COORDINATES
+        return f"latents have more than {MAX_COORDINATES:,} coordinates" if many else ""
+
     def estimate(self, kernel: Kernel, params: Params, bundle: Bundle, key: Array) -> tuple[Array, Array]:
         """The log-likelihood by importance sampling about the mode, and its standard error."""
         return importance(JointLaplace(self.hidden), kernel, params, bundle, key)
@@ -117,7 +122,7 @@ class Sampled(AbstractDrawn):
 
         Not a number where there are too many coordinates for a curvature: chains tell of differences alone.
         """
-        if self.hidden.dim > MAX_COORDINATES:
+        if self.not_estimated:
             return jnp.asarray(jnp.nan), jnp.asarray(jnp.inf)
         method = JointLaplace(self.hidden)
         _, x, _ = self.go_on(kernel, params, bundle, state.hmc, -(-LOOKS // self.wish.num_chains))

@@ -108,6 +108,19 @@ def plain(system, y):
     seen(system @ positive("activity", jnp.ones(PIXELS)), y)
 
 
+def test_an_operator_that_long_arithmetic_makes():
+    """A thousand equations of numbers, one upon the other, before the parameter comes in."""
+    system, y = made()
+
+    def model(system, y):
+        for _ in range(1000):
+            system = system * 1.001
+        seen(system @ positive("activity", jnp.ones(PIXELS)), y)
+
+    result = fit(model, system, y, max_steps=5, tol=0.0)
+    np.testing.assert_allclose(result.params["activity"], by_hand(np.asarray(system) * 1.001**1000, y, 5), rtol=1e-10)
+
+
 def test_negative_coefficients_go_to_newton_and_the_plan_says_why():
     system, y = made()
     mixed = system.at[3, 2].set(-0.01)
