@@ -136,22 +136,17 @@ def exact_fit():
 
 
 @pytest.mark.parametrize(
-    ("strategy", "share"),
-    [
-        (MonteCarlo(num_draws=16), 0.25),
-        (SAEM(burn_in=20, num_draws=8), 0.5),  # in steps that are few for averages
-        (Variational(AutoMultivariateNormal), 0.25),
-    ],
+    "strategy", [MonteCarlo(num_draws=16), SAEM(burn_in=20, num_draws=32), Variational(AutoMultivariateNormal)]
 )
-def test_draws_end_where_the_exact_e_step_does(strategy, share):
-    """Parameters within a share of a standard error, the likelihood as near as that makes it; a bound is lower."""
+def test_draws_end_where_the_exact_e_step_does(strategy):
+    """Parameters within a quarter of a standard error, the likelihood within four of its own; a bound is lower."""
     exact, errors = exact_fit(), exact_fit().standard_errors()
     result = fit(intercepts, (GROUP, Y), e_step=strategy, init=dict(exact.params), max_steps=150)
     for n, value in result.params.items():
-        assert abs(value - exact.params[n]) < share * errors[n], n
+        assert abs(value - exact.params[n]) < 0.25 * errors[n], n
     assert result.standard_error < 0.1
-    below, chance = exact.log_likelihood - result.log_likelihood, 0.02 + 4 * result.standard_error
-    assert -chance < below < chance + share**2 / 2 + 0.25 * (result.objective_name == "ELBO")
+    below, chance = exact.log_likelihood - result.log_likelihood, 0.05 + 4 * result.standard_error
+    assert -chance < below < chance + 0.25 * (result.objective_name == "ELBO")
 
 
 def test_estimated_likelihood_keeps_to_its_standard_error():
