@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -120,9 +121,12 @@ class Product:
         return Named(Named(value.reshape(self.shape), self.rows + self.columns).to(order), order)
 
 
-def as_product(keep: Sequence[str], a: Named, b: Named) -> Product | None:
-    """The contraction of `a` and `b` as a matrix product, where the axes of `b` need not be transposed for it."""
-    a = arranged(a, b.axes)
+def as_product(keep: Sequence[str], a: Named, b: Named, turned: bool = True) -> Product | None:
+    """The contraction of `a` and `b` as a matrix product, where the axes of `b` need not be transposed for it.
+
+    Those of `a` are, unless it is not to be `turned`.
+    """
+    a = arranged(a, b.axes) if turned else a
     shared = [x for x in a.axes if x in b.axes]
     rows, columns = (tuple(x for x in f.axes if x not in shared) for f in (a, b))
     if set(shared) & set(keep) or not {*rows, *columns} <= set(keep):
@@ -212,6 +216,14 @@ tall_product.defvjp(_tall_forward, _tall_backward)
 
 def contract(keep: Sequence[str], *factors: Named) -> Named:
     """Product of `factors`, summed over every axis not in `keep`; of `keep` those axes remain that some factor has."""
+    numbers, factors = [f for f in factors if not f.axes], tuple(f for f in factors if f.axes)
+    if numbers:
+        times = functools.reduce(jnp.multiply, [f.array for f in numbers])
+        out = contract(keep, *factors) if factors else Named(jnp.ones((), times.dtype), ())
+        return Named(out.array * times, out.axes)
+    for pair in itertools.permutations(factors) if len(factors) == 2 else ():
+        if (product := as_product(keep, *pair, turned=False)) is not None:
+            return product.result(keep, product.left @ product.right)
     # the largest factor stays as it lies: the others are transposed to the order of its axes, which costs nothing
     largest = max(factors, key=lambda f: f.array.size)
     factors = tuple(f if f is largest else arranged(f, largest.axes) for f in factors)

@@ -1,48 +1,47 @@
-r"""Rows of which a fit sees the mean and the covariance alone, replaced by a few that have the same.
+"""Rows of which a fit sees the mean and the covariance alone, replaced by the mean row.
 
 In a block of Gaussian latents whose cells are rows, with loadings and scales that are the same in every row (factor
 analysis, principal components, canonical correlation, balanced random effects), the log-likelihood of a row is one
-quadratic in what was observed of it, and so are all expected statistics. Sums over `n` rows `x_i` of dimension `e` are
-then those over :math:`e + 1` points
+quadratic in what was observed of it, and so are all expected statistics. Their sums over rows are those of the mean
+row, and of the covariance about it: see `e_step.gaussian.spread`. An iteration costs nothing in the rows then.
 
-.. math:: x^*_s = \bar x + C^{1/2} z_s, \qquad s = 0, \dots, e,
-
-that count :math:`n / (e + 1)` times each, with `z` the corners of a regular simplex. An iteration costs nothing in the
-rows then. In: a kernel and its data. Out: the same, smaller; questions to the fitted model go to the rows themselves.
-
-References:
-    Rubin and Thayer 1982, "EM algorithms for ML factor analysis", whose E-step reads the data's covariance alone.
+In: a kernel and its data. Out: the same, smaller; questions to the fitted model go to the rows themselves.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from autoem.e_step.elimination.layout import Table
 from autoem.e_step.gaussian.block import GaussianBlock
 from autoem.e_step.gaussian.missing import MissingEntries
-from autoem.e_step.tables.completions import simplex
+from autoem.e_step.gaussian.quadratic import EVENT
+from autoem.e_step.gaussian.spread import COVARIANCE, SpreadBlock, own_name
 from autoem.e_step.tables.prepared import TURN_UP_TO
 from autoem.e_step.tables.tabulate import Factor, Rows
 from autoem.graph.named import Named
+from autoem.graph.programs import Program, jit_well
 from autoem.lowering.chunks import resized
 from autoem.lowering.integrals import Integral
 from autoem.lowering.kernel import Kernel
 from autoem.m_step.problem import Bundle, Params
 
 FEWER = 4  # times fewer rows, from which it is done
-AT_ONCE = 1024  # rows whose products are taken together: what they are copied to stays in the cache
+AT_ONCE = 2048  # rows whose products are taken together: what they are copied to stays in the cache
 MAX_WIDTH = 2_000  # entries of a row, up to which their covariance is taken
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Repeated(Integral):
-    """An integral over cells each of which counts `times` times."""
+    """An integral over a cell that counts `times` times."""
 
     times: float = 1.0
 
@@ -119,27 +118,48 @@ def entries(f: Factor, plate: str) -> int:
 
 
 def condensed(kernel: Kernel, bundle: Bundle) -> tuple[Kernel, Bundle]:
-    """The kernel and its data with few rows for many, where that changes nothing; as they came where it would."""
+    """The kernel and its data with one row for many, where that changes nothing; as they came where it would."""
     plate = plate_of_moments(kernel)
     if plate is None:
         return kernel, with_sums(kernel, bundle)
-    integral = kernel.integrals[0]
-    names = [f.name for f in integral.factors if not f.is_hidden]
-    tables = {n: table_of(bundle.rows[n], plate) for n in names}
-    if any(t is None for t in tables.values()) or any(lies_along(r, plate) for r in bundle.rows.values()):
+    observed = [f for f in kernel.integrals[0].factors if not f.is_hidden]
+    values = [bundle.rows[f.name].value for f in observed]
+    if not all(v is not None and plate in v.axes for v in values):
         return kernel, bundle
-    columns = [t for t in tables.values() if t is not None]
-    together = [c.reshape(-1, c.shape[-1]) for c in columns]
-    mean, few = points(together[0] if len(together) == 1 else np.concatenate(together))
-    rows, start = dict(bundle.rows), 0
-    for f, table in zip((f for f in integral.factors if f.name in tables), columns, strict=True):
-        width = int(np.prod(table.shape[:-1], dtype=int))
-        own = slice(start, start + width)
-        shape = (len(few), *table.shape[:-1])
-        rows[f.name] = with_points(f, rows[f.name], plate, mean[own].reshape(shape[1:]), few[:, own].reshape(shape))
-        start += width
-    times = integral.block.sizes[plate] / len(few)
-    return shrunk(kernel, plate, len(few), times), dataclasses.replace(bundle, rows=rows)
+    if any(lies_along(rows, plate) for rows in bundle.rows.values()):
+        return kernel, bundle
+    form = tuple((v.axes, v.array.shape) for v in values)  # type: ignore[union-attr]
+    made = _condensations.setdefault(kernel, {})
+    if form not in made:
+        made[form] = condensation(kernel, plate, observed, [v for v in values if v is not None])
+    small, run = made[form]
+    rows, cells = run({f.name: bundle.rows[f.name] for f in observed})
+    return small, dataclasses.replace(bundle, rows={**bundle.rows, **rows}, cells={**bundle.cells, **cells})
+
+
+_condensations: weakref.WeakKeyDictionary[Kernel, dict[tuple, tuple[Kernel, Program]]] = weakref.WeakKeyDictionary()
+
+
+def condensation(
+    kernel: Kernel, plate: str, observed: Sequence[Factor], values: Sequence[Named]
+) -> tuple[Kernel, Program]:
+    """The kernel of one row in place of many, and what makes its row and cells of theirs."""
+    sizes = {f.name: {a: v.size(a) for a in entries_of(v, plate)} for f, v in zip(observed, values, strict=True)}
+
+    def run(given: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[str, Array]]:
+        rows, cells, units, start = {}, {}, [], 0
+        mean, covariance = joint_moments([r.value for r in given.values() if r.value is not None], plate)
+        for f in observed:
+            of_row = sizes[f.name]
+            own = slice(start, start := start + int(np.prod([*of_row.values()], dtype=int)))
+            rows[f.name], unit = mean_row(f, given[f.name], plate, mean[own].reshape([*of_row.values()]))
+            units.append(unit)
+            cells[own_name(f)] = own_covariance(f, covariance[own, own] / jnp.outer(unit, unit), of_row)
+        unit = jnp.concatenate(units)
+        return rows, {COVARIANCE: covariance / jnp.outer(unit, unit), **cells}
+
+    entries = {n: {EVENT if a == "event0" else a: size for a, size in s.items()} for n, s in sizes.items()}
+    return shrunk(kernel, plate, entries), jit_well(run)
 
 
 def with_sums(kernel: Kernel, bundle: Bundle) -> Bundle:
@@ -151,73 +171,84 @@ def with_sums(kernel: Kernel, bundle: Bundle) -> Bundle:
     return dataclasses.replace(bundle, cells={k: v for part in (bundle.cells, *taken) for k, v in part.items()})
 
 
-def table_of(rows: Rows, plate: str) -> np.ndarray | None:
-    """What a site observes, its rows last."""
-    value = rows.value
-    if value is None or plate not in value.axes:
-        return None
-    return np.moveaxis(np.asarray(value.array, float), value.axes.index(plate), -1)
-
-
 def lies_along(rows: Rows, plate: str) -> bool:
     """Whether anything but the observations differs from row to row."""
     rest = jax.tree.leaves(dataclasses.replace(rows, value=None), is_leaf=lambda x: isinstance(x, Named))
     return any(isinstance(x, Named) and plate in x.axes for x in rest)
 
 
-def points(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of the columns of `x`, and rows, one more than `x` has lines, of mean zero and of their covariance."""
-    mean = x.mean(1)
-    covariance = np.zeros((len(x), len(x)))
-    for first in range(0, x.shape[1], AT_ONCE):
-        off = x[:, first : first + AT_ONCE] - mean[:, None]
-        covariance += off @ off.T
-    covariance /= x.shape[1]
-    try:
-        root = np.linalg.cholesky(covariance)
-    except np.linalg.LinAlgError:  # columns that are constant, or sums of others
-        size, directions = np.linalg.eigh(covariance)
-        root = directions * np.sqrt(np.maximum(size, 0))
-    return mean, simplex(len(x)) @ root.T
+def entries_of(value: Named, plate: str) -> tuple[str, ...]:
+    """The axes of what a site observes of one row, that of its vectors last."""
+    return tuple(sorted((a for a in value.axes if a != plate), key="event0".__eq__))
 
 
-def with_points(factor: Factor, rows: Rows, plate: str, mean: np.ndarray, off: np.ndarray) -> Rows:
-    """Rows of a site in place of its own, at `mean` and `off` from it, standardised if it is.
+def joint_moments(values: Sequence[Named], plate: str) -> tuple[Array, Array]:
+    """The mean of rows that lie along `plate`, `(entries,)`, and their covariance, of all values together."""
+    count = values[0].size(plate)
+    means = [v.array.mean(v.axes.index(plate), dtype=float, keepdims=True) for v in values]
 
-    The mean is standardised before they are put together, lest a large one swallow the digits of what lies around it.
-    """
-    assert rows.value is not None
-    axes, shape = rows.value.axes, list(rows.value.array.shape)
-    at = axes.index(plate)
-    shape[at] = 1
+    def in_line(v: Named, array: Array) -> Array:
+        return Named(array, v.axes).to((plate, *entries_of(v, plate))).reshape(array.shape[v.axes.index(plate)], -1)
+
+    def products(start, size: int) -> Array:
+        parts = []
+        for v, mean in zip(values, means, strict=True):
+            rows = jax.lax.dynamic_slice_in_dim(v.array, start, size, v.axes.index(plate))
+            parts.append(in_line(v, rows - mean))
+        off = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
+        return off.T @ off
+
+    blocks, rest = divmod(count, AT_ONCE)
+    total: Array = products(blocks * AT_ONCE, rest) if rest else jnp.zeros(())
+    if blocks:
+        total = jnp.broadcast_to(total, jax.eval_shape(lambda: products(0, AT_ONCE)).shape)
+        total = jax.lax.fori_loop(0, blocks, lambda i, total: total + products(i * AT_ONCE, AT_ONCE), total)
+    return jnp.concatenate([in_line(v, m)[0] for v, m in zip(values, means, strict=True)]), total / count
+
+
+def mean_row(factor: Factor, rows: Rows, plate: str, mean: Array) -> tuple[Rows, Array]:
+    """A site's one row in place of many, standardised if those are; and the unit of every entry."""
+    value = rows.value
+    assert value is not None
+    entries, unit = entries_of(value, plate), jnp.ones_like(mean)
     if moments := factor.moments(rows):
-        centre, spread = (np.moveaxis(np.broadcast_to(np.asarray(m, float), shape), at, 0)[0] for m in moments)
-        mean, off = (mean - centre) / spread, off / spread
-    value = Named(jnp.asarray(np.moveaxis(mean + off, 0, at), rows.value.array.dtype), axes)
-    if rows.ready:
-        return dataclasses.replace(rows, value=value)
-    bare = dataclasses.replace(rows, value=value, centre=None, spread=None)
-    return dataclasses.replace(rows, value=factor.observations(bare), ready=True)
+        shape = [1 if a == plate else value.size(a) for a in value.axes]
+        centre, unit = (Named(jnp.broadcast_to(m, shape), value.axes).to((plate, *entries))[0] for m in moments)
+        mean = (mean - centre) / unit
+    turned = tuple(sorted(entries, key="event0".__ne__))  # as `Factor.observations` turns them
+    row = Named(jnp.transpose(mean, [entries.index(a) for a in turned]), turned)
+    return dataclasses.replace(rows, value=row, ready=True), unit.ravel()
 
 
-def shrunk(kernel: Kernel, plate: str, count: int, times: float) -> Kernel:
-    """The kernel with `count` rows in a plate, each of which counts `times` times."""
+def own_covariance(factor: Factor, covariance: Array, sizes: Mapping[str, int]) -> Array:
+    """Of the covariance of a site's entries that of each vector, or the variances of numbers."""
+    if not factor._family.event_dim:
+        return jnp.diagonal(covariance).reshape([*sizes.values()])
+    *others, events = sizes.values()
+    count = int(np.prod(others, dtype=int))
+    blocks = jnp.diagonal(covariance.reshape(count, events, count, events), axis1=0, axis2=2)
+    return jnp.moveaxis(blocks, -1, 0).reshape(*others, events, events)
+
+
+def shrunk(kernel: Kernel, plate: str, entries: Mapping[str, Mapping[str, int]]) -> Kernel:
+    """The kernel with one row in a plate, which stands for all of them."""
     integral = kernel.integrals[0]
-    block = integral.block
-    sizes = {**block.sizes, plate: count}
+    block, times = integral.block, float(integral.block.sizes[plate])
+    sizes = {**block.sizes, plate: 1}
 
     def smaller(f: Factor) -> Factor:
-        return dataclasses.replace(resized(f, plate, count), sizes={**f.sizes, plate: count})
+        return dataclasses.replace(resized(f, plate, 1), sizes={**f.sizes, plate: 1})
 
-    members = tuple(dataclasses.replace(m, shape=(count,)) for m in block.members)
-    small = dataclasses.replace(
-        block, members=members, factors=tuple(map(smaller, block.factors)), shape=(count,), sizes=sizes
-    )
+    small = SpreadBlock(
+        members=tuple(dataclasses.replace(m, shape=(1,)) for m in block.members),
+        discrete=block.discrete, factors=tuple(map(smaller, block.factors)), plates=block.plates, shape=(1,),
+        dense=False, routed=block.routed, sizes=sizes, base=block.base, entries=entries,
+    )  # fmt: skip
     factors = {n: smaller(f) for n, f in kernel.problem.factors.items()}
     return dataclasses.replace(
         kernel,
         problem=dataclasses.replace(kernel.problem, factors=factors),
-        layout=dataclasses.replace(kernel.layout, sizes={**kernel.layout.sizes, plate: count}),
+        layout=dataclasses.replace(kernel.layout, sizes={**kernel.layout.sizes, plate: 1}),
         integrals=(Repeated(small, times),),
     )
 

@@ -11,7 +11,8 @@ from numpyro.distributions import constraints
 
 import autoem
 from autoem import _em
-from autoem.lowering.condense import points
+from autoem.graph.named import Named
+from autoem.lowering.condense import AT_ONCE, joint_moments
 
 RNG = np.random.default_rng(8)
 KEY = jax.random.key(0)
@@ -96,11 +97,17 @@ def test_restarts_and_acceleration_see_few_rows_too():
     assert result.log_likelihood == pytest.approx(plain.log_likelihood, rel=1e-6)
 
 
-def test_points_have_the_mean_and_the_covariance():
-    mean, few = points(X.T)
-    np.testing.assert_allclose(mean, X.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(few.mean(0), 0, atol=1e-12)
-    np.testing.assert_allclose(np.cov(few.T, bias=True), np.cov(X.T, bias=True), rtol=1e-10)
+@pytest.mark.parametrize("lies", [("rows", "event0"), ("event0", "rows"), ("#0", "rows", "event0")])
+@pytest.mark.parametrize("count", [7, 2 * AT_ONCE, 2 * AT_ONCE + 7])
+def test_moments_are_those_of_numpy(lies, count):
+    """In whatever order the rows lie, and however many blocks they fill."""
+    sizes = {"rows": count, "event0": 3, "#0": 2}
+    x = RNG.normal(size=[sizes[a] for a in lies]) + 50.0
+    other = RNG.normal(size=sizes["rows"]) * 0.1
+    mean, covariance = joint_moments([Named(jnp.asarray(x), lies), Named(jnp.asarray(other), ("rows",))], "rows")
+    both = np.column_stack([np.moveaxis(x, lies.index("rows"), 0).reshape(sizes["rows"], -1), other])
+    np.testing.assert_allclose(mean, both.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(both.T, bias=True), rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e2])

@@ -73,6 +73,15 @@ def states(x):
     scan(step, first, x)
 
 
+def known_multiples(x):
+    """Columns whose entries count by known numbers, which differ between them and between outputs."""
+    loadings = numpyro.param("loadings", jnp.asarray(RNG.normal(size=(5, 2))))
+    times = jnp.array([[1.0, 20.0], [3.0, 0.1], [1.0, 1.0], [-2.0, 5.0], [1.0, 0.5]])
+    with numpyro.plate("rows", len(x)):
+        f = numpyro.sample("f", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+        numpyro.sample("x", dist.Normal(f @ (loadings * times).T, 0.5).to_event(1), obs=x)
+
+
 def both(model, x):
     """Every block of the kind, its update, and that of the same parameters by differentiation."""
     em = autoem.EM(model, init="model", progress=False)
@@ -96,6 +105,7 @@ def both(model, x):
         (without_centre, {"loadings"}),
         (with_holes, {"loadings", "centre"}),
         (mixed_factors, {"loadings", "centre"}),
+        (known_multiples, {"loadings"}),
         (states, {"move", "read"}),
     ],
 )
@@ -133,6 +143,33 @@ def shrunk(x):
         numpyro.sample("x", dist.Normal(f @ loadings.T, 0.5).to_event(1), obs=x)
 
 
-@pytest.mark.parametrize("model", [zeros_among, tied, shrunk])
+def noise_of_a_class(x):
+    """Classes differ in their noise alone, so that their rows weigh otherwise in coefficients that they share."""
+    loadings = numpyro.param("loadings", jnp.asarray(RNG.normal(size=(5, 2))))
+    scale = numpyro.param("scale", jnp.array([0.3, 1.0]), constraint=constraints.positive)
+    with numpyro.plate("rows", len(x)):
+        z = numpyro.sample("z", dist.Categorical(jnp.array([0.4, 0.6])))
+        f = numpyro.sample("f", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+        numpyro.sample("x", dist.Normal(f @ loadings.T, scale[z][..., None]).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("model", [zeros_among, tied, shrunk, noise_of_a_class])
 def test_what_is_not_free_as_a_whole_is_left_to_the_normal_equations(model):
     assert not list(both(model, X))
+
+
+def test_shared_coefficients_of_classes_that_differ_in_noise():
+    centred = X - X.mean(0)
+    result = autoem.EM(noise_of_a_class, init="model", progress=False, max_steps=4000, tol=1e-13).run(
+        jax.random.key(0), centred
+    )
+
+    def log_likelihood(params):
+        shared = params["loadings"] @ params["loadings"].T
+        laws = [dist.MultivariateNormal(jnp.zeros(5), shared + jnp.eye(5) * s**2) for s in params["scale"]]
+        each = jnp.stack([law.log_prob(centred) for law in laws]) + jnp.log(jnp.array([0.4, 0.6]))[:, None]
+        return jax.scipy.special.logsumexp(each, axis=0).sum()
+
+    assert result.log_likelihood == pytest.approx(float(log_likelihood(result.params)), rel=1e-10)
+    for slope in jax.tree.leaves(jax.grad(log_likelihood)(dict(result.params))):
+        np.testing.assert_allclose(slope, 0, atol=1e-3)

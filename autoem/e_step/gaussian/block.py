@@ -19,7 +19,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ from autoem.e_step.gaussian.quadratic import (
     residuals,
     summed,
 )
-from autoem.e_step.tables.completions import NODES, Completions, gaussian_nodes, root
+from autoem.e_step.tables.completions import NODES, Completions, gaussian_nodes, root, rows_of, square_of
 from autoem.e_step.tables.tabulate import Factor, Rows
 from autoem.graph.named import Named, add, contract, multiply, named, pick, union
 from autoem.ir import Continuous, Latent
@@ -50,10 +50,14 @@ SOURCE = "Dempster, Laird and Rubin 1977, section 4.6; Laird and Ware 1982 (Gaus
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Posterior mean and covariance of a group in its cells, given the discrete latents beside it."""
+    """Posterior mean and covariance of a group in its cells, given the discrete latents beside it.
+
+    Where a cell stands for several, `about` has by site how observations go with posterior means and with each other.
+    """
 
     mean: Named
     covariance: Named
+    about: Mapping[str, tuple[Named, Named]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +102,10 @@ class GaussianBlock:
 
     def integrate(self, values: Mapping[Any, Any], rows: Mapping[str, Rows], cells: Mapping[str, Array]):
         """`(table, moments)`: the integral over the latents, and their posterior."""
-        precision, shift, constant = self.quadratic(values, rows, cells)
+        return self.integrated(*self.quadratic(residuals(self.factors, values, rows), cells))
+
+    def integrated(self, precision: Named, shift: Named, constant: Named) -> tuple[Table, Moments]:
+        """The integral of a quadratic in each cell, and the moments of the posterior there."""
         lead = (*self.states, *self.plates)
         axes = tuple(a for a in lead if a in union(precision.axes, shift.axes))
         matrix = jnp.broadcast_to(
@@ -121,9 +128,9 @@ class GaussianBlock:
     def _batch(self, array: Named, axes: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(array.size(a) if a in array.axes else 1 for a in axes)
 
-    def quadratic(self, values, rows, cells, proper: bool = True) -> tuple[Named, Named, Named]:
+    def quadratic(self, found: Sequence[tuple[Factor, Residual]], cells: Mapping) -> tuple[Named, Named, Named]:
         """Precision, precision times mean, and constant of every cell, summed over the rows of all factors."""
-        parts = [self.terms(f, r, cells) for f, r in residuals(self.factors, values, rows, proper)]
+        parts = [self.terms(f, r, cells) for f, r in found]
         return tuple(add(*terms) for terms in zip(*parts, strict=True))  # type: ignore[return-value]
 
     def terms(self, f: Factor, r: Residual, cells: Mapping[str, Array]) -> tuple[Named, Named, Named]:
@@ -175,15 +182,7 @@ class GaussianBlock:
             matrix = jnp.zeros((self.dim, self.dim), p.dtype).at[where[:, :, None], where[:, None, :]].add(p)
             return Named(matrix, (DIM, OTHER)), Named(jnp.zeros(self.dim, s.dtype).at[where].add(s), (DIM,))
         where = group.within(self.members)
-        rest = tuple(a for a in precision.axes if a not in (DIM, OTHER))
-        p = precision.to((*rest, DIM, OTHER))
-        p = jnp.broadcast_to(p, (*p.shape[:-2], d, d))
-        matrix = jnp.zeros((*p.shape[:-2], self.dim, self.dim), p.dtype).at[..., where[:, None], where[None, :]].set(p)
-        others = tuple(a for a in shift.axes if a != DIM)
-        s = shift.to((*others, DIM))
-        s = jnp.broadcast_to(s, (*s.shape[:-1], d))
-        vector = jnp.zeros((*s.shape[:-1], self.dim), s.dtype).at[..., where].set(s)
-        return Named(matrix, (*rest, DIM, OTHER)), Named(vector, (*others, DIM))
+        return widened(precision, (DIM, OTHER), where, self.dim), widened(shift, (DIM,), where, self.dim)
 
     def _index(self, f: Factor) -> str:
         assert f.completions is not None
@@ -212,8 +211,8 @@ class GaussianBlock:
             return named(nodes.reshape(nodes.shape[0], *sizes, -1), (NODES, *f.site.plates, DIM))
         where = f.completions.within(self.members)
         axes = moments.mean.axes[:-1]
-        mean = moments.mean.array[..., where]
-        covariance = moments.covariance.array[..., where[:, None], where[None, :]]
+        mean = moments.mean.array[..., rows_of(where)]
+        covariance = square_of(moments.covariance.array, where)
         batch = jnp.broadcast_shapes(mean.shape[:-1], covariance.shape[:-2])
         mean = jnp.broadcast_to(mean, (*batch, mean.shape[-1]))
         return named(gaussian_nodes(mean, covariance), (NODES, *axes, DIM))
@@ -246,12 +245,10 @@ class GaussianBlock:
             return pooled_statistics(f, rows, named(mean, (*f.site.plates, DIM)), covariance, weight)
         where = f.completions.within(self.members)
         axes = moments.mean.axes[:-1]
-        mean = named(moments.mean.array[..., where], (*axes, DIM))
-        covariance = named(
-            moments.covariance.array[..., where[:, None], where], (*moments.covariance.axes[:-2], DIM, OTHER)
-        )
+        mean = named(moments.mean.array[..., rows_of(where)], (*axes, DIM))
+        covariance = named(square_of(moments.covariance.array, where), (*moments.covariance.axes[:-2], DIM, OTHER))
         mean, covariance, weight = (self.by_row(f, v, cells) for v in (mean, covariance, weight))
-        return pooled_statistics(f, rows, mean, covariance, weight)
+        return pooled_statistics(f, rows, mean, covariance, weight, moments.about.get(f.name))
 
     def at(self, f: Factor, latents: Mapping[str, Array], cells: Mapping[str, Array]) -> tuple[Array, Named | None]:
         """The same with one node, where the latents have given values."""
@@ -273,7 +270,7 @@ class GaussianBlock:
 
     def density_at(self, latents: Mapping[str, Array], values, rows, cells) -> Named:
         """Log density of all sites by the quadratic form that is integrated."""
-        precision, shift, constant = self.quadratic(values, rows, cells, proper=False)
+        precision, shift, constant = self.quadratic(residuals(self.factors, values, rows, proper=False), cells)
         w = self.coordinates(latents)
         other, keep = Named(w.array, tuple(OTHER if a == DIM else a for a in w.axes)), (*self.states, *self.plates)
         linear, square = contract(keep, shift, w), contract(keep, precision, w, other)
@@ -334,6 +331,18 @@ class GaussianBlock:
         elif self.routed:
             reason += "; rows find their cell by index"
         return reason
+
+
+def widened(value: Named, dims: tuple[str, ...], where: np.ndarray, dim: int) -> Named:
+    """Coordinates of a factor's latents, along the axes `dims`, as those at the places `where` among `dim` of them."""
+    if set(dims) <= set(value.axes) and np.array_equal(where, np.arange(dim)):
+        return value
+    axes = (*(a for a in value.axes if a not in dims), *dims)
+    array = value.to(axes)
+    batch = array.shape[: len(axes) - len(dims)]
+    array = jnp.broadcast_to(array, (*batch, *(len(where) for _ in dims)))
+    room = jnp.zeros((*batch, *(dim for _ in dims)), array.dtype)
+    return Named(room.at[(..., *np.ix_(*(where for _ in dims)))].set(array), axes)
 
 
 def product(mean: Named) -> Named:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from autoem.e_step.gaussian.quadratic import DIM, EVENT, OTHER, event_of, member_of, summed
+from autoem.e_step.gaussian.quadratic import DIM, EVENT, EVENT_TOO, OTHER, event_of, member_of, summed
 from autoem.e_step.tables.completions import NODES
 from autoem.e_step.tables.tabulate import Factor, Rows
 from autoem.graph.named import Named, add
 
-EVENT_TOO = "·event'"
 WIDE = 64  # coordinates of one cell from which nodes for a latent's own law cost more than its moments
 
 
@@ -51,10 +50,13 @@ def own_axes(f: Factor) -> tuple[str, ...]:
     return tuple(a for a in f.site.axes if a not in member_of(f).axes)
 
 
-def pooled_statistics(f: Factor, rows: Rows, mean: Named, covariance: Named, weight: Named) -> tuple[Array, Array]:
+def pooled_statistics(
+    f: Factor, rows: Rows, mean: Named, covariance: Named, weight: Named, about: tuple[Named, Named] | None = None
+) -> tuple[Array, Array]:
     """Expected statistics of a pooled site: moments of one, its latents and its observations, summed over rows.
 
-    `mean` and `covariance` of the latents are as the rows see them, and so is the `weight` of the discrete ones.
+    `mean` and `covariance` of the latents are as the rows see them, and so is the `weight` of the discrete ones. Where
+    one row stands for several, `about` is how observations go with posterior means, and with each other.
     """
     assert f.completions is not None and f.family is not None
     states = tuple(z.name for z in f.parents)
@@ -74,6 +76,9 @@ def pooled_statistics(f: Factor, rows: Rows, mean: Named, covariance: Named, wei
         total = summed(f, (*keep, EVENT), x, *times)
         cross = summed(f, (*keep, EVENT, DIM), x, mean, *times)
         square = summed(f, (*keep, EVENT, EVENT_TOO), x, again, *times)
+        if about is not None:
+            cross = add(cross, summed(f, (*keep, EVENT, DIM), about[0], *times))
+            square = add(square, summed(f, (*keep, EVENT, EVENT_TOO), about[1], *times))
     whole, d = (*states, NODES, *f.site.axes), f.completions.dim
     e = f.graph.shape((f.name, "value"))[-1] if f.family.event_dim else 1
     blocks = [

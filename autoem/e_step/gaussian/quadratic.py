@@ -21,19 +21,24 @@ from autoem.e_step.tables.tabulate import Factor, Rows
 from autoem.graph.named import Named, add, contract, multiply, named
 from autoem.ir import Continuous
 
-DIM, OTHER, EVENT = "·dim", "·dim'", "·event"
+DIM, OTHER, EVENT, EVENT_TOO = "·dim", "·dim'", "·event", "·event'"
 LOG_2PI = math.log(2 * math.pi)
 
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """A Normal site as `y - M w`, whitened: `slope` is `M` along `DIM`, `log_scale` the log of the divisor."""
+    """A Normal site as `y - M w`, whitened: `slope` is `M` along `DIM`, `log_scale` the log of the divisor.
+
+    `whitening` is what observations were multiplied by: a number each, or for vectors a matrix, along `EVENT` of the
+    residual and `EVENT_TOO` of what was observed.
+    """
 
     y: Named
     slope: Named
     log_scale: Named
     weight: Named | None
     mask: Named | None
+    whitening: Named | None = None
 
 
 def described(m: Continuous) -> str:
@@ -169,7 +174,7 @@ def residual(f: Factor, values: Mapping[Any, Any], rows: Rows) -> Residual:
         y = x.to((*f.site.axes, *x.axes[:vector])) - first
     else:
         y = jnp.zeros_like(first)  # put in below: large data stay in the order in which they lie
-    y, slope, log_scale = whitened(args, y, slope, vector)
+    y, slope, log_scale, whitening = whitened(args, y, slope, vector)
     named_axes = (*axes, EVENT) if vector else axes
     mask = None if rows.mask is None else Named(rows.mask.array.astype(log_scale.dtype), rows.mask.axes)
     shown = named(y, named_axes)
@@ -177,25 +182,26 @@ def residual(f: Factor, values: Mapping[Any, Any], rows: Rows) -> Residual:
         x = f.observations(rows)
         x = Named(jnp.log(x.array), x.axes) if family.name == "LogNormal" else x
         away = add(x, named(-first, axes))
-        shown = multiply(away, named(1 / args["scale"], axes))
-    return Residual(shown, named(slope, named_axes), named(log_scale, axes), rows.scale, mask)
+        shown = multiply(away, named(whitening, axes))
+    by = named(whitening, (*named_axes, EVENT_TOO) if vector else axes)
+    return Residual(shown, named(slope, named_axes), named(log_scale, axes), rows.scale, mask, by)
 
 
-def whitened(args: Mapping[str, Array], y: Array, slope: Array, vector: int) -> tuple[Array, Array, Array]:
-    """Residuals and slopes divided by the scale, or by the root of the covariance; and its log determinant."""
+def whitened(args: Mapping[str, Array], y: Array, slope: Array, vector: int) -> tuple[Array, Array, Array, Array]:
+    """Residuals and slopes divided by the scale, or by the root of the covariance; its log determinant; the divisor."""
     if not vector:
         scale = args["scale"]
-        return y / scale, slope / scale, jnp.log(scale)
+        return y / scale, slope / scale, jnp.log(scale), 1 / scale
     form, matrix = next((k, v) for k, v in args.items() if k != "loc")
     if form == "precision_matrix":
-        upper = jnp.swapaxes(jnp.linalg.cholesky(matrix), -1, -2)
-        log_det = -jnp.log(jnp.diagonal(upper, axis1=-2, axis2=-1)).sum(-1)
-        return _times(upper, y), _times(upper, slope), log_det
-    lower = jnp.linalg.cholesky(matrix) if form == "covariance_matrix" else matrix
-    eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
-    inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
-    log_det = jnp.log(jnp.abs(jnp.diagonal(lower, axis1=-2, axis2=-1))).sum(-1)
-    return _times(inverse, y), _times(inverse, slope), log_det
+        inverse = jnp.swapaxes(jnp.linalg.cholesky(matrix), -1, -2)
+        log_det = -jnp.log(jnp.diagonal(inverse, axis1=-2, axis2=-1)).sum(-1)
+    else:
+        lower = jnp.linalg.cholesky(matrix) if form == "covariance_matrix" else matrix
+        eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
+        inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
+        log_det = jnp.log(jnp.abs(jnp.diagonal(lower, axis1=-2, axis2=-1))).sum(-1)
+    return _times(inverse, y), _times(inverse, slope), log_det, inverse
 
 
 def _times(matrix: Array, vectors: Array) -> Array:
