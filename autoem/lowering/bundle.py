@@ -7,6 +7,7 @@ on as it stands.
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -20,14 +21,16 @@ from autoem.e_step.elimination.places import build_layout
 from autoem.e_step.groups import build_blocks, with_gaps
 from autoem.e_step.tables.constants import log_density_constant
 from autoem.e_step.tables.factors import build_factors
-from autoem.e_step.tables.prepared import prepare
+from autoem.e_step.tables.prepared import TURN_UP_TO, prepare
 from autoem.e_step.tables.tabulate import Factor, Rows
 from autoem.graph.jaxpr import Variable
 from autoem.graph.named import Named
 from autoem.ir import Program
 from autoem.lowering.chunks import Chunks, shardings, spread_data, spread_rows
+from autoem.lowering.moments import by_entry, moments_along
 from autoem.m_step.problem import Bundle
 
+EMPTY: Mapping = types.MappingProxyType({})
 REMEMBERED = 64 * 2**20  # bytes of the data up to which their routes are kept for the next call
 
 
@@ -104,18 +107,32 @@ def route_cells(program: Program, factors: tuple[Factor, ...], values: Mapping) 
 class Preparation:
     """`make_bundle` for one structure, compiled by `compiled` at the first call.
 
-    Arrays of more than `turned` bytes are passed on as they are; others are copied, turned as the kernel reads them.
+    Large arrays are passed on as they are; others are copied, turned as the kernel reads them. All are passed on where
+    a fit sees the rows of a plate through moments alone: `by_moments` are the plate and the sites observed along it.
     """
 
-    def __init__(self, program: Program, factors: tuple[Factor, ...], compiled: Callable, turned: int):
+    def __init__(
+        self,
+        program: Program,
+        factors: tuple[Factor, ...],
+        compiled: Callable,
+        by_moments: tuple[str, tuple[str, ...]] | None,
+    ):
         self._program, self._factors, self._compiled = program, factors, compiled
-        self._passed = passed_on(program, factors, turned)
+        self._passed = passed_on(program, factors, 0 if by_moments else TURN_UP_TO)
+        self._by_moments = by_moments if by_moments and set(by_moments[1]) <= set(self._passed) else None
         self._whole = compiled(self._make)
         self._spread = None
 
-    def whole(self, data: Mapping[int, Array], key: Array, cells: Mapping[str, Array]) -> Bundle:
-        """The data in one piece."""
-        return with_passed_on(self._program, self._passed, self._whole(data, key, cells), data)
+    def whole(self, data: Mapping[int, Array], key: Array, cells: Mapping[str, Array], fitted: bool = False) -> Bundle:
+        """The data in one piece; with moments where they are to be `fitted` by them."""
+        moments = None
+        if fitted and self._by_moments:
+            plate, names = self._by_moments
+            moments = moments_along(plate)([self._value(n, data) for n in names])
+        bundle = self._whole(data, key, cells, moments)
+        rows = {n: dataclasses.replace(bundle.rows[n], value=self._value(n, data)) for n in self._passed}
+        return dataclasses.replace(bundle, rows={**bundle.rows, **rows})
 
     def spread(self, data: Mapping[int, Any], key: Array, chunks: Chunks) -> Bundle:
         """The data over all devices, each of which prepares rows of its own."""
@@ -123,10 +140,24 @@ class Preparation:
         if self._spread is None:
             out = shardings(jax.eval_shape(self._make, placed, key, {}), chunks)
             self._spread = self._compiled(self._make, out_shardings=out)
-        return spread_rows(with_passed_on(self._program, self._passed, self._spread(placed, key, {}), placed), chunks)
+        bundle = self._spread(placed, key, {})
+        rows = {n: dataclasses.replace(bundle.rows[n], value=self._value(n, placed)) for n in self._passed}
+        return spread_rows(dataclasses.replace(bundle, rows={**bundle.rows, **rows}), chunks)
 
-    def _make(self, data: Mapping[int, Array], key: Array, cells: Mapping[str, Array]) -> Bundle:
-        return make_bundle(self._program, self._factors, data, key, cells, self._passed)
+    def _make(
+        self, data: Mapping[int, Array], key: Array, cells: Mapping[str, Array], moments: tuple | None = None
+    ) -> Bundle:
+        known = {}
+        if moments is not None and self._by_moments:
+            plate, names = self._by_moments
+            known = dict(zip(names, by_entry([self._value(n, data) for n in names], plate, moments), strict=True))
+        bundle = make_bundle(self._program, self._factors, data, key, cells, self._passed, known)
+        return dataclasses.replace(bundle, moments=moments)
+
+    def _value(self, name: str, data: Mapping[int, Array]) -> Named:
+        """Rows of a site that are an argument of the call as it stands."""
+        array, site = data[self._passed[name]], self._program.sites[name]
+        return Named(array, (*site.axes, *(f"event{j}" for j in range(array.ndim - len(site.shape)))))
 
 
 def make_bundle(
@@ -136,10 +167,14 @@ def make_bundle(
     key: Array,
     cells: Mapping[str, Array],
     passed: Collection[str] = (),
+    known: Mapping[str, tuple[Array, Array]] = EMPTY,
 ) -> Bundle:
-    """Everything that the kernel takes besides parameters, and besides the rows of the sites that are `passed` on."""
+    """Everything that the kernel takes besides parameters, and besides the rows of the sites that are `passed` on.
+
+    Of some sites the mean and the variance of every entry over the rows are `known`.
+    """
     values = {**{("data", i): x for i, x in data.items()}, ("key", 0): key}
-    rows = {f.name: prepare(f, program, values, cells) for f in factors}
+    rows = {f.name: prepare(f, program, values, cells, known.get(f.name)) for f in factors}
     layout = build_layout(program, values, cells)
     constant = jnp.zeros(())
     for f in factors:
@@ -174,16 +209,6 @@ def passed_on(program: Program, factors: tuple[Factor, ...], turned: int) -> dic
             if large and atom.shape[:events] == f.site.shape:
                 out[f.name] = by_variable[atom]
     return out
-
-
-def with_passed_on(program: Program, passed: Mapping[str, int], bundle: Bundle, data: Mapping[int, Array]) -> Bundle:
-    """Put the call's own arrays where rows are no more than them, so that no copy is made."""
-    rows = dict(bundle.rows)
-    for name, i in passed.items():
-        site = program.sites[name]
-        events = tuple(f"event{j}" for j in range(data[i].ndim - len(site.shape)))
-        rows[name] = dataclasses.replace(rows[name], value=Named(data[i], (*site.axes, *events)))
-    return dataclasses.replace(bundle, rows=rows)
 
 
 def data_of_cells(program: Program, factors: tuple[Factor, ...]) -> list[int]:

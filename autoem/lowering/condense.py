@@ -25,17 +25,16 @@ from autoem.e_step.gaussian.block import GaussianBlock
 from autoem.e_step.gaussian.missing import MissingEntries
 from autoem.e_step.gaussian.quadratic import EVENT
 from autoem.e_step.gaussian.spread import COVARIANCE, SpreadBlock, own_name
-from autoem.e_step.tables.prepared import TURN_UP_TO
 from autoem.e_step.tables.tabulate import Factor, Rows
 from autoem.graph.named import Named
 from autoem.graph.programs import Program, jit_well
 from autoem.lowering.chunks import resized
 from autoem.lowering.integrals import Integral
 from autoem.lowering.kernel import Kernel
+from autoem.lowering.moments import entries_of, joint_moments
 from autoem.m_step.problem import Bundle, Params
 
 FEWER = 4  # times fewer rows, from which it is done
-AT_ONCE = 2048  # rows whose products are taken together: what they are copied to stays in the cache
 MAX_WIDTH = 2_000  # entries of a row, up to which their covariance is taken
 
 
@@ -75,9 +74,10 @@ def plate_of_moments(kernel: Kernel) -> str | None:
     return plate if observed and alike and width < MAX_WIDTH and rows >= FEWER * (width + 1) else None
 
 
-def turned_up_to(kernel: Kernel) -> int:
-    """Bytes up to which data are copied, turned as the kernel reads them; moments are taken from the call's own."""
-    return 0 if plate_of_moments(kernel) else TURN_UP_TO
+def seen_by_moments(kernel: Kernel) -> tuple[str, tuple[str, ...]] | None:
+    """That plate, and the sites that are observed along it."""
+    plate = plate_of_moments(kernel)
+    return None if plate is None else (plate, tuple(f.name for f in kernel.integrals[0].factors if not f.is_hidden))
 
 
 def note_of(kernel: Kernel, accelerated: bool) -> tuple[str, ...]:
@@ -133,8 +133,9 @@ def condensed(kernel: Kernel, bundle: Bundle) -> tuple[Kernel, Bundle]:
     if form not in made:
         made[form] = condensation(kernel, plate, observed, [v for v in values if v is not None])
     small, run = made[form]
-    rows, cells = run({f.name: bundle.rows[f.name] for f in observed})
-    return small, dataclasses.replace(bundle, rows={**bundle.rows, **rows}, cells={**bundle.cells, **cells})
+    rows, cells = run({f.name: bundle.rows[f.name] for f in observed}, bundle.moments)
+    rows, cells = {**bundle.rows, **rows}, {**bundle.cells, **cells}
+    return small, dataclasses.replace(bundle, rows=rows, cells=cells, moments=None)
 
 
 _condensations: weakref.WeakKeyDictionary[Kernel, dict[tuple, tuple[Kernel, Program]]] = weakref.WeakKeyDictionary()
@@ -146,9 +147,9 @@ def condensation(
     """The kernel of one row in place of many, and what makes its row and cells of theirs."""
     sizes = {f.name: {a: v.size(a) for a in entries_of(v, plate)} for f, v in zip(observed, values, strict=True)}
 
-    def run(given: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[str, Array]]:
+    def run(given: Mapping[str, Rows], moments: Any) -> tuple[dict[str, Rows], dict[str, Array]]:
         rows, cells, units, start = {}, {}, [], 0
-        mean, covariance = joint_moments([r.value for r in given.values() if r.value is not None], plate)
+        mean, covariance = moments or joint_moments([r.value for r in given.values() if r.value is not None], plate)
         for f in observed:
             of_row = sizes[f.name]
             own = slice(start, start := start + int(np.prod([*of_row.values()], dtype=int)))
@@ -175,35 +176,6 @@ def lies_along(rows: Rows, plate: str) -> bool:
     """Whether anything but the observations differs from row to row."""
     rest = jax.tree.leaves(dataclasses.replace(rows, value=None), is_leaf=lambda x: isinstance(x, Named))
     return any(isinstance(x, Named) and plate in x.axes for x in rest)
-
-
-def entries_of(value: Named, plate: str) -> tuple[str, ...]:
-    """The axes of what a site observes of one row, that of its vectors last."""
-    return tuple(sorted((a for a in value.axes if a != plate), key="event0".__eq__))
-
-
-def joint_moments(values: Sequence[Named], plate: str) -> tuple[Array, Array]:
-    """The mean of rows that lie along `plate`, `(entries,)`, and their covariance, of all values together."""
-    count = values[0].size(plate)
-    means = [v.array.mean(v.axes.index(plate), dtype=float, keepdims=True) for v in values]
-
-    def in_line(v: Named, array: Array) -> Array:
-        return Named(array, v.axes).to((plate, *entries_of(v, plate))).reshape(array.shape[v.axes.index(plate)], -1)
-
-    def products(start, size: int) -> Array:
-        parts = []
-        for v, mean in zip(values, means, strict=True):
-            rows = jax.lax.dynamic_slice_in_dim(v.array, start, size, v.axes.index(plate))
-            parts.append(in_line(v, rows - mean))
-        off = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
-        return off.T @ off
-
-    blocks, rest = divmod(count, AT_ONCE)
-    total: Array = products(blocks * AT_ONCE, rest) if rest else jnp.zeros(())
-    if blocks:
-        total = jnp.broadcast_to(total, jax.eval_shape(lambda: products(0, AT_ONCE)).shape)
-        total = jax.lax.fori_loop(0, blocks, lambda i, total: total + products(i * AT_ONCE, AT_ONCE), total)
-    return jnp.concatenate([in_line(v, m)[0] for v, m in zip(values, means, strict=True)]), total / count
 
 
 def mean_row(factor: Factor, rows: Rows, plate: str, mean: Array) -> tuple[Rows, Array]:
@@ -253,4 +225,4 @@ def shrunk(kernel: Kernel, plate: str, entries: Mapping[str, Mapping[str, int]])
     )
 
 
-__all__ = ["condensed", "note_of", "turned_up_to"]
+__all__ = ["condensed", "note_of", "seen_by_moments"]

@@ -28,7 +28,10 @@ CELLS = "·cells"
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """All arrays that a kernel takes besides the parameters; `nodes` are those of continuous latents, by factor."""
+    """All arrays that a kernel takes besides the parameters; `nodes` are those of continuous latents, by factor.
+
+    `moments` are the mean and the covariance of the rows, where a fit needs no more of them.
+    """
 
     data: dict[int, Array]
     key: Array
@@ -38,6 +41,7 @@ class Bundle:
     constant: Array
     tail: dict[str, Rows] | None = None
     nodes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    moments: tuple[Array, Array] | None = None
 
 
 jax.tree_util.register_dataclass(Bundle, [f.name for f in dataclasses.fields(Bundle)], [])

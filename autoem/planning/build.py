@@ -32,7 +32,7 @@ from autoem.graph.programs import jit_once, jit_well
 from autoem.ir import Program
 from autoem.lowering.bundle import Preparation, Routes, make_bundle
 from autoem.lowering.chunks import plan_chunks, spread_rows
-from autoem.lowering.condense import note_of, turned_up_to
+from autoem.lowering.condense import note_of, seen_by_moments
 from autoem.lowering.integrals import Integral
 from autoem.lowering.kernel import Kernel
 from autoem.lowering.methods import settled
@@ -84,7 +84,7 @@ class Build:
     def __post_init__(self):
         large = sum(np.size(x) for x in self.source.data) >= LARGE
         self.compiled = jit_well if large else jit_once  # over many rows it runs long enough to be worth compiling well
-        self._prepare = Preparation(self.program, self.factors, self.compiled, turned_up_to(self.kernel))
+        self._prepare = Preparation(self.program, self.factors, self.compiled, seen_by_moments(self.kernel))
 
     @property
     def program(self) -> Program:
@@ -93,11 +93,11 @@ class Build:
     def data(self, source: Source) -> dict[int, Array]:
         return {} if source.concrete else {i: jnp.asarray(x) for i, x in enumerate(source.data)}
 
-    def plain_bundle(self, source: Source, key: Array) -> Bundle:
-        """The data of a call, prepared, in one piece."""
+    def plain_bundle(self, source: Source, key: Array, fitted: bool = False) -> Bundle:
+        """The data of a call, prepared, in one piece; with moments, where they are to be `fitted` by them."""
         data, find = self.data(source), cells_by(self.kernel.treatment)
         cells = self.routes.of(find, self.program, self.factors, data, key) if self.has_routes else {}
-        return self._prepare.whole(data, key, cells)
+        return self._prepare.whole(data, key, cells, fitted)
 
     def whole_bundle(self, source: Source, key: Array) -> Bundle:
         """The same with all the data, for questions to the model itself."""
@@ -109,7 +109,7 @@ class Build:
             return self.whole_bundle(source, key)
         chunks = self.plan.chunks
         if chunks is None or chunks.devices == 1 or chunks.main < chunks.rows or source.concrete:
-            return spread_rows(self.plain_bundle(source, key), chunks)
+            return spread_rows(self.plain_bundle(source, key, fitted=True), chunks)
         return self._prepare.spread(dict(enumerate(source.data)), key, chunks)
 
     @property

@@ -12,7 +12,7 @@ from numpyro.distributions import constraints
 import autoem
 from autoem import _em
 from autoem.graph.named import Named
-from autoem.lowering.condense import AT_ONCE, joint_moments
+from autoem.lowering.moments import AT_ONCE, joint_moments
 
 RNG = np.random.default_rng(8)
 KEY = jax.random.key(0)

@@ -7,14 +7,18 @@ statistics of the families in `regression`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import Array
 
 from autoem.e_step.gaussian.quadratic import DIM, EVENT, EVENT_TOO, OTHER, event_of, member_of, summed
 from autoem.e_step.tables.completions import NODES
+from autoem.e_step.tables.regression import Products
 from autoem.e_step.tables.tabulate import Factor, Rows
 from autoem.graph.named import Named, add
 
+ONCE = {OTHER: DIM, EVENT_TOO: EVENT}  # axes that are others' a second time
 WIDE = 64  # coordinates of one cell from which nodes for a latent's own law cost more than its moments
 
 
@@ -52,7 +56,7 @@ def own_axes(f: Factor) -> tuple[str, ...]:
 
 def pooled_statistics(
     f: Factor, rows: Rows, mean: Named, covariance: Named, weight: Named, about: tuple[Named, Named] | None = None
-) -> tuple[Array, Array]:
+) -> tuple[Products, Array]:
     """Expected statistics of a pooled site: moments of one, its latents and its observations, summed over rows.
 
     `mean` and `covariance` of the latents are as the rows see them, and so is the `weight` of the discrete ones. Where
@@ -79,26 +83,30 @@ def pooled_statistics(
         if about is not None:
             cross = add(cross, summed(f, (*keep, EVENT, DIM), about[0], *times))
             square = add(square, summed(f, (*keep, EVENT, EVENT_TOO), about[1], *times))
-    whole, d = (*states, NODES, *f.site.axes), f.completions.dim
-    e = f.graph.shape((f.name, "value"))[-1] if f.family.event_dim else 1
-    blocks = [
-        [(count, (), ()), (first, (), (DIM,)), (total, (), (EVENT,))],
-        [(first, (DIM,), ()), (second, (DIM,), (OTHER,)), (cross, (DIM,), (EVENT,))],
-        [(total, (EVENT,), ()), (cross, (EVENT,), (DIM,)), (square, (EVENT,), (EVENT_TOO,))],
-    ]
-    sizes = (1, d, e)
-    lead = jnp.broadcast_shapes(*(v.to(whole + a + b).shape[: len(whole)] for line in blocks for v, a, b in line))
+    whole = (*states, NODES, *f.site.axes)
+    sizes = {DIM: f.completions.dim, EVENT: f.graph.shape((f.name, "value"))[-1] if f.family.event_dim else 1}
 
-    def block(i: int, j: int) -> Array:
-        value, down, across = blocks[i][j]
-        array = value.to(whole + down + across)
-        shape = (*array.shape[: len(whole)], array.shape[len(whole)] if down else 1, array.shape[-1] if across else 1)
-        return jnp.broadcast_to(array.reshape(shape), (*lead, sizes[i], sizes[j]))
+    def block(value: Named, down: str = "", across: str = "") -> Array:
+        """A part of a matrix, after the axes of cells; of size one along those that it does not vary on."""
+        array = value.to((*whole, *filter(None, (down, across))))
+        lead, axes = array.shape[: len(whole)], [sizes.get(ONCE.get(a, a), 1) for a in (down, across)]
+        own = [1 if not a else value.size(a) if a in value.axes else 1 for a in (down, across)]
+        return jnp.broadcast_to(array.reshape(*lead, *own), (*lead, *axes))
 
-    known = range(3) if reads_others(f) else (0, 2)
-    lines = [jnp.concatenate([block(i, j) for j in known], -1) for i in known]
-    matrix, counts = jnp.concatenate(lines, -2), -jnp.broadcast_to(count.to(whole), lead)
-    return matrix.reshape(*lead, -1), counts
+    inner, between, squares = block(count), block(total, "", EVENT), block(square, EVENT, EVENT_TOO)
+    if reads_others(f):
+        inner = joined([[inner, block(first, "", DIM)], [block(first, DIM), block(second, DIM, OTHER)]])
+        between = joined([[between], [block(cross, DIM, EVENT)]])
+    lead = jnp.broadcast_shapes(*(x.shape[: len(whole)] for x in (inner, between, squares)))
+    between, squares = (jnp.broadcast_to(x, (*lead, *x.shape[len(whole) :])) for x in (between, squares))
+    return Products(inner, between, squares), -jnp.broadcast_to(count.to(whole), lead)
+
+
+def joined(blocks: Sequence[Sequence[Array]]) -> Array:
+    """A matrix from its blocks, in as many cells as any of them has."""
+    lead = jnp.broadcast_shapes(*(x.shape[:-2] for line in blocks for x in line))
+    lines = [jnp.concatenate([jnp.broadcast_to(x, (*lead, *x.shape[-2:])) for x in line], -1) for line in blocks]
+    return jnp.concatenate(lines, -2)
 
 
 def of_own(f: Factor, first: Named, second: Named) -> tuple[Named, Named, Named]:

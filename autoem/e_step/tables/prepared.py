@@ -28,8 +28,11 @@ from autoem.ir import Program, Site
 TURN_UP_TO = 256 * 2**20  # bytes: larger data are not copied but turned chunk by chunk, which costs up to a fifth
 
 
-def prepare(factor: Factor, program: Program, values: Mapping, cells: Mapping) -> Rows:
-    """Make what `factor` needs of the data."""
+Moments = tuple[Array, Array]
+
+
+def prepare(factor: Factor, program: Program, values: Mapping, cells: Mapping, known: Moments | None = None) -> Rows:
+    """Make what `factor` needs of the data, the mean and the variance over rows of whose entries may be `known`."""
     graph = program.full
     rows = Rows(
         mask=mask_of(factor, graph, values),
@@ -47,7 +50,7 @@ def prepare(factor: Factor, program: Program, values: Mapping, cells: Mapping) -
     rows = (
         moving_rows(factor, values, rows)
         if set(factor.moving) - {"mask"}
-        else observed_rows(factor, graph, values, rows)
+        else observed_rows(factor, graph, values, rows, known)
     )
     if not factor.moving:
         return rows
@@ -174,7 +177,7 @@ def first_seen(array: Array, seen: Array) -> Array:
     return example.reshape(*events, *(1,) * seen.ndim)
 
 
-def observed_rows(factor: Factor, graph: Graph, values: Mapping, rows: Rows) -> Rows:
+def observed_rows(factor: Factor, graph: Graph, values: Mapping, rows: Rows, known: Moments | None = None) -> Rows:
     """The values as the data hold them, and the moments that `Factor.observations` standardises them by."""
     site, family = factor.site, factor.family
     assert family is not None
@@ -186,7 +189,7 @@ def observed_rows(factor: Factor, graph: Graph, values: Mapping, rows: Rows) -> 
     if family.standardise is not None and any(
         s > 1 and not a.startswith("#") for a, s in zip(site.axes, site.shape, strict=True)
     ):
-        centre, spread = (m.reshape(m.shape[rank:] if family.event_dim else m.shape) for m in moments(raw, site))
+        centre, spread = (m.reshape(m.shape[rank:] if family.event_dim else m.shape) for m in moments(raw, site, known))
         rows = dataclasses.replace(rows, centre=centre, spread=spread)
     kept = [i for i, s in enumerate(site.shape) if s > 1]
     shape = tuple(site.shape[i] for i in kept) + raw.shape[rank:]
@@ -231,8 +234,14 @@ def without_hidden(raw: Array, seen: Array, rank: int) -> Array:
     return jnp.where(seen, raw, example)
 
 
-def moments(raw: Array, site: Site) -> tuple[Array, Array]:
+def moments(raw: Array, site: Site, known: Moments | None = None) -> tuple[Array, Array]:
     """Mean and standard deviation over the plates, element by element of the event; a constant has spread one."""
-    over, raw = tuple(i for i, a in enumerate(site.axes) if not a.startswith("#")), as_float(raw)
-    centre, variance = raw.mean(over, keepdims=True), raw.var(over, keepdims=True)
+    over = tuple(i for i, a in enumerate(site.axes) if not a.startswith("#"))
+    if known is None:
+        raw = as_float(raw)
+        centre, variance = raw.mean(over, keepdims=True), raw.var(over, keepdims=True)
+    else:  # over the rows, to be joined over other plates
+        mean, within = known
+        centre = mean.mean(over, keepdims=True)
+        variance = within.mean(over, keepdims=True) + mean.var(over, keepdims=True)
     return centre, jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 1.0)

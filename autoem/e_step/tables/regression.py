@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,24 +128,38 @@ def _residuals(t: Array, n: Array, args: Args) -> tuple[Array, Array]:
     return -n, 0.5 * jnp.maximum(squares, 0.0)
 
 
-def _whole_natural(args: Args) -> tuple[Array, Array]:
-    b = _contrast(args) / args["scale"][..., None]
-    square = -0.5 * jnp.einsum("...i,...j->...ij", b, b)
-    return square.reshape(*square.shape[:-2], -1), jnp.log(args["scale"])
+class Products(NamedTuple):
+    """Statistics of a regression on `z`, one and the latents, of `x`, or what is multiplied by them in its density.
+
+    `inner` holds `z z'`, `(*batch, d, d)`, with batch axes of size one where all outputs have the same; `cross` holds
+    `z x'`, `(*batch, d, e)`, and `square` holds `x x'`, `(*batch, e, e)`.
+    """
+
+    inner: Array
+    cross: Array
+    square: Array
 
 
-def _whole_residuals(t: Array, n: Array, args: Args) -> tuple[Array, Array]:
-    b = _contrast(args)
-    matrix = t.reshape(*t.shape[:-1], b.shape[-1], b.shape[-1])
-    squares = jnp.einsum("...i,...ij,...j->...", b, matrix, b)
+def _products_natural(args: Args) -> tuple[Products, Array]:
+    loc, precision = args["loc"][..., None], args["scale"][..., None, None] ** -2
+    transposed = jnp.swapaxes(loc, -1, -2)
+    return Products(-0.5 * precision * loc * transposed, precision * loc, -0.5 * precision), jnp.log(args["scale"])
+
+
+def _products_residuals(t: Products, n: Array, args: Args) -> tuple[Array, Array]:
+    loc = args["loc"]
+    if all(s == 1 for s in t.inner.shape[:-2]):  # one product of matrices for all outputs
+        fitted = (loc.reshape(-1, loc.shape[-1]) @ t.inner.reshape(t.inner.shape[-2:])).reshape(loc.shape)
+    else:
+        fitted = jnp.einsum("...i,...ij->...j", loc, t.inner)
+    squares = t.square[..., 0, 0] + ((fitted - 2 * t.cross[..., 0]) * loc).sum(-1)
     return -n, 0.5 * jnp.maximum(squares, 0.0)
 
 
 def on_vectors(normal: Family) -> Family:
     """A multivariate normal whose location is a matrix of coefficients times known numbers: `loc` is that matrix.
 
-    Statistics are the products of the entries of `z`, the known numbers and then the vector itself: the whole matrix,
-    since picking half of its entries costs more than the other half does.
+    Statistics are `Products` of the known numbers and the vector.
     """
     name, matrix = normal.args[1], normal.rules[normal.args[1]]
     assert isinstance(matrix, Covariance)
@@ -163,20 +177,14 @@ def on_vectors(normal: Family) -> Family:
             precision = jnp.swapaxes(half, -1, -2) @ half
             log_scale = jnp.log(jnp.abs(jnp.diagonal(lower, axis1=-2, axis2=-1))).sum(-1)
         tied = precision @ args["loc"]  # with the location's coefficients, mostly few: nothing else is multiplied out
-        batch = tied.shape[:-2]
-        first = jnp.concatenate([jnp.swapaxes(args["loc"], -1, -2) @ tied, -jnp.swapaxes(tied, -1, -2)], -1)
-        last = jnp.concatenate([-tied, jnp.broadcast_to(precision, (*batch, *precision.shape[-2:]))], -1)
-        square = jnp.concatenate([first, last], -2)
-        return -0.5 * square.reshape(*batch, -1), log_scale
+        inner = jnp.swapaxes(args["loc"], -1, -2) @ tied
+        return Products(-0.5 * inner, jnp.swapaxes(tied, -1, -2), -0.5 * precision), log_scale
 
-    def scatter(t: Array, n: Array, args: Args) -> Array:
+    def scatter(t: Products, n: Array, args: Args) -> Array:
         del n
-        known = args["loc"].shape[-1]
-        count = known + args["loc"].shape[-2]
-        whole = t.reshape(*t.shape[:-1], count, count)
-        cross = args["loc"] @ whole[..., :known, known:]
-        inner = args["loc"] @ whole[..., :known, :known] @ jnp.swapaxes(args["loc"], -1, -2)
-        return inner - cross - jnp.swapaxes(cross, -1, -2) + whole[..., known:, known:]
+        cross = args["loc"] @ t.cross
+        inner = args["loc"] @ t.inner @ jnp.swapaxes(args["loc"], -1, -2)
+        return inner - cross - jnp.swapaxes(cross, -1, -2) + t.square
 
     return dataclasses.replace(
         REGRESSION, name="multivariate regression", args=("loc", name), arg_dims=(2, 2), natural=natural,
@@ -225,11 +233,10 @@ REGRESSION = Family(
     source="DeSarbo and Cron 1988",
 )
 
-# statistics are the whole matrix of moments, which no gather picks apart
 POOLED = dataclasses.replace(
     REGRESSION,
-    natural=_whole_natural,
-    rules={"loc": Location(), "scale": Power(_whole_residuals, degree=-2)},
+    natural=_products_natural,
+    rules={"loc": Location(), "scale": Power(_products_residuals, degree=-2)},
 )
 
 

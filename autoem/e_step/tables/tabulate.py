@@ -257,6 +257,9 @@ class Factor:
         if self.family is None:
             return self.argument("elem", self._inside(values) if self.is_prior else values)
         eta, log_normalizer = self.family.natural(self.arguments(values, rows))
+        if self.pooled:  # statistics of what is the same for all outputs are there once
+            sizes = [s if a.startswith("#") else 1 for a, s in zip(self.site.axes, self.site.shape, strict=True)]
+            eta = jax.tree.map(lambda x: jnp.broadcast_to(x, (*x.shape[: -len(sizes) - 2], *sizes, *x.shape[-2:])), eta)
         return eta, log_normalizer
 
     def _inside(self, values: Mapping[Any, Any]) -> Mapping[Any, Any]:

@@ -27,6 +27,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from autoem.e_step.tables.completions import rows_of, square_of
+from autoem.e_step.tables.regression import Products
 from autoem.e_step.tables.tabulate import Factor
 from autoem.graph.programs import jit_once
 from autoem.m_step.block import AbstractBlock
@@ -78,15 +79,13 @@ class Regression(LeastSquares):
         """Whether every output weighs its rows the same."""
         return not any(u.factor.site.masked or u.factor.site.scaled for u in self.uses)
 
-    def moments(self, use: Use, free: Sequence[int], old: Array, t: Array) -> tuple[Array, Array]:
+    def moments(self, use: Use, free: Sequence[int], old: Array, t: Products) -> tuple[Array, Array]:
         """Expected products of the free columns, for all cells or each, and of these with the residuals."""
-        count, width = old.shape[-1], round(t.shape[-1] ** 0.5)
         states = int(np.prod(old.shape[: len(use.factor.parents)], dtype=int))
-        table = t.reshape(states, -1, width, width)
-        known = table[:, :1, :count, :count] if self.alike else table[..., :count, :count]
-        outputs = width - count
-        before = jnp.swapaxes(old.reshape(states, -1, outputs, count), -1, -2)
-        residual = table[..., :count, count:] - known @ before
+        count, outputs = t.cross.shape[-2:]
+        known, cross = (x.reshape(states, -1, *x.shape[-2:]) for x in (t.inner, t.cross))
+        known = known[:, :1] if self.alike else jnp.broadcast_to(known, (*cross.shape[:2], count, count))
+        residual = cross - known @ jnp.swapaxes(old.reshape(states, -1, outputs, count), -1, -2)
         return square_of(known, np.asarray(free)), residual[..., rows_of(np.asarray(free)), :]
 
     def as_solved(self, inner: Array, slope: Array) -> Array:
