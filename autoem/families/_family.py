@@ -51,7 +51,7 @@ class Power(Rule):
     `s = (a / (m b))^(1/m)`.
     """
 
-    coefficients: Callable[[Array, Array, Args], tuple[Array, Array]]
+    coefficients: Callable[[Any, Array, Args], tuple[Array, Array]]
     degree: float
 
 
@@ -88,7 +88,7 @@ class Covariance(Rule):
     `scatter(t, n, args)` returns the expected scatter matrix about the current location, `(*batch, d, d)`.
     """
 
-    scatter: Callable[[Array, Array, Args], Array]
+    scatter: Callable[[Any, Array, Args], Array]
     form: str
 
 
@@ -109,7 +109,8 @@ class Family:
             or `precision_matrix`) each has a `Family` of its own, chosen by `when`.
         rules: for each of `args`, how the M-step solves for it.
         features: `T(x)`, from `(*event, *batch)` to `(p, *batch)`. Takes the dict of `fixed` arguments second.
-        natural: from the dict of args to `(eta (*batch, p), A (*batch,))`.
+        natural: from the dict of args to `(eta (*batch, p), A (*batch,))`; `eta` and the statistics that it goes with
+            may be several arrays, `Products` of a regression.
         base: `h(x)`, from `(*event, *batch)` to `(*batch,)`. Takes the dict of `fixed` arguments second.
         event_dim: number of axes of one draw: 0 or 1.
         arg_dims: number of trailing event axes of each of `args`, in order.
@@ -132,7 +133,7 @@ class Family:
     args: tuple[str, ...]
     rules: Mapping[str, Rule]
     features: Callable[[Array, Args], Array]
-    natural: Callable[[Args], tuple[Array, Array]]
+    natural: Callable[[Args], tuple[Any, Array]]
     base: Callable[[Array, Args], Array]
     source: str
     event_dim: int = 0

@@ -145,7 +145,7 @@ class Problem:
     def arguments(self, use: Use, params: Params, bundle: Bundle) -> dict[str, Array]:
         return use.factor.arguments(graph_values(bundle, params), bundle.rows[use.factor.name])
 
-    def statistics(self, use: Use, statistics: Statistics) -> tuple[Array, Array]:
+    def statistics(self, use: Use, statistics: Statistics) -> tuple[Any, Array]:
         """`(t, n)` of a natural factor: expected sufficient statistics and counts of every cell."""
         t, n = statistics[use.factor.name]
         return t, -n

@@ -164,7 +164,7 @@ def on_vectors(normal: Family) -> Family:
     name, matrix = normal.args[1], normal.rules[normal.args[1]]
     assert isinstance(matrix, Covariance)
 
-    def natural(args: Args) -> tuple[Array, Array]:
+    def natural(args: Args) -> tuple[Products, Array]:
         if matrix.form == "precision":
             precision, log_scale = args[name], -0.5 * log_det(args[name])
         elif matrix.form == "covariance":
