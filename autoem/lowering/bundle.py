@@ -130,9 +130,7 @@ class Preparation:
         if fitted and self._by_moments:
             plate, names = self._by_moments
             moments = moments_along(plate)([self._value(n, data) for n in names])
-        bundle = self._whole(data, key, cells, moments)
-        rows = {n: dataclasses.replace(bundle.rows[n], value=self._value(n, data)) for n in self._passed}
-        return dataclasses.replace(bundle, rows={**bundle.rows, **rows})
+        return self._with_passed_on(self._whole(data, key, cells, moments), data)
 
     def spread(self, data: Mapping[int, Any], key: Array, chunks: Chunks) -> Bundle:
         """The data over all devices, each of which prepares rows of its own."""
@@ -140,9 +138,7 @@ class Preparation:
         if self._spread is None:
             out = shardings(jax.eval_shape(self._make, placed, key, {}), chunks)
             self._spread = self._compiled(self._make, out_shardings=out)
-        bundle = self._spread(placed, key, {})
-        rows = {n: dataclasses.replace(bundle.rows[n], value=self._value(n, placed)) for n in self._passed}
-        return spread_rows(dataclasses.replace(bundle, rows={**bundle.rows, **rows}), chunks)
+        return spread_rows(self._with_passed_on(self._spread(placed, key, {}), placed), chunks)
 
     def _make(
         self, data: Mapping[int, Array], key: Array, cells: Mapping[str, Array], moments: tuple | None = None
@@ -153,6 +149,11 @@ class Preparation:
             known = dict(zip(names, by_entry([self._value(n, data) for n in names], plate, moments), strict=True))
         bundle = make_bundle(self._program, self._factors, data, key, cells, self._passed, known)
         return dataclasses.replace(bundle, moments=moments)
+
+    def _with_passed_on(self, bundle: Bundle, data: Mapping[int, Array]) -> Bundle:
+        """Put the call's own arrays where rows are no more than them, so that no copy is made."""
+        rows = {n: dataclasses.replace(bundle.rows[n], value=self._value(n, data)) for n in self._passed}
+        return dataclasses.replace(bundle, rows={**bundle.rows, **rows})
 
     def _value(self, name: str, data: Mapping[int, Array]) -> Named:
         """Rows of a site that are an argument of the call as it stands."""

@@ -117,6 +117,25 @@ def test_the_update_is_that_of_the_normal_equations(model, names):
             np.testing.assert_allclose(one[name], other[name], rtol=1e-9, atol=1e-11)
 
 
+def a_common_multiple(x):
+    loadings = numpyro.param("loadings", jnp.asarray(RNG.normal(size=(5, 2))))
+    times = numpyro.param("times", 1.5)
+    with numpyro.plate("rows", len(x)):
+        f = numpyro.sample("f", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+        numpyro.sample("x", dist.Normal(f @ (times * loadings).T, 0.5).to_event(1), obs=x)
+
+
+def test_a_multiple_of_zero_leaves_them_where_they_are():
+    em = autoem.EM(a_common_multiple, init="model", progress=False)
+    built, source = em._derive((X,), {})
+    bundle, params = built.bundle(source, jax.random.key(0)), built.start(source, jax.random.key(0))
+    statistics = built.kernel.expect(params, bundle).statistics
+    (block,) = (b for b in built.kernel.blocks if b.names == ("loadings",))
+    assert isinstance(block, Regression)
+    found = block.solve({**params, "times": jnp.zeros(())}, statistics, bundle, None)[0]
+    np.testing.assert_array_equal(found["loadings"], params["loadings"])
+
+
 def zeros_among(x):
     """A loading is fixed at zero for some outputs and not for others: columns are not free as a whole."""
     loadings = numpyro.param("loadings", jnp.ones(8))

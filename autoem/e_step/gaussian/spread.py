@@ -53,7 +53,8 @@ class SpreadBlock(GaussianBlock):
         lost = sum(spread_of(r, own[f.name]) for f, r in seen)
         value = add(table.value, Named(0.5 * ((slopes.T * cross).sum() - lost), ()))
         covariance = add(moments.covariance, Named(gain @ cross, (DIM, OTHER)))
-        about = {f.name: (self.part(f, cross), own[f.name]) for f, _ in seen}
+        by_site = jnp.split(cross, np.cumsum([p.shape[1] for p in parts])[:-1])
+        about = {f.name: (self.part(f, c), own[f.name]) for (f, _), c in zip(seen, by_site, strict=True)}
         return dataclasses.replace(table, value=value), Moments(moments.mean, covariance, about)
 
     def seen_through(self, f: Factor, r: Residual) -> Array:
@@ -71,12 +72,9 @@ class SpreadBlock(GaussianBlock):
         return array.reshape(self.dim, -1)
 
     def part(self, f: Factor, cross: Array) -> Named:
-        """What of the covariance of observations with posterior means is that of one site with its own latents."""
+        """The covariance of a site's observations with the posterior means, with those of its own latents alone."""
         assert f.completions is not None
-        widths = {n: int(np.prod([*e.values()], dtype=int)) for n, e in self.entries.items()}
-        start = sum(w for n, w in list(widths.items())[: list(widths).index(f.name)])
-        own = cross[start : start + widths[f.name], rows_of(f.completions.within(self.members))]
-        entries = self.entries[f.name]
+        entries, own = self.entries[f.name], cross[:, rows_of(f.completions.within(self.members))]
         return named(own.reshape(*entries.values(), -1), (*entries, DIM))
 
 

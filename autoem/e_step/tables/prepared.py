@@ -26,8 +26,6 @@ from autoem.graph.named import Named, arranged, named, union
 from autoem.ir import Program, Site
 
 TURN_UP_TO = 256 * 2**20  # bytes: larger data are not copied but turned chunk by chunk, which costs up to a fifth
-
-
 Moments = tuple[Array, Array]
 
 

@@ -72,6 +72,7 @@ class Regression(LeastSquares):
             known, residual = self.moments(use, free, old, self.problem.statistics(use, statistics)[0])
             inner, slope = inner + known, slope + residual * (units[0] / units[-1])
         step = (self.as_solved(inner, slope) / self.in_line(units[0])).ravel()
+        step = jnp.where(jnp.isfinite(step).all(), step, 0)
         return {n: (v + step[self.places[n]]).astype(v.dtype) for n, v in own.items()}, state
 
     @property
@@ -92,7 +93,7 @@ class Regression(LeastSquares):
         """The solution of the normal equations, all outputs of one matrix together."""
         inner, slope = inner[:, 0] if self.alike else inner, self.in_line(slope)
         scaled, unit = scaled_curvature(-inner)
-        return solved_together(scaled, slope / unit[..., None]) / unit[..., None]
+        return solved_by_inverse(scaled, slope / unit[..., None]) / unit[..., None]
 
     def in_line(self, columns: Array) -> Array:
         """Coefficients `(states, cells, free, outputs)` as columns of the matrices that they are solved with."""
@@ -115,8 +116,8 @@ class Regression(LeastSquares):
         return {n: place[e] for n, e in entries.items()}
 
 
-def solved_together(matrix: Array, right: Array) -> Array:
-    """The solution for positive definite matrices and many columns each; no step where there is none.
+def solved_by_inverse(matrix: Array, right: Array) -> Array:
+    """The solution for positive definite matrices and many columns each; with pivots where rounding left none such.
 
     Products with the inverse of the factor take less time than substitution.
     """
@@ -124,12 +125,7 @@ def solved_together(matrix: Array, right: Array) -> Array:
     eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
     inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
     quick = jnp.swapaxes(inverse, -1, -2) @ (inverse @ right)
-
-    def with_pivots() -> Array:  # rounding left a matrix indefinite
-        found = jnp.linalg.solve(matrix, right)
-        return jnp.where(jnp.isfinite(found).all(), found, 0)
-
-    return jax.lax.cond(jnp.isfinite(quick).all(), lambda: quick, with_pivots)
+    return jax.lax.cond(jnp.isfinite(quick).all(), lambda: quick, lambda: jnp.linalg.solve(matrix, right))
 
 
 def specialised(block: AbstractBlock, params: Params) -> AbstractBlock:
